@@ -1,0 +1,39 @@
+# make train: from a fresh machine with Python and make to a trained net. make test: to passing tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup train test quick check bench clean help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/ready  ## make .venv with the locked packages and the project
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch .venv/ready
+
+train: setup  ## train the embedded recipe: two workers, about a minute
+	$(BIN)/python jobs/train.py
+
+test: setup  ## all tests, about ten minutes on two cores
+	$(BIN)/python -m pytest
+
+quick: setup  ## the tests that start no Ray and need no patience
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+check: setup  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## the benchmarks, into benchmarks/results
+	$(BIN)/python benchmarks/lrn.py
+	$(BIN)/python benchmarks/step.py
+
+clean:  ## remove the environment, caches and results
+	rm -rf .venv build runs mlflow.db mlartifacts *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

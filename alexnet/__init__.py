@@ -1,0 +1,51 @@
+"""The net of Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+NIPS 2012, in plain PyTorch.
+
+    net = alexnet.build("paper", num_classes=1000)
+    optimizer = alexnet.PaperSGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+
+Names are fetched when first used, so that a process which only crops images (alexnet.augment) never imports torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .allocator import keep_freed_memory
+    from .augment import MeanSubtraction
+    from .evaluate import count_errors, topk_wrong
+    from .lrn import LocalResponseNorm, local_response_norm
+    from .net import LRN, PRESETS, AlexNet, build, num_parameters
+    from .optim import PaperSGD, plateau_schedule
+
+_HOMES = {
+    "allocator": ("keep_freed_memory",),
+    "augment": ("MeanSubtraction",),
+    "evaluate": ("count_errors", "topk_wrong"),
+    "lrn": ("LocalResponseNorm", "local_response_norm"),
+    "net": ("LRN", "PRESETS", "AlexNet", "build", "num_parameters"),
+    "optim": ("PaperSGD", "plateau_schedule"),
+}
+
+__all__ = [
+    "LRN",
+    "PRESETS",
+    "AlexNet",
+    "LocalResponseNorm",
+    "MeanSubtraction",
+    "PaperSGD",
+    "build",
+    "count_errors",
+    "keep_freed_memory",
+    "local_response_norm",
+    "num_parameters",
+    "plateau_schedule",
+    "topk_wrong",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module 'alexnet' has no attribute {name!r}")

@@ -1,0 +1,25 @@
+"""Large tensors on the CPU without a page fault for every 4 KB of every one of them."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep freed memory for the next tensor; returns whether it could be told.
+
+    By default glibc maps every tensor above a few megabytes afresh and hands it back to the kernel when it is freed,
+    so that each training step pays for clearing all of its pages again: about a third of a step's time for the full
+    net (benchmarks/step.py). The process then holds on to its peak memory until it ends: call this in training
+    processes only. Only glibc on Linux knows these options.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
+    done = [mallopt(option, value) == 1 for option, value in settings]
+    return all(done)

@@ -1,0 +1,47 @@
+"""Connecting to Ray: a private instance on this machine, or the cluster that RAY_ADDRESS names."""
+
+import logging
+import os
+import secrets
+import sys
+
+QUIET = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next look: 2 s by default
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect() -> None:
+    """Start or join Ray, quietly, with authentication.
+
+    Without RAY_ADDRESS a private instance is started, which ends with this process. Its ports listen on every
+    interface, as Ray's do, so it gets a token of its own that only this process's children know. With RAY_ADDRESS
+    (set by `ray job submit`, or by the user) the cluster there is joined under the user's RAY_AUTH_MODE and token.
+    """
+    private = not os.environ.get("RAY_ADDRESS")
+    if private and "ray" not in sys.modules:  # Ray reads these once, when it is imported
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if private:  # a process less to start; nobody reclaims this machine with a warning
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+    import ray
+    import ray.data  # sets up its logging, which is then quietened
+
+    if ray.is_initialized():
+        return
+    ray.init(
+        address="local" if private else None,
+        include_dashboard=False if private else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": QUIET},
+    )
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False

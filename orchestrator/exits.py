@@ -1,0 +1,39 @@
+"""How a job ends: 0 done, 1 failed while running, 2 asked for wrongly, 130 by Ctrl-C, 143 by SIGTERM."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+FAILED, USAGE = 1, 2
+
+
+class JobError(RuntimeError):
+    """The job was asked for rightly and failed; the message is one line for the user."""
+
+
+class Interrupted(BaseException):
+    """The job was told to stop. Like KeyboardInterrupt not an Exception, so that nothing swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
+
+
+def run_job(main: Callable[[], int]) -> int:
+    """Call `main`, turn what it raises into one line on standard error, and return the exit status."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return main()
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except Interrupted as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.exit_status
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends at once
+    raise Interrupted(signum)

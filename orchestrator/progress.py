@@ -1,0 +1,123 @@
+"""What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .shards import Manifest, Progress
+    from .sources import Source
+
+LOG_EVERY_S = 5.0
+
+
+class LiveLine:
+    """A line that rewrites itself on a terminal and repeats itself, seldom, anywhere else."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self._last = 0.0
+        self._shown = False
+
+    def update(self, text: str) -> None:
+        now = time.monotonic()
+        if self.live:
+            self.stream.write("\r\x1b[2K" + text)
+            self.stream.flush()
+            self._shown = True
+        elif now - self._last >= LOG_EVERY_S:
+            self._last = now
+            print(text, file=self.stream, flush=True)
+
+    def print(self, text: str = "") -> None:
+        """A line that stays."""
+        if self._shown:
+            self.stream.write("\r\x1b[2K")
+            self._shown = False
+        print(text, file=self.stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+class PrepareView:
+    """The life of `jobs/prepare.py`."""
+
+    def __init__(self, source: "Source", output: Path) -> None:
+        self.line, self.output = LiveLine(), output
+        counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
+        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} files")
+
+    def progress(self, progress: "Progress") -> None:
+        rate = progress.images_done / max(progress.elapsed_s, 1e-9)
+        left = (progress.images_total - progress.images_done) / max(rate, 1e-9)
+        self.line.update(
+            f"prepared {progress.images_done}/{progress.images_total} images  {rate:.0f} images/s  "
+            f"rejected {progress.rejected}  ETA {duration(left)}"
+        )
+
+    def finished(self, manifest: "Manifest") -> None:
+        size = sum(shard.size_bytes for shard in manifest.shards)
+        rows = manifest.rows
+        self.line.print(
+            f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
+            f"train with: python jobs/train.py --data {self.output}"
+        )
+        self.line.print(
+            f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
+            + (f", listed in {self.output / 'rejected.jsonl'}" if manifest.rejected else "")
+        )
+
+
+class TrainView:
+    """The life of `jobs/train.py`: takes the worker's events as they come."""
+
+    def __init__(self) -> None:
+        self.line = LiveLine()
+        self._first: tuple[float, float] | None = None  # (time, epochs done) at the first step seen
+
+    def event(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "step":
+            self.line.update(self._step(event))
+        elif kind == "epoch":
+            self.line.print(epoch_line(event["metrics"], event["epochs"]))
+        elif kind in ("note", "warning"):
+            self.line.print(("warning: " if kind == "warning" else "") + event["text"])
+
+    def _step(self, event: dict[str, Any]) -> str:
+        done = event["epoch"] + event["step"] / event["steps"]
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        start, done_then = self._first
+        rate = (done - done_then) / (now - start) if done > done_then else None
+        eta = duration((event["epochs"] - done) / rate) if rate else "--:--"
+        return (
+            f"epoch {event['epoch'] + 1}/{event['epochs']}  step {event['step']}/{event['steps']}  "
+            f"loss {event['loss']:.4f}  {event['images_per_s']:.0f} images/s  ETA {eta}"
+        )
+
+
+def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {metrics['epoch']}/{epochs}  "
+        f"train loss {metrics['train/loss']:.4f}  val loss {metrics['val/loss']:.4f}  "
+        f"top-1 error {percent(metrics['val/top1_error'])}  top-5 error {percent(metrics['val/top5_error'])}  "
+        f"lr {metrics['train/lr']:g}  {metrics['train/images_per_s']:.0f} images/s"
+    )
+
+
+def percent(error: float) -> str:
+    return f"{100 * error:.2f} %"

@@ -1,0 +1,58 @@
+"""A run's folder, OUTPUT/NAME: its resolved config, its result, and the checkpoints that Ray Train keeps there."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, make_config, read_yaml
+
+CONFIG = "config.yaml"
+RESULT = "result.json"
+
+
+class RunFolder:
+    """OUTPUT/NAME, absolute."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        """Raises ValueError for a name that is no plain folder name."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"--name {name!r}: use letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
+            )
+        self.output, self.name, self.path = output.absolute(), name, output.absolute() / name
+
+    def create(self, config: TrainConfig) -> None:
+        """Raises ValueError where the name is taken, because Ray Train would resume that run unasked."""
+        if self.path.exists():
+            raise ValueError(
+                f"--name {self.name}: {self.path} exists; choose another name, or go on with: --resume {self.name}"
+            )
+        self.path.mkdir(parents=True)
+        (self.path / CONFIG).write_text(config.to_yaml())
+
+    def config(self) -> TrainConfig:
+        """The config of a run that was created before. Raises ValueError where there is none."""
+        if not (self.path / CONFIG).is_file():
+            raise ValueError(f"--resume {self.name}: no run of that name in {self.output}; {_listing(self.output)}")
+        return make_config(**read_yaml(self.path / CONFIG))
+
+    def change(self, config: TrainConfig) -> None:
+        (self.path / CONFIG).write_text(config.to_yaml())
+
+    def result(self) -> dict[str, Any]:
+        """What `write_result` wrote last, or nothing."""
+        path = self.path / RESULT
+        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        partial = self.path / (RESULT + ".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, self.path / RESULT)
+
+
+def _listing(output: Path) -> str:
+    names = sorted(path.parent.name for path in output.glob(f"*/{CONFIG}")) if output.is_dir() else []
+    return f"it has: {', '.join(names[-5:])}" if names else "it has none"

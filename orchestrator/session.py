@@ -1,0 +1,221 @@
+"""A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from alexnet import pictures
+
+from . import checkpoints, shards
+from .cluster import connect
+from .config import TrainConfig
+from .exits import Interrupted, JobError
+from .progress import TrainView, duration, percent, table
+from .runs import RESULT, RunFolder
+from .shards import Manifest, read_manifest
+from .sources import open_source
+from .tracking import Tracker, tracking_uri, ui_command
+from .trainer import Event, train
+
+EMBEDDED = "digits"
+
+
+def data_folder(config: TrainConfig, output: Path) -> Path:
+    """Where the run's shards are; the embedded digits are kept with the runs."""
+    return output.absolute() / "_data" / EMBEDDED if config.data == EMBEDDED else Path(config.data).absolute()
+
+
+def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> int:
+    """Hold the settings against the data; returns the number of classes. Raises ValueError of one line."""
+    num_classes = config.num_classes or len(manifest.classes)
+    shards.check_labels(folder, manifest, num_classes)
+    if config.input_size > manifest.image_size:
+        raise ValueError(
+            f"input_size = {config.input_size}: above the {manifest.image_size} pixels of the images in {folder}; "
+            f"choose at most {manifest.image_size}, or prepare the data with --image-size {config.input_size} or more"
+        )
+    if config.global_batch_size > manifest.rows["train"]:
+        raise ValueError(
+            f"global_batch_size = {config.global_batch_size}: more than the {manifest.rows['train']} training images "
+            f"in {folder}"
+        )
+    return num_classes
+
+
+def describe(config: TrainConfig, output: Path) -> str:
+    """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
+    from alexnet.cost import estimate
+
+    folder = data_folder(config, output)
+    if config.data == EMBEDDED and not (folder / shards.MANIFEST).exists():
+        source = open_source(EMBEDDED)
+        rows = {split: len(entries) for split, entries in source.splits.items()}
+        classes, where = len(source.classes), "embedded, prepared at the first run"
+    else:
+        manifest = read_manifest(folder)
+        check_data(config, folder, manifest)
+        rows, classes, where = manifest.rows, len(manifest.classes), f"{folder}, digest {manifest.digest}"
+    cost = estimate(
+        num_classes=config.num_classes or classes, input_size=config.input_size, width=config.width,
+        batch_size=config.global_batch_size // config.workers,
+    )  # fmt: skip
+    steps = -(-rows["train"] // config.global_batch_size)
+    facts = [
+        ("data", f"{config.data}: {rows['train']} train, {rows['val']} val, {classes} classes ({where})"),
+        ("parameters", f"{cost.num_parameters:,}"),
+        ("steps", f"{steps} an epoch, {steps * config.epochs} in all"),
+        (
+            "arithmetic",
+            f"{cost.training_flops * rows['train'] / 1e9:,.0f} GFLOP an epoch, "
+            f"{cost.training_flops / 1e9:.2f} an image",
+        ),
+        (
+            "memory",
+            f"{cost.memory_bytes / 1e9:.2f} GB a worker: weights, gradients, velocities, "
+            f"and activations of {config.global_batch_size // config.workers} images",
+        ),
+        ("checkpoint", f"{2 * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
+    ]
+    return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
+
+
+class Session:
+    """One run of jobs/train.py. What the user can have wrong is found when it is made: ValueError of one line."""
+
+    def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
+        self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
+        self.view = TrainView()
+        self.folder = data_folder(config, run.output)
+        self.embed = config.data == EMBEDDED and not (self.folder / shards.MANIFEST).exists()
+        if not self.embed:
+            self.manifest = read_manifest(self.folder)
+            check_data(config, self.folder, self.manifest)
+        if run.path.exists() and not resume:
+            run.create(config)  # says why not
+        self.tracker = Tracker(tracking_uri())
+        if resume:
+            run.change(config)
+        else:
+            run.create(config)
+        self.result = self.run.result()
+        self.started = time.monotonic()
+        self.starts = 0
+
+    def train(self) -> None:
+        """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
+        say = self.view.line.print
+        if not self.embed:
+            shards.verify(self.folder, self.manifest)
+        connect()
+        if self.embed:
+            say(f"preparing the embedded digits in {self.folder}")
+            self.manifest = shards.prepare(open_source(EMBEDDED), self.folder)
+        say(
+            f"run {self.run.name}: {self.manifest.source}, {len(self.manifest.classes)} classes, "
+            f"{self.manifest.rows['train']} train and {self.manifest.rows['val']} val images; "
+            f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
+        )
+        self.tracker.start(
+            self.run.name, self.config, self.manifest, self.folder, run_id=self.result.get("mlflow_run_id")
+        )
+        self.result |= {
+            "name": self.run.name,
+            "status": "RUNNING",
+            "recipe": self.recipe or self.result.get("recipe") or EMBEDDED,
+            "config": self.config.model_dump(),
+            "mlflow_run_id": self.tracker.run_id,
+            "mlflow_tracking_uri": self.tracker.uri,
+        }
+        self.run.write_result(self.result)
+        try:
+            train(self.config, self.folder, self.run, self.on_event)
+            self._log_what_came_of_it()
+        except JobError as error:
+            self._end("FAILED", str(error))
+            raise
+        except Interrupted as stop:
+            self._end("KILLED", f"stopped by {stop}")
+            say(f"stopped; go on with: python jobs/train.py --output {self.run.output} --resume {self.run.name}")
+            raise
+        except BaseException as error:
+            self._end("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        self._end("FINISHED")
+        self._show_results()
+
+    def on_event(self, event: Event) -> None:
+        if event["kind"] == "started":
+            self._on_start(event)
+        elif event["kind"] == "step" and event["log"]:
+            self.tracker.log({"train/loss": event["loss"], "train/lr": event["lr"]}, step=event["total_step"])
+        elif event["kind"] == "epoch":
+            metrics = event["metrics"]
+            self.tracker.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+            self.result |= {
+                "metrics": metrics,
+                "best": min(event["history"], key=lambda entry: entry["val/top1_error"]),
+                "history": event["history"],
+                "images_per_s": metrics["train/images_per_s"],
+            }
+            self.run.write_result(self.result)
+        elif event["kind"] == "finished":
+            self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
+        self.view.event(event)
+
+    def _on_start(self, event: Event) -> None:
+        self.starts += 1
+        precision = "bf16" if event["bf16"] else "fp32"
+        text = f"training on {event['device']} in {precision}"
+        if self.starts > 1:
+            text = f"a worker was lost; going on from the last checkpoint, after epoch {event['epoch']}"
+        elif event["epoch"]:
+            text += f", resumed after epoch {event['epoch']}"
+        self.view.event({"kind": "note", "text": text})
+
+    def _log_what_came_of_it(self) -> None:
+        history = self.result.get("history")
+        if not history:
+            return
+        figure = pictures.learning_curves(history, self.run.name)
+        figure.savefig(self.run.path / "learning_curves.png", dpi=120)
+        self.tracker.log_picture(figure, "learning_curves.png")
+        config, manifest = self.config, self.manifest
+        num_classes = config.num_classes or len(manifest.classes)
+        build = {
+            "preset": config.preset,
+            "num_classes": num_classes,
+            "input_size": config.input_size,
+            "width": config.width,
+            "dropout": config.dropout,
+            "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
+        }
+        description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
+        weights = Path(self.result["best_checkpoint"] or self.result["checkpoint"], checkpoints.WEIGHTS)
+        mean_image = self.folder / manifest.mean_image_file
+        self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
+
+    def _end(self, status: str, error: str | None = None) -> None:
+        self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
+        self.run.write_result(self.result)
+        self.tracker.finish(status, error)
+
+    def _show_results(self) -> None:
+        result: dict[str, Any] = self.result
+        last, best = result["metrics"], result["best"]
+        rows = [
+            (
+                "top-1 error",
+                f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
+            ),
+            ("top-5 error", percent(last["val/top5_error"])),
+            ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
+            ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
+            ("time", duration(result["elapsed_s"])),
+            ("checkpoint", result["checkpoint"]),
+            ("result", str(self.run.path / RESULT)),
+            ("MLflow run", result["mlflow_run_id"]),
+            ("see it", ui_command(self.tracker.uri)),
+        ]
+        self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
+        sys.stdout.flush()

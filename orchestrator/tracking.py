@@ -1,0 +1,197 @@
+"""MLflow: one run per training run, written by the driver alone. The only module that imports mlflow.
+
+(orchestrator/served_model.py is not imported: MLflow stores its text with a model and runs it where the model is used.)
+"""
+
+import json
+import logging
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .shards import Manifest
+
+EXPERIMENT = "alexnet"
+Metrics = dict[str, float]
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Absolute, because Ray's workers run elsewhere."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def ui_command(uri: str) -> str:
+    """What opens the UI on these runs."""
+    if uri.startswith(("http://", "https://")):
+        return f"open {uri} in a browser"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+
+
+class Tracker:
+    """The MLflow run of a training run."""
+
+    def __init__(self, uri: str) -> None:
+        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # advice for the authors of models; not catch_warnings, which is no good beside MLflow's own threads
+        warnings.filterwarnings("ignore", message="(?is).*(type hint|input example)", category=UserWarning)
+        self.uri = uri
+        mlflow.set_tracking_uri(uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        try:
+            self.client = mlflow.MlflowClient(uri)
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
+                self.experiment_id = self.client.create_experiment(name, artifact_location=_artifacts(uri, name))
+            else:
+                self.experiment_id = experiment.experiment_id
+        except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ValueError(f"MLflow at {_without_password(uri)} cannot be reached: {reason}") from None
+        self.run_id = ""
+        self._monitor: Any = None
+
+    def start(self, name: str, config: TrainConfig, manifest: Manifest, data: Path, run_id: str | None = None) -> None:
+        """Begin a run, or go on with an earlier one; log what is known at the start."""
+        import mlflow
+
+        if run_id and self._exists(run_id):
+            self.run_id = run_id
+            self.client.set_terminated(run_id, "RUNNING")
+        else:
+            tags = {"mlflow.runName": name, "mlflow.source.name": "jobs/train.py", "mlflow.source.type": "LOCAL"}
+            if commit := _git_commit():
+                tags["mlflow.source.git.commit"] = commit
+            self.run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
+            params = [mlflow.entities.Param(key, str(value)) for key, value in config.model_dump().items()]
+            self.client.log_batch(self.run_id, params=params)
+            self._log_dataset(manifest, data)
+        self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
+        self.client.log_text(self.run_id, manifest.model_dump_json(indent=1), "manifest.json")
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
+        self._monitor.start()
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Metrics at an update."""
+        import mlflow
+
+        now = mlflow.utils.time.get_current_time_millis()
+        values = [mlflow.entities.Metric(key, value, now, step) for key, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=values)
+
+    def log_picture(self, figure: Any, name: str) -> None:
+        self.client.log_figure(self.run_id, figure, name)
+
+    def log_model(
+        self, weights: Path, mean_image: Path, description: dict[str, Any], image_size: int, num_classes: int
+    ) -> None:
+        """The net as an MLflow model: stored images in, class probabilities out. Nothing in it is pickled.
+
+        `description` is what orchestrator/served_model.py reads.
+        """
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, image_size, image_size, 3))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
+        )
+        here = Path(__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            described = Path(folder, "net.json")
+            described.write_text(json.dumps(description, indent=1))
+            with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+                mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(here / "served_model.py"),
+                    artifacts={"weights": str(weights), "mean_image": str(mean_image), "net": str(described)},
+                    code_paths=[str(here.parent / "alexnet")],
+                    signature=signature,
+                    pip_requirements=["torch", "numpy", "numba", "safetensors"],
+                )
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """status: FINISHED, FAILED or KILLED."""
+        if self._monitor is not None:
+            self._monitor.finish()
+        if error:
+            self.client.set_tag(self.run_id, "error", error[:5000])
+        self.client.set_terminated(self.run_id, status)
+
+    def _exists(self, run_id: str) -> bool:
+        import mlflow
+
+        try:
+            return bool(self.client.get_run(run_id))
+        except mlflow.exceptions.MlflowException:
+            return False
+
+    def _log_dataset(self, manifest: Manifest, data: Path) -> None:
+        from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        class Folder(FileSystemDatasetSource):  # type: ignore[misc]
+            """A folder of shards; MLflow records its path and never loads it."""
+
+            uri = property(lambda self: str(data.absolute()))
+
+            @staticmethod
+            def _get_source_type() -> str:
+                return "local"
+
+            def load(self, dst_path: str | None = None) -> str:
+                return str(data.absolute())
+
+            @staticmethod
+            def _can_resolve(raw_source: Any) -> bool:
+                return False
+
+            def to_dict(self) -> dict[str, str]:
+                return {"uri": self.uri}
+
+            @classmethod
+            def from_dict(cls, source_dict: dict[str, str]) -> "Folder":
+                return cls()
+
+        dataset = MetaDataset(Folder(), name=manifest.source, digest=manifest.digest)
+        entity = dataset._to_mlflow_entity()
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
+        self.client.log_inputs(self.run_id, inputs)
+
+
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """A local store keeps its files beside its database; a server decides for itself."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    database = Path(uri.removeprefix("sqlite:///"))
+    return (database.absolute().parent / "mlartifacts" / experiment).as_uri()
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, where it is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri

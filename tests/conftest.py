@@ -1,0 +1,80 @@
+"""Shared by all tests: no test leaves anything outside its own folder."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from orchestrator.shards import Manifest, prepare, read_manifest
+from orchestrator.sources import digits
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    """A private Ray in this process."""
+    import ray
+
+    from orchestrator.cluster import connect
+
+    os.environ.pop("RAY_ADDRESS", None)
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
+    """The embedded digits as shards of uneven size, several to a split."""
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    prepare(digits(), folder, rows_per_shard=500)
+    return folder, read_manifest(folder)
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a job as a user does: job("train", "--epochs", "1", cwd=...)."""
+    default = tmp_path_factory.mktemp("cwd")
+
+    def run(name: str, *args: object, cwd: Path = default, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+        return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """An ImageFolder tree of two classes: smooth colour pictures of several sizes and shapes."""
+    return make_photographs(tmp_path / "photographs", {"train": 12, "val": 4})
+
+
+def make_photographs(root: Path, counts: dict[str, int]) -> Path:
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for label, name in enumerate(("apple", "pear")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                size = [(90, 120), (300, 200), (70, 70)][i % 3]
+                (root / split / name / f"{i:03d}.JPEG").write_bytes(picture(random, label, size))
+    return root
+
+
+def picture(
+    random: np.random.Generator, label: int, size: tuple[int, int], form: str = "JPEG", mode: str = "RGB"
+) -> bytes:
+    """An encoded picture whose colour tells its class."""
+    small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    small[..., label] = 255
+    image = PIL.Image.fromarray(small).resize(size[::-1], PIL.Image.Resampling.BICUBIC).convert(mode)
+    out = io.BytesIO()
+    image.save(out, form)
+    return out.getvalue()

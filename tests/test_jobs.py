@@ -1,0 +1,279 @@
+"""Whole jobs, run as a user runs them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+from conftest import ROOT
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def error_of(done):
+    """The one line that a refused job prints."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def finished(job, place):
+    """A short digits run; its folder is `place`."""
+    done = job("train", "--epochs", "3", "--name", "first", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def result_of(place, name):
+    return json.loads((place / "runs" / name / "result.json").read_text())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
+    for words in ("results after 3 epochs", "top-1 error", "checkpoint", "MLflow run", "mlflow ui --host 127.0.0.1"):
+        assert words in finished.stdout
+    assert "ray" not in finished.stderr.lower(), "no chatter that a user cannot use"
+    result = result_of(place, "first")
+    assert result["status"] == "FINISHED"
+    assert len(result["history"]) == 3
+    assert result["metrics"] == result["history"][-1]
+    assert result["metrics"]["val/top1_error"] < 0.5
+    assert result["metrics"]["step"] == 3 * 23
+    assert result["images_per_s"] > 0
+    assert result["config"]["epochs"] == 3
+    assert os.path.isfile(os.path.join(result["checkpoint"], "model.safetensors"))
+
+    run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/top1_error"] == pytest.approx(result["metrics"]["val/top1_error"])
+    assert {"train/loss", "train/images_per_s", "train/lr", "val/top5_error", "val/loss"} <= set(run.data.metrics)
+    client = mlflow.MlflowClient(result["mlflow_tracking_uri"])
+    assert {"config.yaml", "manifest.json", "learning_curves.png"} <= {
+        i.path for i in client.list_artifacts(run.info.run_id)
+    }
+    assert sorted(p.name for p in place.iterdir()) == ["mlartifacts", "mlflow.db", "runs"], (
+        "nothing else is left behind"
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_ended_as_if_it_had_never_stopped(finished, place, job):
+    longer = job("train", "--epochs", "5", "--name", "whole", cwd=place)
+    resumed = job("train", "--resume", "first", "--epochs", "5", cwd=place)
+    assert (longer.returncode, resumed.returncode) == (0, 0), longer.stderr + resumed.stderr
+    assert "resumed after epoch 3" in resumed.stdout
+    whole, first = result_of(place, "whole"), result_of(place, "first")
+    assert [entry["epoch"] for entry in first["history"]] == [1, 2, 3, 4, 5]
+    for a, b in zip(first["history"], whole["history"], strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
+        assert a["val/loss"] == pytest.approx(b["val/loss"], rel=1e-5)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_nan_stops_the_run_and_names_the_step(finished, job, place):
+    done = job("train", "--epochs", "2", "--lr", "1e6", "--name", "wild", cwd=place)
+    assert done.returncode == 1
+    assert re.search(
+        r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", done.stderr
+    )
+    result = result_of(place, "wild")
+    assert result["status"] == "FAILED"
+    run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert run.info.status == "FAILED"
+    assert "step" in run.data.tags["error"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_net_that_only_guesses_is_said_aloud(finished, job, place):
+    done = job("train", "--epochs", "3", "--init", "paper", "--lr", "1e-6", "--name", "stuck", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "still ln(10) = 2.3026: the net guesses" in done.stdout
+
+
+def start(place, *args):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    command = [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *args]
+    return subprocess.Popen(command, cwd=place, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_until(process, words):
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} never came: {''.join(seen)} {process.stderr.read()}")
+
+
+def children_of(pid):
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    rows = [line.split(None, 2) for line in listed]
+    family, grew = {pid}, True
+    while grew:
+        more = {int(p) for p, parent, _ in rows if int(parent) in family} - family
+        family, grew = family | more, bool(more)
+    return [(int(p), args) for p, _, args in rows if int(p) in family - {pid}]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_killed_in_mlflow_and_says_how_to_go_on(finished, place, signum, status):
+    name = f"stopped-{status}"
+    process = start(place, "--epochs", "500", "--name", name)
+    read_until(process, "epoch 2/500  train loss")
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert f"--resume {name}" in out
+    result = result_of(place, name)
+    assert result["status"] == "KILLED"
+    run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert run.info.status == "KILLED"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_is_survived_from_the_last_checkpoint(finished, place):
+    process = start(place, "--epochs", "6", "--name", "survivor")
+    read_until(process, "epoch 3/6  train loss")
+    workers = [pid for pid, args in children_of(process.pid) if "RayTrainWorker" in args]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "a worker was lost; going on from the last checkpoint" in out
+    history = result_of(place, "survivor")["history"]
+    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert history[0]["train/loss"] == pytest.approx(result_of(place, "first")["history"][0]["train/loss"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, job, place):
+    data = place / "runs" / "_data" / "damaged"
+    shutil.copytree(place / "runs" / "_data" / "digits", data)
+    shard = next(iter(sorted((data / "train").iterdir())))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = job("train", "--data", data, "--epochs", "1", "--name", "damaged", cwd=place)
+    shutil.rmtree(data)
+    assert done.returncode == 1
+    assert shard.name in error_of(done)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_config_of_an_earlier_run_gives_its_settings(finished, job, place):
+    done = job("train", "--config", place / "runs" / "first" / "config.yaml", "--dry-run", cwd=place)
+    assert "epochs: 3" in done.stdout
+    overridden = job(
+        "train", "--config", place / "runs" / "first" / "config.yaml", "--epochs", "9", "--dry-run", cwd=place
+    )
+    assert "epochs: 9" in overridden.stdout
+
+
+def test_a_dry_run_starts_nothing(job, tmp_path):
+    done = job("train", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0
+    for words in ("lr: 0.01", "1437 train, 360 val", "1,279,082", "23 an epoch, 690 in all", "GB a worker"):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train", "prepare"])
+def test_help_teaches(job, name):
+    done = job(name, "--help")
+    assert done.returncode == 0
+    assert f"python jobs/{name}.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["alexnett"], "recipe 'alexnett': unknown; the recipes are digits, imagenette, imagenet"),
+        (["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
+        (["--lr", "0"], "lr = 0.0: input should be greater than 0"),
+        (["--global-batch-size", "65"], "global_batch_size = 65: not divisible by 2 workers; 64 or 66 would be"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--resume", "nothing"], "no run of that name"),
+        (["--name", "a/b"], "use letters, digits"),
+        (["--config", "none.yaml"], "No such file"),
+        (["imagenette"], "no such folder"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_status_2(job, tmp_path, args, words):
+    done = job("train", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in error_of(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_does_not_fit_the_data_is_refused(finished, job, place):
+    data = place / "runs" / "_data" / "digits"
+    for args, words in (
+        (["--num-classes", "9"], "has label 9, but there are 9 classes"),
+        (["--input-size", "80"], "above the 72 pixels"),
+        (["--global-batch-size", "2000"], "more than the 1437 training images"),
+        (["--name", "first"], "choose another name, or go on with: --resume first"),
+    ):
+        done = job("train", "--data", data, *args, cwd=place)
+        assert done.returncode == 2
+        assert words in error_of(done)
+    done = job("train", "--data", data, cwd=place, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "MLflow at http://127.0.0.1:9 cannot be reached" in error_of(done)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--source", "nowhere", "--output", "out"], "--source nowhere: no such folder"),
+        (["--output", "out"], "the following arguments are required: --source"),
+        (["--source", "digits", "--output", "out", "--max-rejected", "2"], "must be between 0 and 1"),
+        (["--source", "digits", "--output", "out", "--jpeg-quality", "101"], "must be between 1 and 100"),
+    ],
+)
+def test_a_wrong_preparation_is_one_line_and_status_2(job, tmp_path, args, words):
+    done = job("prepare", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in error_of(done)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path):
+    (photographs / "train" / "apple" / "broken.JPEG").write_bytes(b"no picture")
+    start = time.monotonic()
+    done = job("prepare", "--source", photographs, "--output", tmp_path / "out", "--max-rejected", "0.1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.match(
+        r"32 rows \(24 train, 8 val\), 1 rejected, listed in .*rejected\.jsonl", done.stdout.splitlines()[-1]
+    )
+    again = job("prepare", "--source", photographs, "--output", tmp_path / "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "already holds a data set" in error_of(again)
+    refused = job("prepare", "--source", photographs, "--output", tmp_path / "strict", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "1 of 33 files could not be read" in error_of(refused)
+    assert time.monotonic() - start < 280

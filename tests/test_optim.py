@@ -1,0 +1,85 @@
+"""The update rule by hand, and its schedule."""
+
+import pytest
+import torch
+
+from alexnet import PaperSGD, plateau_schedule
+
+
+def test_steps_computed_by_hand_across_a_change_of_rate():
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = PaperSGD([w], lr=0.1, momentum=0.9, weight_decay=0.01)
+    hand_w, hand_v = [1.0, -2.0], [0.0, 0.0]
+    gradients = [(0.5, 1.0), (0.25, -1.0), (-0.5, 2.0), (0.1, 0.1)]
+    for rate, gradient in zip((0.1, 0.1, 0.01, 0.01), gradients, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        w.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        for i in range(2):
+            hand_v[i] = 0.9 * hand_v[i] - 0.01 * rate * hand_w[i] - rate * gradient[i]
+            hand_w[i] = hand_w[i] + hand_v[i]
+    torch.testing.assert_close(w.detach(), torch.tensor(hand_w, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def step(optimizer_of, rates):
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    optimizer = optimizer_of([w])
+    for number, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        w.grad = torch.full_like(w, 0.3 * (number + 1))
+        optimizer.step()
+    return w.detach()
+
+
+def ours(params):
+    return PaperSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def theirs(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def test_equals_torch_s_sgd_while_the_rate_is_constant():
+    torch.testing.assert_close(step(ours, [0.1] * 5), step(theirs, [0.1] * 5), rtol=1e-14, atol=0)
+
+
+def test_velocity_keeps_the_old_rate_after_the_rate_drops():
+    rates = [0.1, 0.1, 0.001]
+    w = step(ours, rates)
+    assert not torch.allclose(w, step(theirs, rates))
+    # the old velocity moves on at nine tenths, hardly touched by the new rate
+    before, after = step(ours, rates[:2]), w
+    old_velocity = before - step(ours, rates[:1])
+    torch.testing.assert_close(after - before, 0.9 * old_velocity - 0.001 * (0.01 * before + 0.9), rtol=1e-12, atol=0)
+
+
+def test_a_parameter_without_gradient_stays_and_a_closure_is_called():
+    used, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = PaperSGD([used, unused], lr=0.1)
+
+    def closure():
+        loss = used.sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 2.0
+    assert torch.equal(unused, torch.ones(2))
+    assert not torch.equal(used, torch.ones(2))
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -1e-4}])
+def test_values_without_meaning_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PaperSGD([torch.ones(1, requires_grad=True)], **wrong)
+
+
+def test_the_rate_is_divided_by_ten_at_each_plateau_three_times_and_no_more():
+    optimizer = PaperSGD([torch.ones(1, requires_grad=True)], lr=0.01)
+    schedule = plateau_schedule(optimizer, num_drops=3, patience=1)
+    rates = []
+    for error in [0.9, 0.8, 0.8, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]:
+        schedule.step(error)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:4] == pytest.approx([0.01, 0.01, 0.01, 0.001])  # two validations without a new best
+    assert rates[-1] == pytest.approx(1e-5)
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.01, 0.001, 0.0001, 0.00001])

@@ -1,0 +1,87 @@
+"""MLflow: one run, its statuses, a model that can be used."""
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import alexnet
+from orchestrator.recipes import digits
+from orchestrator.tracking import Tracker, tracking_uri, ui_command
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+def test_the_default_store_is_an_absolute_path_in_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert "127.0.0.1" in ui_command(tracking_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking_uri() == "http://tracker:5000"
+
+
+def test_an_unreachable_server_is_one_line_without_its_password():
+    with pytest.raises(ValueError, match="cannot be reached") as error:
+        Tracker("http://user:secret@127.0.0.1:9")
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value).split("cannot be reached")[0]
+
+
+@pytest.mark.ray
+def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri, digit_shards):
+    folder, manifest = digit_shards
+    tracker = Tracker(uri)
+    tracker.start("one", digits(), manifest, folder)
+    tracker.log({"train/loss": 2.5}, step=1)
+    tracker.finish("KILLED", "stopped by SIGTERM")
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["error"] == "stopped by SIGTERM"
+    assert run.data.params == {name: str(value) for name, value in digits().model_dump().items()}
+    assert run.inputs.dataset_inputs[0].dataset.digest == manifest.digest
+    assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run_id)}
+
+    again = Tracker(uri)
+    again.start("one", digits(), manifest, folder, run_id=tracker.run_id)
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    again.finish("FINISHED")
+    assert again.run_id == tracker.run_id
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_logged_model_predicts_what_the_net_predicts(uri, digit_shards, tmp_path):
+    import pyarrow.parquet as pq
+
+    from orchestrator import images
+
+    folder, manifest = digit_shards
+    net = alexnet.build("paper", 10, width=0.25, input_size=64, init="he").eval()
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "w.safetensors")
+    build = {"preset": "paper", "num_classes": 10, "width": 0.25, "input_size": 64, "lrn": {}}
+    description = {"build": build, "pixel_scale": 1 / 64, "classes": manifest.classes}
+    tracker = Tracker(uri)
+    tracker.start("model", digits(), manifest, folder)
+    tracker.log_model(
+        tmp_path / "w.safetensors", folder / manifest.mean_image_file, description, manifest.image_size, 10
+    )
+    tracker.finish("FINISHED")
+
+    rows = pq.read_table(folder / manifest.split("val")[0].file).slice(0, 6).to_pylist()
+    stored = np.array([images.decode(row["image"]) for row in rows])
+    model = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 72, 72, 3)
+    mean = np.load(folder / manifest.mean_image_file)
+    x = torch.from_numpy((stored - mean)[:, 4:68, 4:68] / 64).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        expected = torch.softmax(net(x), 1).numpy()
+    np.testing.assert_allclose(model.predict(stored), expected, rtol=1e-4, atol=1e-6)
