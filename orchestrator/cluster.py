@@ -5,6 +5,8 @@ import os
 import secrets
 import sys
 
+from .exits import catch_signals
+
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -42,6 +44,7 @@ def connect() -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": QUIET},
     )
+    catch_signals()
     for library in ("ray.data", "ray.train"):
         logging.getLogger(library).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

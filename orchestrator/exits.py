@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -22,8 +23,7 @@ class Interrupted(BaseException):
 
 def run_job(main: Callable[[], int]) -> int:
     """Call `main`, turn what it raises into one line on standard error, and return the exit status."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    catch_signals()
     try:
         return main()
     except JobError as error:
@@ -32,6 +32,13 @@ def run_job(main: Callable[[], int]) -> int:
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
+
+
+def catch_signals() -> None:
+    """Make Ctrl-C and SIGTERM raise Interrupted. To be called again after Ray has put its own handlers in place."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

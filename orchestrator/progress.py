@@ -70,9 +70,10 @@ class PrepareView:
     def finished(self, manifest: "Manifest") -> None:
         size = sum(shard.size_bytes for shard in manifest.shards)
         rows = manifest.rows
+        recipe = "imagenette " if manifest.image_size >= 224 else ""
         self.line.print(
             f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
-            f"train with: python jobs/train.py --data {self.output}"
+            f"train with: python jobs/train.py {recipe}--data {self.output}"
         )
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"

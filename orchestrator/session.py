@@ -81,7 +81,10 @@ def describe(config: TrainConfig, output: Path) -> str:
 
 
 class Session:
-    """One run of jobs/train.py. What the user can have wrong is found when it is made: ValueError of one line."""
+    """One run of jobs/train.py. What the user can have wrong is found when it is made.
+
+    ValueError of one line for wrong settings, DamagedData for shards that are not what their manifest says.
+    """
 
     def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
@@ -90,6 +93,7 @@ class Session:
         self.embed = config.data == EMBEDDED and not (self.folder / shards.MANIFEST).exists()
         if not self.embed:
             self.manifest = read_manifest(self.folder)
+            shards.verify(self.folder, self.manifest)
             check_data(config, self.folder, self.manifest)
         if run.path.exists() and not resume:
             run.create(config)  # says why not
@@ -105,8 +109,6 @@ class Session:
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
         say = self.view.line.print
-        if not self.embed:
-            shards.verify(self.folder, self.manifest)
         connect()
         if self.embed:
             say(f"preparing the embedded digits in {self.folder}")

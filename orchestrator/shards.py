@@ -127,9 +127,12 @@ def verify(folder: Path, manifest: Manifest, *, num_threads: int | None = None) 
 
 
 def check_labels(folder: Path, manifest: Manifest, num_classes: int) -> None:
-    """Raises ValueError if a label is not below num_classes, naming the shard."""
+    """Raises ValueError if a label is not below num_classes, naming the shard; DamagedData if it cannot be read."""
     for shard in manifest.shards:
-        labels = pq.read_table(folder / shard.file, columns=["label"])["label"].to_numpy()
+        try:
+            labels = pq.read_table(folder / shard.file, columns=["label"])["label"].to_numpy()
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedData(f"{folder / shard.file}: shard cannot be read: {str(error).splitlines()[0]}") from None
         if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
             worst = labels.max() if labels.max() >= num_classes else labels.min()
             raise ValueError(

@@ -25,7 +25,7 @@ from .shards import Manifest, read_manifest, read_mean_image
 
 SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/loss in MLflow; on a GPU also how often the loss is read back
-STUCK_STEPS = 50  # from then on a loss of ln(classes) is worth a word
+STUCK_STEPS = 50  # from then on a loss that is not below ln(classes) is worth a word
 STUCK_MARGIN = 0.01
 
 
@@ -173,17 +173,17 @@ class Worker:
         return losses
 
     def watch_for_a_stuck_net(self, losses: list[float]) -> None:
-        """Say once that the loss has stayed at that of guessing: AlexNet's best-known failure."""
+        """Say once that the loss is not below that of guessing: AlexNet's best-known failure."""
         recent, guess = losses[-LOG_EVERY_STEPS:], math.log(self.num_classes)
         mean = sum(recent) / len(recent)
-        if self.said_stuck or self.state.step < STUCK_STEPS or abs(mean - guess) > STUCK_MARGIN * guess:
+        if self.said_stuck or self.state.step < STUCK_STEPS or mean < (1 - STUCK_MARGIN) * guess:
             return
         self.said_stuck = True
         self.tell(
             "warning",
-            text=f"after {self.state.step} steps the loss is {mean:.4f}, still ln({self.num_classes}) = {guess:.4f}: "
-            "the net guesses. The paper's initialisation can lie still for long on small data; the remedy is "
-            "--init he --pixel-scale 0.0156",
+            text=f"after {self.state.step} steps the loss is {mean:.4f}, no better than guessing, "
+            f"ln({self.num_classes}) = {guess:.4f}. The paper's initialisation can lie still for long on small data; "
+            "the remedy is --init he --pixel-scale 0.0156",
         )
 
     def save(self, metrics: dict[str, float]) -> None:
