@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator import shards
 from orchestrator.cluster import connect
 from orchestrator.exits import run_job
-from orchestrator.flags import Parser, fraction, positive_int
+from orchestrator.flags import Parser, fraction, natural, positive_int
 from orchestrator.progress import PrepareView
 from orchestrator.sources import open_source
 
@@ -27,7 +27,7 @@ def parser() -> Parser:
     flags.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="side of the stored images (default: 256; digits 72)"
     )
-    flags.add_argument("--seed", type=int, default=0, help="of the one global shuffle (default: 0)")
+    flags.add_argument("--seed", type=natural, default=0, help="of the one global shuffle (default: 0)")
     flags.add_argument("--jpeg-quality", type=positive_int, default=shards.JPEG_QUALITY, help="1 to 100 (default: 90)")
     flags.add_argument(
         "--rows-per-shard", type=positive_int, default=shards.ROWS_PER_SHARD, help="images in a file (default: 1024)"

@@ -38,7 +38,7 @@ def parser(recipe: str) -> Parser:
     place.add_argument(
         "--resume",
         metavar="NAME",
-        help="go on with the run of this name from its last checkpoint; flags change its settings",
+        help="go on with this run from its last checkpoint",
     )
     place.add_argument("--config", type=Path, metavar="FILE", help="YAML of settings, such as a run's config.yaml")
     place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost; start nothing")
@@ -55,7 +55,9 @@ def main() -> int:
         if args.dry_run:
             print(session.describe(config, args.output))
             return 0
-        prepared = session.Session(run, config, resume=resume, recipe=args.recipe)
+        prepared = session.Session(
+            run, config, resume=resume, recipe=None if args.config and not args.recipe else args.recipe or "digits"
+        )
     except ValueError as error:
         flags.error(str(error))
     prepared.train()
@@ -75,11 +77,12 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
                     f"--resume {args.resume}: has settings; leave out {'RECIPE' if flag == 'recipe' else '--' + flag}"
                 )
         run = RunFolder(args.output, args.resume)
-        return run, run.config().changed(**changes), True
+        return run, session.resumed(run.config(), changes), True
     fields = RECIPES[recipe]().model_dump()
     if args.config:
         fields |= read_yaml(args.config)
-    run = RunFolder(args.output, args.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    kind = args.config.stem if args.config and not args.recipe else recipe
+    run = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     return run, make_config(**fields | changes), False
 
 

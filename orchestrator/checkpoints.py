@@ -23,7 +23,7 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid")
     epoch: int = 0  # passes completed
     step: int = 0  # updates made
-    history: list[dict[str, float]] = []  # one entry an epoch
+    history: list[dict[str, int | float]] = []  # one entry an epoch
 
 
 def save(folder: Path, net: nn.Module, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State) -> None:

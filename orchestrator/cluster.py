@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 
-from .exits import catch_signals
+from .exits import JobError, catch_signals, last_line
 
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
@@ -37,6 +37,20 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
+    try:
+        _init(private)
+    except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
+        where = "a private Ray" if private else f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        raise JobError(f"{where} could not be reached: {last_line(error)}") from error
+    catch_signals()
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _init(private: bool) -> None:
+    import ray
+
     ray.init(
         address="local" if private else None,
         include_dashboard=False if private else None,
@@ -44,7 +58,3 @@ def connect() -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": QUIET},
     )
-    catch_signals()
-    for library in ("ray.data", "ray.train"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False

@@ -52,13 +52,16 @@ class OptimizerSettings(BaseModel):
     weight_decay: float = Field(0.0005, ge=0, description="of every weight and bias, times the rate")
     lr_drops: int = Field(3, ge=0, description="how often the rate is divided by 10 when validation stops improving")
     lr_patience: int = Field(5, ge=0, description="validations without a new best before the rate drops")
-    seed: int = Field(0, ge=0, description="of the weights, the order and all augmentation")
+    seed: int = Field(0, ge=0, lt=2**40, description="of the weights, the order and all augmentation")
 
 
 class WorkerSettings(BaseModel):
     """The workers."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers, data parallel")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="auto: a GPU for each worker if the cluster has any"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the arithmetic; auto: bf16 where the hardware is fast at it"
     )
@@ -70,7 +73,7 @@ class WorkerSettings(BaseModel):
 class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings):
     """One training run, resolved."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -2,7 +2,9 @@
 
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -32,6 +34,17 @@ def run_job(main: Callable[[], int]) -> int:
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
+    except Exception as error:  # a bug, or a fault that nobody foresaw: one line for the user, the rest for a report
+        with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        print(f"error: {type(error).__name__}: {last_line(error)} (traceback in {file.name})", file=sys.stderr)
+        return FAILED
+
+
+def last_line(error: BaseException) -> str:
+    """The reason at the end of an exception's text, without the tracebacks that Ray puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def catch_signals() -> None:

@@ -217,6 +217,7 @@ class Feed:
         try:
             for block in self._blocks(tasks):
                 self._queue.put(block)
+            self._queue.put(RuntimeError("the feed ended before the run: rows are missing"))
         except BaseException as error:
             self._queue.put(error)
 

@@ -29,7 +29,10 @@ class RunFolder:
             raise ValueError(
                 f"--name {self.name}: {self.path} exists; choose another name, or go on with: --resume {self.name}"
             )
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"--output {self.output}: cannot be written: {error.strerror}") from None
         (self.path / CONFIG).write_text(config.to_yaml())
 
     def config(self) -> TrainConfig:
@@ -40,6 +43,11 @@ class RunFolder:
 
     def change(self, config: TrainConfig) -> None:
         (self.path / CONFIG).write_text(config.to_yaml())
+
+    def latest_checkpoint(self) -> str | None:
+        """The last epoch's checkpoint, as Ray Train stored it."""
+        found = sorted(self.path.glob("checkpoint-epoch-*"))
+        return str(found[-1]) if found else None
 
     def result(self) -> dict[str, Any]:
         """What `write_result` wrote last, or nothing."""

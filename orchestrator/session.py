@@ -1,11 +1,15 @@
 """A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
 
+import contextlib
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from alexnet import pictures
+from alexnet.cost import estimate
 
 from . import checkpoints, shards
 from .cluster import connect
@@ -15,15 +19,25 @@ from .progress import TrainView, duration, percent, table
 from .runs import RESULT, RunFolder
 from .shards import Manifest, read_manifest
 from .sources import open_source
-from .tracking import Tracker, tracking_uri, ui_command
+from .tracking import Tracker, tracking_uri, ui_command, without_password
 from .trainer import Event, train
 
 EMBEDDED = "digits"
+MAY_CHANGE = ("epochs", "workers", "device", "precision", "data", "max_failures")  # of a run that goes on
 
 
 def data_folder(config: TrainConfig, output: Path) -> Path:
     """Where the run's shards are; the embedded digits are kept with the runs."""
     return output.absolute() / "_data" / EMBEDDED if config.data == EMBEDDED else Path(config.data).absolute()
+
+
+def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on. Raises ValueError for a change that its checkpoint would contradict."""
+    wrong = [name for name, value in changes.items() if name not in MAY_CHANGE and value != getattr(config, name)]
+    if wrong:
+        flag, allowed = wrong[0].replace("_", "-"), ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
+        raise ValueError(f"--{flag}: cannot change when a run is resumed, only {allowed} can; start a new run instead")
+    return config.changed(**changes)
 
 
 def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> int:
@@ -40,13 +54,14 @@ def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> int:
             f"global_batch_size = {config.global_batch_size}: more than the {manifest.rows['train']} training images "
             f"in {folder}"
         )
+    estimate(
+        num_classes=num_classes, input_size=config.input_size, width=config.width, batch_size=1
+    )  # can it be built?
     return num_classes
 
 
 def describe(config: TrainConfig, output: Path) -> str:
     """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
-    from alexnet.cost import estimate
-
     folder = data_folder(config, output)
     if config.data == EMBEDDED and not (folder / shards.MANIFEST).exists():
         source = open_source(EMBEDDED)
@@ -80,6 +95,16 @@ def describe(config: TrainConfig, output: Path) -> str:
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
 
 
+def _prepare_embedded(folder: Path) -> Manifest:
+    """Make the digits beside their place and move them there whole; another run may be doing the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+        shards.prepare(open_source(EMBEDDED), Path(making, EMBEDDED))
+        with contextlib.suppress(OSError):  # it is there already
+            os.rename(Path(making, EMBEDDED), folder)
+    return read_manifest(folder)
+
+
 class Session:
     """One run of jobs/train.py. What the user can have wrong is found when it is made.
 
@@ -108,49 +133,56 @@ class Session:
 
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
+        try:
+            self._begin()
+            train(self.config, self.folder, self.run, self.on_event)
+            self._log_what_came_of_it()
+        except Interrupted as stop:
+            self._end("KILLED", f"stopped by {stop}")
+            where = "" if self.run.output == Path("runs").absolute() else f" --output {self.run.output}"
+            self.view.line.print(f"stopped; go on with: python jobs/train.py{where} --resume {self.run.name}")
+            raise
+        except BaseException as error:
+            self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
+            raise
+        self._end("FINISHED")
+        self._show_results()
+
+    def _begin(self) -> None:
+        """Ray, the embedded data if it is asked for, the MLflow run, the first result."""
         say = self.view.line.print
         connect()
         if self.embed:
             say(f"preparing the embedded digits in {self.folder}")
-            self.manifest = shards.prepare(open_source(EMBEDDED), self.folder)
+            self.manifest = _prepare_embedded(self.folder)
         say(
             f"run {self.run.name}: {self.manifest.source}, {len(self.manifest.classes)} classes, "
             f"{self.manifest.rows['train']} train and {self.manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
         self.tracker.start(
-            self.run.name, self.config, self.manifest, self.folder, run_id=self.result.get("mlflow_run_id")
+            self.run.name,
+            self.config,
+            self.manifest,
+            self.folder,
+            run_id=self.result.get("mlflow_run_id"),
+            warn=lambda text: self.view.event({"kind": "warning", "text": text}),
         )
         self.result |= {
             "name": self.run.name,
             "status": "RUNNING",
-            "recipe": self.recipe or self.result.get("recipe") or EMBEDDED,
+            "recipe": self.recipe or self.result.get("recipe"),
             "config": self.config.model_dump(),
             "mlflow_run_id": self.tracker.run_id,
-            "mlflow_tracking_uri": self.tracker.uri,
+            "mlflow_tracking_uri": without_password(self.tracker.uri),
         }
         self.run.write_result(self.result)
-        try:
-            train(self.config, self.folder, self.run, self.on_event)
-            self._log_what_came_of_it()
-        except JobError as error:
-            self._end("FAILED", str(error))
-            raise
-        except Interrupted as stop:
-            self._end("KILLED", f"stopped by {stop}")
-            say(f"stopped; go on with: python jobs/train.py --output {self.run.output} --resume {self.run.name}")
-            raise
-        except BaseException as error:
-            self._end("FAILED", f"{type(error).__name__}: {error}")
-            raise
-        self._end("FINISHED")
-        self._show_results()
 
     def on_event(self, event: Event) -> None:
         if event["kind"] == "started":
             self._on_start(event)
         elif event["kind"] == "step" and event["log"]:
-            self.tracker.log({"train/loss": event["loss"], "train/lr": event["lr"]}, step=event["total_step"])
+            self.tracker.log({"train/step_loss": event["loss"]}, step=event["total_step"])
         elif event["kind"] == "epoch":
             metrics = event["metrics"]
             self.tracker.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
@@ -199,6 +231,8 @@ class Session:
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
+        if status != "FINISHED":
+            self.result["checkpoint"] = self.run.latest_checkpoint()
         self.run.write_result(self.result)
         self.tracker.finish(status, error)
 

@@ -7,6 +7,7 @@ row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import images
-from .exits import JobError
+from .exits import JobError, last_line
 from .sources import SPLITS, Entry, Source
 
 MANIFEST = "manifest.json"
@@ -61,6 +62,7 @@ class Manifest(BaseModel):
     jpeg_quality: int
     seed: int  # of the global shuffle
     rows: dict[str, int]  # train, val
+    class_rows: dict[str, tuple[int, ...]]  # train, val: rows of each class, in the order of classes
     rejected: int
     mean_rgb: tuple[float, ...]
     covariance_rgb: tuple[tuple[float, ...], ...]
@@ -167,22 +169,24 @@ def prepare(
     output.mkdir(parents=True, exist_ok=True)
     (output / MANIFEST).unlink(missing_ok=True)
     tasks = list(_tasks(source, seed, rows_per_shard))
-    write = _ShardWriter(str(output.absolute()), size, jpeg_quality)
+    write = _ShardWriter(str(output.absolute()), size, jpeg_quality, len(source.classes))
     shards: list[Shard] = []
     rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
     total = sum(len(entries) for entries in source.splits.values())
     sums = np.zeros((size, size, 3), np.int64)
     products = np.zeros((3, 3), np.int64)
+    class_rows = {split: np.zeros(len(source.classes), np.int64) for split in SPLITS}
     start, done = time.monotonic(), 0
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         write, compute=ray.data.TaskPoolStrategy(size=parallelism)
     )
-    for result in dataset.iter_rows():
+    for result in _results(dataset):
         report = json.loads(result["report"])
         rejected.extend(report["rejected"])
         if report["shard"]["split"] == "train":
             sums += result["sums"]
             products += result["products"]
+        class_rows[report["shard"]["split"]] += np.array(report["class_rows"], np.int64)
         if report["shard"]["rows"]:
             shards.append(Shard(**report["shard"]))
         done += report["images"]
@@ -200,9 +204,20 @@ def prepare(
             f"{len(rejected)} of {considered} files could not be read, more than --max-rejected {max_rejected:g}; "
             f"they are listed in {output / REJECTED}"
         )
-    manifest = _describe(source, shards, rows, len(rejected), size, jpeg_quality, seed, sums, products, output)
+    counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
+    manifest = _describe(source, shards, rows, counted, len(rejected), size, jpeg_quality, seed, sums, products, output)
     _write_atomically(output / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
+
+
+def _results(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The tasks' reports. Raises JobError with the reason if one could not do its work, for want of space, say."""
+    from ray.exceptions import RayError
+
+    try:
+        yield from dataset.iter_rows()
+    except (RayError, OSError) as error:
+        raise JobError(f"writing shards failed: {last_line(error)}") from error
 
 
 def _tasks(source: Source, seed: int, rows_per_shard: int) -> Iterator[dict[str, Any]]:
@@ -218,8 +233,8 @@ def _tasks(source: Source, seed: int, rows_per_shard: int) -> Iterator[dict[str,
 class _ShardWriter:
     """The task that turns a stretch of entries into one Parquet file and the sums of its pixels."""
 
-    def __init__(self, output: str, size: int, jpeg_quality: int) -> None:
-        self.output, self.size, self.jpeg_quality = output, size, jpeg_quality
+    def __init__(self, output: str, size: int, jpeg_quality: int, num_classes: int) -> None:
+        self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         sums = np.zeros((self.size, self.size, 3), np.int64)
@@ -243,7 +258,8 @@ class _ShardWriter:
         shard = {"file": task["file"], "split": task["split"], "rows": rows}
         if rows:
             shard |= self._write(Path(self.output, task["file"]), columns)
-        report = {"shard": shard, "rejected": rejected, "images": len(task["entries"])}
+        labels = np.bincount(columns["label"], minlength=self.num_classes).tolist() if rows else [0] * self.num_classes
+        report = {"shard": shard, "rejected": rejected, "images": len(task["entries"]), "class_rows": labels}
         return {"report": json.dumps(report), "sums": sums, "products": products}
 
     def _write(self, path: Path, columns: dict[str, list[Any]]) -> dict[str, Any]:
@@ -264,6 +280,8 @@ def _read(entry: Entry) -> bytes:
         return entry.data
     assert entry.path is not None
     try:
+        if not stat.S_ISREG(os.stat(entry.path).st_mode):
+            raise images.NotAnImage("not a regular file")
         return Path(entry.path).read_bytes()
     except OSError as error:
         raise images.NotAnImage(f"cannot be read: {error.strerror}") from None
@@ -273,6 +291,7 @@ def _describe(
     source: Source,
     shards: list[Shard],
     rows: dict[str, int],
+    class_rows: dict[str, tuple[int, ...]],
     num_rejected: int,
     size: int,
     jpeg_quality: int,
@@ -296,6 +315,7 @@ def _describe(
         jpeg_quality=jpeg_quality,
         seed=seed,
         rows=rows,
+        class_rows=class_rows,
         rejected=num_rejected,
         mean_rgb=tuple(mean.tolist()),
         covariance_rgb=tuple(map(tuple, covariance.tolist())),

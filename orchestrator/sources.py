@@ -60,7 +60,10 @@ def image_folder(root: Path) -> Source:
         for path in sorted(p for p in (root / split).iterdir() if not p.is_dir()):
             misplaced.append((f"{split}/{path.name}", "not in a class folder"))
         for label, name in enumerate(classes):
-            for path in _files(root / split / name):
+            for path in _files(root / split / name, misplaced):
+                if not _is_utf8(path):
+                    misplaced.append((ascii(str(path.relative_to(root)))[1:-1], "the name is not UTF-8"))
+                    continue
                 entries.append(Entry(next_id, label, path.relative_to(root).as_posix(), path=str(path.absolute())))
                 next_id += 1
         if not entries:
@@ -68,10 +71,22 @@ def image_folder(root: Path) -> Source:
     return Source(root.name, classes, splits, misplaced=misplaced)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, unreadable: list[tuple[str, str]]) -> list[Path]:
     """Everything below the folder that is not a folder, dangling links included, in sorted order."""
-    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+
+    def note(error: OSError) -> None:
+        unreadable.append((str(error.filename), f"cannot be listed: {error.strerror}"))
+
+    found = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=note) for name in names]
     return sorted(found)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def digits() -> Source:

@@ -7,12 +7,15 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
+from .exits import last_line
 from .shards import Manifest
 
 EXPERIMENT = "alexnet"
@@ -27,8 +30,17 @@ def tracking_uri() -> str:
 def ui_command(uri: str) -> str:
     """What opens the UI on these runs."""
     if uri.startswith(("http://", "https://")):
-        return f"open {uri} in a browser"
-    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+        return f"open {without_password(uri)} in a browser"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
+    return f"{shown} ui --host 127.0.0.1 --backend-store-uri {uri}"
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored."""
+    scheme, separator, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else uri
 
 
 class Tracker:
@@ -36,8 +48,6 @@ class Tracker:
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
@@ -45,29 +55,55 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         # advice for the authors of models; not catch_warnings, which is no good beside MLflow's own threads
         warnings.filterwarnings("ignore", message="(?is).*(type hint|input example)", category=UserWarning)
-        self.uri = uri
+        self.uri, self.run_id = uri, ""
+        self._monitor: Any = None
+        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms) that the server did not take
+        self._warn: Callable[[str], None] = lambda text: None
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        self.client = mlflow.MlflowClient(uri)
+        patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+        before = {key: os.environ.get(key) for key in patience}
+        os.environ.update(patience)  # a wrong address should be said at once; later, a server may take its time
         try:
-            self.client = mlflow.MlflowClient(uri)
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
                 self.experiment_id = self.client.create_experiment(name, artifact_location=_artifacts(uri, name))
             else:
                 self.experiment_id = experiment.experiment_id
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ValueError(f"MLflow at {_without_password(uri)} cannot be reached: {reason}") from None
-        self.run_id = ""
-        self._monitor: Any = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, without_password(uri))
+            raise ValueError(f"MLflow at {without_password(uri)} cannot be reached: {reason[:200]}") from None
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            raise ValueError(
+                f"MLflow experiment {name!r} was deleted: restore it with `mlflow experiments restore -x "
+                f"{experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME to another"
+            )
 
-    def start(self, name: str, config: TrainConfig, manifest: Manifest, data: Path, run_id: str | None = None) -> None:
-        """Begin a run, or go on with an earlier one; log what is known at the start."""
+    def start(
+        self,
+        name: str,
+        config: TrainConfig,
+        manifest: Manifest,
+        data: Path,
+        *,
+        run_id: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Begin a run, or go on with an earlier one; log what is known at the start.
+
+        From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
+        """
         import mlflow
 
+        self._warn = warn
         if run_id and self._exists(run_id):
             self.run_id = run_id
-            self.client.set_terminated(run_id, "RUNNING")
+            self.client.update_run(run_id, "RUNNING")
+            self.client.set_tag(run_id, "resumed.epochs", str(config.epochs))
         else:
             tags = {"mlflow.runName": name, "mlflow.source.name": "jobs/train.py", "mlflow.source.type": "LOCAL"}
             if commit := _git_commit():
@@ -84,15 +120,30 @@ class Tracker:
         self._monitor.start()
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Metrics at an update."""
+        """Metrics at an update; kept and sent with the next ones while the server does not answer."""
         import mlflow
 
-        now = mlflow.utils.time.get_current_time_millis()
-        values = [mlflow.entities.Metric(key, value, now, step) for key, value in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=values)
+        self._unsent.append((metrics, step, mlflow.utils.time.get_current_time_millis()))
+        values = [
+            mlflow.entities.Metric(key, value, when, at)
+            for kept, at, when in self._unsent
+            for key, value in kept.items()
+        ]
+        try:
+            for first in range(0, len(values), 1000):  # the API's limit
+                self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
+        except Exception as error:  # training is worth more than its log
+            if len(self._unsent) == 1:
+                self._warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
+            return
+        self._unsent.clear()
 
     def log_picture(self, figure: Any, name: str) -> None:
-        self.client.log_figure(self.run_id, figure, name)
+        """A matplotlib figure as an artifact."""
+        try:
+            self.client.log_figure(self.run_id, figure, name)
+        except Exception as error:
+            self._warn(f"{name} did not reach MLflow: {last_line(error)}")
 
     def log_model(
         self, weights: Path, mean_image: Path, description: dict[str, Any], image_size: int, num_classes: int
@@ -114,30 +165,43 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder:
             described = Path(folder, "net.json")
             described.write_text(json.dumps(description, indent=1))
-            with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
-                mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(here / "served_model.py"),
-                    artifacts={"weights": str(weights), "mean_image": str(mean_image), "net": str(described)},
-                    code_paths=[str(here.parent / "alexnet")],
-                    signature=signature,
-                    pip_requirements=["torch", "numpy", "numba", "safetensors"],
-                )
+            try:
+                with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+                    mlflow.pyfunc.log_model(
+                        name="model",
+                        python_model=str(here / "served_model.py"),
+                        artifacts={"weights": str(weights), "mean_image": str(mean_image), "net": str(described)},
+                        code_paths=[str(here.parent / "alexnet")],
+                        signature=signature,
+                        pip_requirements=["torch", "numpy", "numba", "safetensors"],
+                    )
+            except Exception as error:
+                self._warn(f"the model did not reach MLflow; its weights are in {weights}: {last_line(error)}")
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """status: FINISHED, FAILED or KILLED."""
-        if self._monitor is not None:
-            self._monitor.finish()
-        if error:
-            self.client.set_tag(self.run_id, "error", error[:5000])
-        self.client.set_terminated(self.run_id, status)
+        """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
+        if not self.run_id:
+            return
+        try:
+            if self._monitor is not None:
+                self._monitor.finish()
+            if self._unsent:
+                self.log({}, step=0)
+            if error:
+                self.client.set_tag(self.run_id, "error", error[:5000])
+            self.client.set_terminated(self.run_id, status)
+        except Exception as trouble:
+            self._warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
 
     def _exists(self, run_id: str) -> bool:
+        """False for a run that was deleted, or belongs to another store."""
         import mlflow
 
         try:
-            return bool(self.client.get_run(run_id))
-        except mlflow.exceptions.MlflowException:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             return False
 
     def _log_dataset(self, manifest: Manifest, data: Path) -> None:
@@ -187,11 +251,6 @@ def _git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri

@@ -1,16 +1,19 @@
 """From a config to a Ray Train run, its events to whoever watches."""
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
-from .exits import JobError
+from .exits import JobError, last_line
 from .runs import RunFolder
 
 Event = dict[str, Any]
+START_PATIENCE_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,25 @@ class Resources:
     feed_tasks: int  # of each worker, at a time
 
 
-def share_cpus(total_cpus: float, total_gpus: float, workers: int) -> Resources:
+def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
     """Divide the cluster so that the workers and every worker's feed fit at once.
 
     A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
     worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
     """
-    if 0 < total_gpus < workers:
-        raise JobError(f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one")
+    use_gpu = device == "gpu" or (device == "auto" and total_gpus > 0)
+    if use_gpu and total_gpus < workers:
+        raise JobError(
+            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one; "
+            "ask for fewer workers, or say --device cpu"
+        )
     if total_cpus <= 0:
         raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
     for_feed = 1.0 if total_cpus >= 2 else total_cpus / 2
     worker_cpus = _down(min(1.0, (total_cpus - for_feed) / workers))
     each = (total_cpus - workers * worker_cpus) / workers
     feed_cpus = _down(min(1.0, each))
-    return Resources(total_gpus >= workers, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
+    return Resources(use_gpu, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
 
 
 def _down(cpus: float) -> float:
@@ -53,12 +60,14 @@ def train(config: TrainConfig, data: Path, run: RunFolder, on_event: Callable[[E
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .worker import train_worker
 
     total = ray.cluster_resources()
-    resources = share_cpus(total.get("CPU", 0), total.get("GPU", 0), config.workers)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    resources = share_cpus(total.get("CPU", 0), total.get("GPU", 0), config.workers, config.device)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives while we do
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     loop = {
         "config": config.model_dump(),
         "data": str(data.absolute()),
@@ -77,8 +86,8 @@ def train(config: TrainConfig, data: Path, run: RunFolder, on_event: Callable[[E
             name=run.name,
             storage_path=str(run.output),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
+            checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
+                num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
             ),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -88,14 +97,24 @@ def train(config: TrainConfig, data: Path, run: RunFolder, on_event: Callable[[E
     thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train", daemon=True)
     thread.start()
     failure: str | None = None
+    started, patience = False, time.monotonic() + START_PATIENCE_S
     while True:
         alive = thread.is_alive()
         for event in ray.get(mailbox.drain.remote()):
+            started = True
             if event["kind"] == "failed":
                 failure = event["text"]
             on_event(event)
         if not alive:
             break
+        if not started and time.monotonic() > patience:
+            patience = math.inf
+            free = ray.available_resources()
+            text = (
+                f"the workers have not started in {START_PATIENCE_S:.0f} s; waiting for {config.workers} of {per_worker}, "
+                f"where the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
+            )
+            on_event({"kind": "warning", "text": text})
         thread.join(0.5)
     if failure is not None:
         raise JobError(failure)
@@ -139,10 +158,5 @@ def _one_line(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, error = sorted(failures.items())[0]
-        return f"worker {rank}: {_last_line(error)}"
-    return _last_line(getattr(error, "controller_failure", error))
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        return f"worker {rank}: {last_line(error)}"
+    return last_line(getattr(error, "controller_failure", error))

@@ -21,7 +21,7 @@ import alexnet
 from . import checkpoints
 from .config import TrainConfig, make_config
 from .feed import Batch, Feed
-from .shards import Manifest, read_manifest, read_mean_image
+from .shards import DamagedData, Manifest, read_manifest, read_mean_image
 
 SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/loss in MLflow; on a GPU also how often the loss is read back
@@ -34,13 +34,17 @@ class Diverged(Exception):
 
 
 def train_worker(loop: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker. A diverged net is reported, not raised: a retry would diverge again."""
-    worker = Worker(make_config(**loop["config"]), Path(loop["data"]), loop)
+    """What Ray Train calls on every worker. A diverged net is reported, not raised: a retry would diverge again.
+
+    So are damaged data and impossible settings.
+    """
     try:
+        worker = Worker(make_config(**loop["config"]), Path(loop["data"]), loop)
         worker.run()
-    except Diverged as error:
-        worker.tell("failed", text=str(error))
-    worker.flush()
+        worker.flush()
+    except (Diverged, DamagedData, ValueError) as error:
+        text = str(error) if isinstance(error, Diverged | DamagedData) else f"{type(error).__name__}: {error}"
+        ray.get(loop["mailbox"].put.remote({"kind": "failed", "text": text}))
 
 
 class Worker:
@@ -145,6 +149,10 @@ class Worker:
             total += torch.cat([loss_sum[None], alexnet.count_errors(scores.float(), labels), images])
         self.add_up(total)
         loss, top1, top5, count = total.tolist()
+        if not math.isfinite(loss):  # the last update's doing, which no training loss has seen; nothing of it is saved
+            raise Diverged(
+                f"validation loss is {loss / count} after step {self.state.step} (epoch {epoch + 1}): {self._advice()}"
+            )
         if count != self.manifest.rows["val"]:
             raise RuntimeError(f"validated {count:.0f} images where the manifest says {self.manifest.rows['val']}")
         return {"val/loss": loss / count, "val/top1_error": top1 / count, "val/top5_error": top5 / count}
@@ -165,10 +173,7 @@ class Worker:
         first = self.state.step - len(pending) + 1
         for number, (loss_sum, count) in enumerate(sums.tolist(), start=first):
             if not math.isfinite(loss_sum):
-                raise Diverged(
-                    f"loss is {loss_sum / count} at step {number} (epoch {epoch + 1}): training diverged; "
-                    f"try a lower --lr than {self.config.lr:g}"
-                )
+                raise Diverged(f"loss is {loss_sum / count} at step {number} (epoch {epoch + 1}): {self._advice()}")
             losses.append(loss_sum / count)
         return losses
 
@@ -213,6 +218,9 @@ class Worker:
     def add_up(self, tensor: Tensor) -> None:
         if self.world_size > 1:
             dist.all_reduce(tensor)
+
+    def _advice(self) -> str:
+        return f"training diverged; try a lower --lr than {self.config.lr:g}"
 
     def _agree(self, wish: bool) -> bool:
         """True where every worker's is."""

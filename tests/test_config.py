@@ -1,5 +1,7 @@
 """Settings, recipes, flags: what is accepted, what is refused, and with which words."""
 
+import re
+
 import pytest
 import yaml
 
@@ -20,6 +22,8 @@ def test_every_recipe_says_source_command_cost_and_result(name):
     assert isinstance(RECIPES[name](), TrainConfig)
     for word in ("Source:", "Command:", "Cost:", "Result:"):
         assert word in RECIPES[name].__doc__, word
+    for word in ("Cost:", "Result:"):
+        assert re.search(word + r"[^:]*\d", RECIPES[name].__doc__), f"{word} has no figure"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,7 @@ def test_every_recipe_says_source_command_cost_and_result(name):
         ({"lr": -0.1}, ["lr = -0.1", "greater than 0"]),
         ({"lr": 0}, ["lr = 0", "greater than 0"]),
         ({"epochs": 0}, ["epochs = 0"]),
+        ({"lr": float("inf")}, ["lr = inf"]),
         ({"lrn_n": 4}, ["lrn_n = 4", "odd"]),
         ({"global_batch_size": 100, "workers": 3}, ["global_batch_size = 100", "3 workers", "99 or 102"]),
         ({"learning_rate": 0.1}, ["learning_rate", "no such setting"]),

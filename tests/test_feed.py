@@ -125,6 +125,14 @@ def test_a_lost_row_is_an_error_not_a_shorter_epoch(digit_shards):
 
 
 @pytest.mark.ray
+def test_a_feed_that_ends_early_is_an_error_not_a_wait(digit_shards):
+    feed = feed_for(digit_shards, digits().changed(epochs=1), 0, 1)
+    take(feed, 1)
+    with pytest.raises(RuntimeError, match="ended before the run"):
+        feed._take(1)
+
+
+@pytest.mark.ray
 def test_a_shard_that_vanishes_while_training_reaches_the_consumer(digit_shards, tmp_path):
     _, manifest = digit_shards
     feed = Feed(tmp_path, manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1)

@@ -56,6 +56,7 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
     assert result["images_per_s"] > 0
     assert result["config"]["epochs"] == 3
     assert os.path.isfile(os.path.join(result["checkpoint"], "model.safetensors"))
+    assert 1 <= len(list((place / "runs" / "first").glob("checkpoint-epoch-*"))) <= 2, "the best and the last"
 
     run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
@@ -79,6 +80,7 @@ def test_a_run_goes_on_where_it_ended_as_if_it_had_never_stopped(finished, place
     assert "resumed after epoch 3" in resumed.stdout
     whole, first = result_of(place, "whole"), result_of(place, "first")
     assert [entry["epoch"] for entry in first["history"]] == [1, 2, 3, 4, 5]
+    assert "results after 5 epochs" in resumed.stdout
     for a, b in zip(first["history"], whole["history"], strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
         assert a["val/loss"] == pytest.approx(b["val/loss"], rel=1e-5)
@@ -234,6 +236,7 @@ def test_what_does_not_fit_the_data_is_refused(finished, job, place):
         (["--num-classes", "9"], "has label 9, but there are 9 classes"),
         (["--input-size", "80"], "above the 72 pixels"),
         (["--global-batch-size", "2000"], "more than the 1437 training images"),
+        (["--width", "0.3"], "width = 0.3"),
         (["--name", "first"], "choose another name, or go on with: --resume first"),
     ):
         done = job("train", "--data", data, *args, cwd=place)

@@ -57,6 +57,7 @@ def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, p
     manifest = shards.prepare(image_folder(photographs), output, image_size=48, rows_per_shard=10)
     assert shards.read_manifest(output) == manifest
     assert manifest.rows == {"train": 24, "val": 8}
+    assert manifest.class_rows == {"train": (12, 12), "val": (4, 4)}
     assert [shard.rows for shard in manifest.split("train")] == [10, 10, 4]
     rows = rows_of(output, manifest, "train")
     ids = [row["id"] for row in rows]
@@ -106,18 +107,22 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
         (odd / name).write_bytes(data)
     PIL.Image.new("1", (30_000, 30_000)).save(odd / "bomb.png")
     os.symlink(root / "nowhere", odd / "dangling.JPEG")
+    os.mkfifo(odd / "pipe.JPEG")
+    with open(os.fsencode(odd) + b"/caf\xe9.JPEG", "wb") as file:
+        file.write(good)
     (root / "train" / "README").write_text("not in a class folder")
 
     manifest = shards.prepare(image_folder(root), tmp_path / "out", image_size=32, max_rejected=0.5)
     rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
     assert {row["name"].split("/")[-1] for row in rejected} == {
         "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",
+        "pipe.JPEG", "caf\\udce9.JPEG",
     }  # fmt: skip
     assert all(row["reason"] for row in rejected)
-    assert manifest.rejected == 6
+    assert manifest.rejected == 8
     assert manifest.rows == {"train": 26, "val": 8}  # the GIF and the grayscale picture among them
 
-    with pytest.raises(JobError, match=r"6 of 40 .* more than --max-rejected 0\.01"):
+    with pytest.raises(JobError, match=r"8 of 42 .* more than --max-rejected 0\.01"):
         shards.prepare(image_folder(root), tmp_path / "out", image_size=32)
     assert not (tmp_path / "out" / shards.MANIFEST).exists()
 

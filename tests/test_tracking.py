@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import alexnet
 from orchestrator.recipes import digits
-from orchestrator.tracking import Tracker, tracking_uri, ui_command
+from orchestrator.tracking import Tracker, tracking_uri, ui_command, without_password
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
 
@@ -31,7 +31,42 @@ def test_an_unreachable_server_is_one_line_without_its_password():
     with pytest.raises(ValueError, match="cannot be reached") as error:
         Tracker("http://user:secret@127.0.0.1:9")
     assert "\n" not in str(error.value)
-    assert "secret" not in str(error.value).split("cannot be reached")[0]
+    assert "secret" not in str(error.value)
+
+
+def test_no_password_is_shown_or_stored():
+    assert without_password("https://user:secret@host:1/path") == "https://host:1/path"
+    assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert "secret" not in ui_command("https://user:secret@host")
+
+
+@pytest.mark.ray
+def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, digit_shards, monkeypatch):
+    tracker, said = Tracker(uri), []
+    tracker.start("flaky", digits(), digit_shards[1], digit_shards[0], warn=said.append)
+    working = tracker.client.log_batch
+
+    def down(*args, **kwargs):
+        raise mlflow.exceptions.MlflowException("503 Service Unavailable")
+
+    monkeypatch.setattr(tracker.client, "log_batch", down)
+    tracker.log({"train/loss": 3.0}, step=1)
+    tracker.log({"train/loss": 2.0}, step=2)
+    monkeypatch.setattr(tracker.client, "log_batch", working)
+    tracker.log({"train/loss": 1.0}, step=3)
+    tracker.finish("FINISHED")
+    history = mlflow.MlflowClient(uri).get_metric_history(tracker.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert len(said) == 1
+    assert "503" in said[0]
+
+
+def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    tracker = Tracker(uri)
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(ValueError, match="'gone' was deleted: restore it"):
+        Tracker(uri)
 
 
 @pytest.mark.ray

@@ -11,6 +11,7 @@ from orchestrator.exits import JobError
 from orchestrator.progress import LiveLine, TrainView, duration
 from orchestrator.recipes import digits
 from orchestrator.runs import RunFolder
+from orchestrator.session import resumed
 from orchestrator.trainer import share_cpus
 from orchestrator.worker import build_net, wants_bf16
 
@@ -29,6 +30,9 @@ def test_gpus_are_used_when_there_is_one_for_each_worker_and_never_silently_left
     assert not share_cpus(16, 0, 2).use_gpu
     with pytest.raises(JobError, match="--workers 4: the cluster has 2 GPU"):
         share_cpus(16, 2, 4)
+    with pytest.raises(JobError, match="has 0 GPU"):
+        share_cpus(16, 0, 1, "gpu")
+    assert not share_cpus(16, 1, 2, digits().device).use_gpu  # make train on a machine with one GPU
     with pytest.raises(JobError, match="no CPUs"):
         share_cpus(0, 0, 1)
 
@@ -44,6 +48,13 @@ def test_a_run_folder_is_never_taken_twice(tmp_path):
     for wrong in ("../up", "a/b", "", ".hidden"):
         with pytest.raises(ValueError, match="letters, digits"):
             RunFolder(tmp_path, wrong)
+
+
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_has():
+    config = digits()
+    assert resumed(config, {"epochs": 40, "lr": config.lr}).epochs == 40
+    with pytest.raises(ValueError, match="--lr: cannot change when a run is resumed, only --epochs"):
+        resumed(config, {"lr": 0.5})
 
 
 def trained(steps, net, optimizer):
