@@ -10,8 +10,8 @@ def digits() -> TrainConfig:
 
     Source: the paper's net at a quarter of its width, on 64 pixels; nothing published to compare with.
     Command: python jobs/train.py
-    Cost: COST
-    Result: RESULT
+    Cost: 1:22 in all on two cores of a Sapphire Rapids Xeon (2026-11-21), of which 30 epochs take 35 s.
+    Result: 1.94 % top-1 error on the 360 digits of val at the end, 1.11 % at best; the seed is fixed, so it repeats.
 
     Differs from the paper: initialisation and pixel scale as in `imagenette`; less dropout for the slimmer layers; no
     mirror images, which would be other characters; no colour noise on gray pictures.
@@ -39,11 +39,14 @@ def imagenette() -> TrainConfig:
 
     Source: the paper's net and rates; the data is Imagenette (fast.ai), ten classes of ImageNet.
     Command: python jobs/prepare.py --source imagenette --output shards/imagenette && python jobs/train.py imagenette
-    Cost: COST
-    Result: RESULT
+    Cost: 2.7 minutes an epoch on two cores of a Sapphire Rapids Xeon, 65 images/s in bf16 (2026-11-21); 90 epochs there
+    would take about 4 hours.
+    Result: measured with --epochs 2 only: training loss 2.25 and 1.77, top-1 error 69.3 % and 56.6 %, top-5 17.8 % and
+    15.9 %; it leaves ln(10) = 2.30 within the first 25 steps.
 
     Differs from the paper, because the set is 135 times smaller: weights are scaled by fan-in (init he, no biases of 1)
-    and pixels to a deviation of about 1 (pixel_scale 1/64). MEASURED
+    and pixels to a deviation of about 1 (pixel_scale 1/64). With the paper's own start (--init paper --pixel-scale 1
+    --epochs 1, same machine and day) the net still guesses after an epoch of 74 steps: validation loss 2.3027, top-1 error 90 %, and the run says so aloud.
     """
     return make_config(data="shards/imagenette", init="he", pixel_scale=1 / 64)
 

@@ -5,6 +5,7 @@ probabilities = model.predict(images)      # (N, S, S, 3) uint8, S the stored si
 """
 
 import json
+import warnings
 from typing import Any
 
 import mlflow
@@ -14,6 +15,10 @@ from safetensors.torch import load_file
 
 import alexnet
 from alexnet import augment
+
+
+# MLflow advises type hints when the class is made; it would take them for a schema, and the model has a signature
+warnings.filterwarnings("ignore", message="(?is).*type hint", category=UserWarning)
 
 
 class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -30,7 +35,7 @@ class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     @torch.inference_mode()
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """No type hints: MLflow would take them for a schema, and the model has a signature."""
+        """model_input: (N, S, S, 3) uint8, S the stored side; returns (N, classes) float32 probabilities."""
         images = np.ascontiguousarray(model_input, dtype=np.uint8)
         draws = augment.center(len(images), margin=self.subtract_mean.margin)
         crops = augment.crop_flip_shift(images, draws, np.zeros((len(images), 3), np.float32), self.net.input_size)

@@ -53,8 +53,6 @@ class Tracker:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # advice for the authors of models; not catch_warnings, which is no good beside MLflow's own threads
-        warnings.filterwarnings("ignore", message="(?is).*(type hint|input example)", category=UserWarning)
         self.uri, self.run_id = uri, ""
         self._monitor: Any = None
         self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms) that the server did not take
@@ -68,7 +66,8 @@ class Tracker:
         try:
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
-                self.experiment_id = self.client.create_experiment(name, artifact_location=_artifacts(uri, name))
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on training runs
+                self.experiment_id = self.client.create_experiment(name, _artifacts(uri, name), tags=kind)
             else:
                 self.experiment_id = experiment.experiment_id
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
@@ -161,6 +160,8 @@ class Tracker:
             inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, image_size, image_size, 3))]),
             outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
         )
+        # advice for authors of models; not catch_warnings, which is no good beside MLflow's own threads
+        warnings.filterwarnings("ignore", message="(?is).*input example", category=UserWarning)
         here = Path(__file__).parent
         with tempfile.TemporaryDirectory() as folder:
             described = Path(folder, "net.json")

@@ -111,7 +111,8 @@ def train(config: TrainConfig, data: Path, run: RunFolder, on_event: Callable[[E
             patience = math.inf
             free = ray.available_resources()
             text = (
-                f"the workers have not started in {START_PATIENCE_S:.0f} s; waiting for {config.workers} of {per_worker}, "
+                f"the workers have not started in {START_PATIENCE_S:.0f} s; "
+                f"waiting for {config.workers} of {per_worker}, "
                 f"where the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
             )
             on_event({"kind": "warning", "text": text})
