@@ -46,7 +46,8 @@ def imagenette() -> TrainConfig:
 
     Differs from the paper, because the set is 135 times smaller: weights are scaled by fan-in (init he, no biases of 1)
     and pixels to a deviation of about 1 (pixel_scale 1/64). With the paper's own start (--init paper --pixel-scale 1
-    --epochs 1, same machine and day) the net still guesses after an epoch of 74 steps: validation loss 2.3027, top-1 error 90 %, and the run says so aloud.
+    --epochs 1, same machine and day) the net still guesses after an epoch of 74 steps: validation loss 2.3027, top-1
+    error 90 %; the run says so aloud.
     """
     return make_config(data="shards/imagenette", init="he", pixel_scale=1 / 64)
 

@@ -5,7 +5,6 @@ probabilities = model.predict(images)      # (N, S, S, 3) uint8, S the stored si
 """
 
 import json
-import warnings
 from typing import Any
 
 import mlflow
@@ -17,11 +16,7 @@ import alexnet
 from alexnet import augment
 
 
-# MLflow advises type hints when the class is made; it would take them for a schema, and the model has a signature
-warnings.filterwarnings("ignore", message="(?is).*type hint", category=UserWarning)
-
-
-class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class Classifier:
     """Centre crop, mean subtraction, net, softmax."""
 
     def load_context(self, context: Any) -> None:
@@ -43,4 +38,8 @@ class Classifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return torch.softmax(self.net(self.subtract_mean(*cut)), 1).numpy()
 
 
-mlflow.models.set_model(Classifier())
+class Served(Classifier, mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Inherits `predict`: MLflow advises type hints where it sees a class define one, and takes them for a schema."""
+
+
+mlflow.models.set_model(Served())
