@@ -27,6 +27,10 @@ def connect() -> None:
     if private and "ray" not in sys.modules:  # Ray reads these once, when it is imported
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # unset, Ray would write a token into the home directory
+    assert not private or os.environ.get("RAY_AUTH_MODE"), (
+        "connect before Ray is imported, or set RAY_AUTH_MODE yourself"
+    )
     if private:  # a process less to start; nobody reclaims this machine with a warning
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name, value in QUIET.items():

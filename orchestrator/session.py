@@ -186,19 +186,25 @@ class Session:
         elif event["kind"] == "epoch":
             metrics = event["metrics"]
             self.tracker.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
-            self.result |= {
-                "metrics": metrics,
-                "best": min(event["history"], key=lambda entry: entry["val/top1_error"]),
-                "history": event["history"],
-                "images_per_s": metrics["train/images_per_s"],
-            }
-            self.run.write_result(self.result)
+            self._keep(event["history"])
         elif event["kind"] == "finished":
             self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
         self.view.event(event)
 
+    def _keep(self, history: list[dict[str, float]]) -> None:
+        """What is known after each epoch, into the result."""
+        self.result |= {
+            "metrics": history[-1],
+            "best": min(history, key=lambda entry: entry["val/top1_error"]),
+            "history": history,
+            "images_per_s": history[-1]["train/images_per_s"],
+        }
+        self.run.write_result(self.result)
+
     def _on_start(self, event: Event) -> None:
         self.starts += 1
+        if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down
+            self._keep(event["history"])
         precision = "bf16" if event["bf16"] else "fp32"
         text = f"training on {event['device']} in {precision}"
         if self.starts > 1:

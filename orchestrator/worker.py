@@ -24,7 +24,7 @@ from .feed import Batch, Feed
 from .shards import DamagedData, Manifest, read_manifest, read_mean_image
 
 SHOW_EVERY_S = 0.5
-LOG_EVERY_STEPS = 20  # points of train/loss in MLflow; on a GPU also how often the loss is read back
+LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
 STUCK_STEPS = 50  # from then on a loss that is not below ln(classes) is worth a word
 STUCK_MARGIN = 0.01
 
@@ -34,17 +34,21 @@ class Diverged(Exception):
 
 
 def train_worker(loop: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker. A diverged net is reported, not raised: a retry would diverge again.
+    """What Ray Train calls on every worker.
 
-    So are damaged data and impossible settings.
+    What is the same on all workers, and would be again, is reported and ends them all: impossible settings, damaged
+    data, a diverged net. Anything else is raised, for Ray Train to restart them from the last checkpoint.
     """
     try:
         worker = Worker(make_config(**loop["config"]), Path(loop["data"]), loop)
+    except (DamagedData, ValueError) as error:
+        ray.get(loop["mailbox"].put.remote({"kind": "failed", "text": str(error)}))
+        return
+    try:
         worker.run()
-        worker.flush()
-    except (Diverged, DamagedData, ValueError) as error:
-        text = str(error) if isinstance(error, Diverged | DamagedData) else f"{type(error).__name__}: {error}"
-        ray.get(loop["mailbox"].put.remote({"kind": "failed", "text": text}))
+    except Diverged as error:
+        worker.tell("failed", text=str(error))
+    worker.flush()
 
 
 class Worker:
@@ -82,7 +86,8 @@ class Worker:
 
     def run(self) -> None:
         """Train from where the state is to the last epoch, validating and saving after each."""
-        self.tell("started", epoch=self.state.epoch, bf16=self.bf16, device=str(self.device))
+        news = {"epoch": self.state.epoch, "history": self.state.history}
+        self.tell("started", bf16=self.bf16, device=str(self.device), **news)
         self.feed.start(self.state.epoch)
         for epoch in range(self.state.epoch, self.config.epochs):
             metrics = self.train_epoch(epoch) | self.validate(epoch)

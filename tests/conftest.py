@@ -2,6 +2,7 @@
 
 import io
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from orchestrator.shards import Manifest, prepare, read_manifest
-from orchestrator.sources import digits
+# Ray reads these when it is imported; left unset, it would write a token into the home directory
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+
+from orchestrator.shards import Manifest, prepare, read_manifest  # noqa: E402
+from orchestrator.sources import digits  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +29,6 @@ def ray_here():
 
     from orchestrator.cluster import connect
 
-    os.environ.pop("RAY_ADDRESS", None)
     connect()
     yield
     ray.shutdown()

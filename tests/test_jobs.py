@@ -10,6 +10,7 @@ import sys
 import time
 
 import mlflow
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -124,16 +125,6 @@ def read_until(process, words):
     raise AssertionError(f"{words!r} never came: {''.join(seen)} {process.stderr.read()}")
 
 
-def children_of(pid):
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
-    rows = [line.split(None, 2) for line in listed]
-    family, grew = {pid}, True
-    while grew:
-        more = {int(p) for p, parent, _ in rows if int(parent) in family} - family
-        family, grew = family | more, bool(more)
-    return [(int(p), args) for p, _, args in rows if int(p) in family - {pid}]
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -156,15 +147,34 @@ def test_a_stopped_run_is_killed_in_mlflow_and_says_how_to_go_on(finished, place
 def test_a_killed_worker_is_survived_from_the_last_checkpoint(finished, place):
     process = start(place, "--epochs", "6", "--name", "survivor")
     read_until(process, "epoch 3/6  train loss")
-    workers = [pid for pid, args in children_of(process.pid) if "RayTrainWorker" in args]
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
+    workers[0].kill()
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "a worker was lost; going on from the last checkpoint" in out
     history = result_of(place, "survivor")["history"]
     assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5, 6]
     assert history[0]["train/loss"] == pytest.approx(result_of(place, "first")["history"][0]["train/loss"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, place):
+    process = start(place, "--epochs", "4", "--name", "orphan")
+    read_until(process, "epoch 3/4  train loss")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    psutil.wait_procs(family, timeout=60)
+    before = result_of(place, "orphan")
+    assert before["status"] == "RUNNING"
+    done = job("train", "--resume", "orphan", cwd=place)
+    assert done.returncode == 0, done.stderr
+    after = result_of(place, "orphan")
+    assert after["status"] == "FINISHED"
+    assert after["mlflow_run_id"] == before["mlflow_run_id"]
+    assert [entry["epoch"] for entry in after["history"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.ray
