@@ -10,10 +10,10 @@ def keep_freed_memory() -> bool:
     """Tell the C library to keep freed memory for the next tensor; returns whether it could be told.
 
     By default glibc maps every tensor above a few megabytes afresh and hands it back to the kernel when it is freed,
-    so that each training step pays for clearing all of its pages again. For the full net in bfloat16 that cost a sixth
-    of the speed (76 for 91 images/s, `benchmarks/step.py --keep-default-malloc`, two cores, 2026-11-21), in float32
-    nothing that the noise would show. The process then holds on to its peak memory until it ends: call this in training
-    processes only. Only glibc on Linux knows these options.
+    so that each training step pays for clearing all of its pages again. In two runs one after the other, the full net
+    trained at 91 images/s in bfloat16 with this and at 76 without (`benchmarks/step.py`, `--keep-default-malloc`; two
+    cores, 2026-11-21); in float32 there was no difference. The process then holds on to its peak memory until it ends:
+    call this in training processes only. Only glibc on Linux knows these options.
     """
     if sys.platform != "linux":
         return False

@@ -132,8 +132,7 @@ class BlockedConv2d(nn.Conv2d):
 
     Zeros on the right and bottom complete the last window: 224 pixels are read as 227, whose 55 windows of 11 fit.
     Each stride x stride block of pixels becomes one position with stride * stride * C maps, and the kernel likewise
-    (zeros make it a whole number of blocks): the same sums, in a shape that convolution libraries are fast at. On a
-    CPU conv1's gradient takes half the time.
+    (zeros make it a whole number of blocks): the same sums, in a shape that convolution libraries are fast at.
     """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ def digits() -> TrainConfig:
 
     Source: the paper's net at a quarter of its width, on 64 pixels; nothing published to compare with.
     Command: python jobs/train.py
-    Cost: 1:22 in all on two cores of a Sapphire Rapids Xeon (2026-11-21), of which 30 epochs take 35 s.
+    Cost: 1:22 in all on two cores of a Sapphire Rapids Xeon (2026-11-21), about half of it start-up.
     Result: 1.94 % top-1 error on the 360 digits of val at the end, 1.11 % at best; the seed is fixed, so it repeats.
 
     Differs from the paper: initialisation and pixel scale as in `imagenette`; less dropout for the slimmer layers; no

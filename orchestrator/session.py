@@ -40,8 +40,8 @@ def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return config.changed(**changes)
 
 
-def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> int:
-    """Hold the settings against the data; returns the number of classes. Raises ValueError of one line."""
+def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
+    """Hold the settings against the data. Raises ValueError of one line."""
     num_classes = config.num_classes or len(manifest.classes)
     shards.check_labels(folder, manifest, num_classes)
     if config.input_size > manifest.image_size:
@@ -57,7 +57,6 @@ def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> int:
     estimate(
         num_classes=num_classes, input_size=config.input_size, width=config.width, batch_size=1
     )  # can it be built?
-    return num_classes
 
 
 def describe(config: TrainConfig, output: Path) -> str:

@@ -264,7 +264,7 @@ class _ShardWriter:
 
     def _write(self, path: Path, columns: dict[str, list[Any]]) -> dict[str, Any]:
         sink = pa.BufferOutputStream()
-        # compressed or dictionary-encoded images would be two to four times slower to read (docs/data.md)
+        # compressed or dictionary-encoded images would be slower to read (docs/data.md)
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         pq.write_table(pa.table(columns, schema=SCHEMA), sink, row_group_size=ROW_GROUP_ROWS, **options)
         data = sink.getvalue().to_pybytes()
