@@ -1,38 +1,161 @@
-"""What a net costs before it is built: parameters, arithmetic, memory."""
+"""What a net costs before it is built: parameters, arithmetic, memory, and what its workers tell each other."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from .layouts import CONVS, Layout
 from .net import LRN, AlexNet, num_parameters
+
+LABEL_BYTES = 16  # of an image: its label and how it was cut
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step on one device, in float32."""
+    """Of one training step on one worker, in float32."""
 
-    num_parameters: int
-    training_flops: float  # an image, forward and backward; a multiply-add counts as two
+    num_parameters: int  # of the whole net
+    training_flops: float  # an image, forward and backward, over all workers; a multiply-add counts as two
+    part_parameters: int  # that this worker holds
     memory_bytes: float  # weights, gradients, velocities and the activations kept for the backward pass
 
 
-def estimate(*, num_classes: int, input_size: int, width: float, batch_size: int) -> Cost:
-    """Run the shapes through a net that has no memory of its own (torch's meta device)."""
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes that one worker sends in a training step, for one reason."""
+
+    name: str
+    forward_bytes: float
+    backward_bytes: float
+    overlaps: bool = False  # with arithmetic, so that it is waited for only in part
+
+    @property
+    def size_bytes(self) -> float:
+        return self.forward_bytes + self.backward_bytes
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    parameters: int
+    outputs: int  # numbers an image, before pooling
+    kept: int  # numbers an image that the backward pass needs
+    inputs: int  # numbers an image
+    multiply_adds: int  # an image
+
+
+@lru_cache(maxsize=64)
+def _shapes(num_classes: int, input_size: int, width: float) -> AlexNet:
+    """A net that has no memory of its own."""
     with torch.device("meta"):
-        net = AlexNet(num_classes, input_size=input_size, width=width, lrn=LRN())
-        kept, multiply_adds = input_size * input_size * 3, 0
+        return AlexNet(num_classes, input_size=input_size, width=width, lrn=LRN())
+
+
+@lru_cache(maxsize=64)
+def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
+    """What runs through the net, an image at a time."""
+    net = _shapes(num_classes, input_size, width)
+    with torch.device("meta"):
+        seen: list[tuple[nn.Module, Tensor, Tensor]] = []
         for layer in net.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear | nn.MaxPool2d):
-                layer.register_forward_hook(lambda layer, inputs, output: sizes.append((layer, output)))
-        sizes: list[tuple[nn.Module, Tensor]] = []
+                layer.register_forward_hook(lambda layer, inputs, output: seen.append((layer, inputs[0], output)))
         net(torch.empty(1, 3, input_size, input_size))
-    for layer, output in sizes:
-        # a convolution's output is kept by ReLU or LRN; what LRN makes of it is as large, and kept by the pooling
-        kept += output.numel() * (2 if isinstance(layer, nn.Conv2d) else 1)
+    names = {layer: name for name, layer in net.named_children()}
+    found: list[_Layer] = []
+    for layer, x, output in seen:
+        out = output.numel()
         if isinstance(layer, nn.Conv2d):
-            multiply_adds += output.numel() * layer.weight[0].numel()
+            # the output is kept by ReLU or LRN; what LRN makes of it is as large, and kept by the pooling
+            adds = out * layer.weight[0].numel()
+            found.append(_Layer(names[layer], num_parameters(layer), out, 2 * out, x.numel(), adds))
         elif isinstance(layer, nn.Linear):
-            multiply_adds += layer.weight.numel()
-    total = num_parameters(net)
-    return Cost(total, 3 * 2 * multiply_adds, 4.0 * (3 * total + batch_size * kept))
+            adds = layer.weight.numel()
+            found.append(_Layer(names[layer], num_parameters(layer), out, out, x.numel(), adds))
+        else:
+            found.append(_Layer("pool", 0, out, out, x.numel(), 0))
+    return tuple(found)
+
+
+def estimate(
+    *, num_classes: int, input_size: int, width: float, global_batch_size: int, layout: Layout | None = None
+) -> Cost:
+    """Of a net under a layout; on a single worker if none is given. Raises ValueError for a net that cannot be so."""
+    layout = layout or Layout("single", 1)
+    layout.check(_shapes(num_classes, input_size, width))
+    layers = _layers(num_classes, input_size, width)
+    own_images, group_images = global_batch_size / layout.workers, global_batch_size / layout.replicas
+    part, numbers = _part_parameters(layers, layout), 0.0
+    for layer in layers:
+        cut = layout.is_cut(layer.name) or (layer.name == "pool" and layout.kind == "columns")
+        share = 1 / layout.group_size if cut else 1.0
+        convolutional = layer.name in CONVS or layer.name == "pool"
+        images = own_images if layout.kind == "hybrid" and convolutional else group_images
+        numbers += images * layer.kept * share
+        if layer.name in _gathered(layout):
+            numbers += images * layer.inputs
+    images = own_images if layout.kind == "hybrid" else group_images
+    numbers += images * 3 * input_size**2
+    total = sum(layer.parameters for layer in layers)
+    flops = 3 * 2 * sum(layer.multiply_adds for layer in layers)
+    return Cost(total, flops, part, 4.0 * (3 * part + numbers))
+
+
+def communication(
+    layout: Layout,
+    *,
+    num_classes: int,
+    input_size: int,
+    width: float,
+    global_batch_size: int,
+    bytes_per_activation: int = 4,
+) -> list[Exchange]:
+    """What one worker sends in a training step, by exchange; every worker of a layout sends the same.
+
+    The layout's workers send by rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
+    the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; gradients and scores are summed in float32, images
+    travel as bytes.
+    """
+    layers = {layer.name: layer for layer in _layers(num_classes, input_size, width)}
+    workers, size = layout.workers, layout.group_size
+    own_images, group_images = global_batch_size / workers, global_batch_size / layout.replicas
+    found = []
+    if layout.kind == "columns":
+        image_bytes = own_images * (size - 1) * (3 * input_size**2 + LABEL_BYTES)
+        found.append(Exchange("images", image_bytes, 0))
+    for name in _gathered(layout):
+        images = own_images if layout.kind == "hybrid" and name == "fc6" else group_images / size
+        sent = images * (size - 1) * layers[name].inputs * bytes_per_activation
+        found.append(Exchange(f"input of {name}", sent, sent))
+    if size > 1:
+        found.append(Exchange("scores of fc8", _ring(size) * group_images * num_classes * 4, 0))
+    if layout.kind == "hybrid":
+        summed, among = sum(layers[name].parameters for name in CONVS), workers
+    else:
+        summed, among = _part_parameters(tuple(layers.values()), layout), layout.replicas
+    if among > 1:
+        found.append(Exchange("gradients", 0, _ring(among) * summed * 4, overlaps=True))
+    return found
+
+
+def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
+    """What a worker holds of the net; fc8's biases, as many as it has outputs, are on every one."""
+    total = 0
+    for layer in layers:
+        whole = layer.outputs if layer.name == "fc8" else 0
+        total += (layer.parameters - whole) // (layout.group_size if layout.is_cut(layer.name) else 1) + whole
+    return total
+
+
+def _gathered(layout: Layout) -> tuple[str, ...]:
+    """The layers that read more than their own worker has."""
+    return {"columns": ("conv3", "fc6", "fc7"), "hybrid": ("fc6", "fc7")}.get(
+        layout.kind if layout.group_size > 1 else "single", ()
+    )
+
+
+def _ring(workers: int) -> float:
+    """What a worker sends to sum a tensor over all, as a part of the tensor's size."""
+    return 2 * (workers - 1) / workers

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout, Where
 from .lrn import LocalResponseNorm
 
 INITS = ("paper", "he")
@@ -92,10 +93,17 @@ class AlexNet(nn.Module):
             k=lrn.k, n=lrn.n, alpha=lrn.alpha, beta=lrn.beta, columns=self.columns, relu=True
         )
         self.pool = nn.MaxPool2d(3, stride=2)  # overlapping (paper, 3.4)
-        self.dropout = nn.Dropout(dropout)  # scales in training, not at test: the same function as the paper's
+        self.dropout6, self.dropout7 = Dropout(dropout, 6), Dropout(dropout, 7)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size)."""
+    def forward(self, x_NCHW: Tensor, where: Where | None = None) -> Tensor:
+        """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size).
+
+        `where` says which images of a training run these are, for dropout (alexnet/dropout.py).
+        """
+        return self.classify(self.features(x_NCHW), where)
+
+    def features(self, x_NCHW: Tensor) -> Tensor:
+        """What the convolutional layers see in the images: (N, maps of conv5 * 6 * 6) for 224 pixels."""
         if x_NCHW.shape[1:] != (3, self.input_size, self.input_size):
             raise ValueError(
                 f"images of shape {tuple(x_NCHW.shape)}: the net was built for (N, 3, {self.input_size}, "
@@ -106,8 +114,13 @@ class AlexNet(nn.Module):
         x = F.relu(self.conv3(x), inplace=True)
         x = F.relu(self.conv4(x), inplace=True)
         x = self.pool(F.relu(self.conv5(x), inplace=True))
-        x = self.dropout(F.relu(self.fc6(x.flatten(1)), inplace=True))
-        x = self.dropout(F.relu(self.fc7(x), inplace=True))
+        features: Tensor = x.flatten(1)
+        return features
+
+    def classify(self, x: Tensor, where: Where | None = None) -> Tensor:
+        """Class scores (N, num_classes) of features."""
+        x = self.dropout6(F.relu(self.fc6(x), inplace=True), where)
+        x = self.dropout7(F.relu(self.fc7(x), inplace=True), where)
         scores: Tensor = self.fc8(x)
         return scores
 

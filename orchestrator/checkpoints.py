@@ -1,16 +1,23 @@
-"""What a run needs to go on: weights and velocities as safetensors, the rest as JSON. Nothing is pickled."""
+"""What a run needs to go on: weights and velocities as safetensors, the rest as JSON. Nothing is pickled.
+
+A checkpoint is canonical: the whole net's tensors under the whole net's names, whatever the layout that wrote it, so
+any layout on any number of workers can go on from it.
+"""
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from alexnet import PaperSGD
+from alexnet.layouts import PlacedNet
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
@@ -18,40 +25,89 @@ STATE = "state.json"
 
 
 class State(BaseModel):
-    """Where a run is."""
+    """Where a run is. Order, augmentation and dropout are functions of it and of the seed: there is no other state."""
 
     model_config = ConfigDict(extra="forbid")
     epoch: int = 0  # passes completed
     step: int = 0  # updates made
+    losses: list[float] = []  # of the steps of an epoch that was broken off
     history: list[dict[str, int | float]] = []  # one entry an epoch
 
 
-def save(folder: Path, net: nn.Module, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State) -> None:
-    """Write a checkpoint into an empty folder."""
+def save(
+    folder: Path | None, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State
+) -> None:
+    """Write a checkpoint into an empty folder.
+
+    All workers of a group call this together; the one that has a folder, its first, writes, one tensor at a time.
+    """
+    part = placed.part
+    weights = {name: param.detach() for name, param in part.named_parameters()}
     velocities = {
-        name: optimizer.state[param]["velocity"].contiguous()
-        for name, param in net.named_parameters()
-        if param in optimizer.state
+        name: optimizer.state[param]["velocity"] for name, param in part.named_parameters() if param in optimizer.state
     }
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / WEIGHTS)
-    save_file(velocities, folder / VELOCITIES)
-    rest = {
-        "state": state.model_dump(),
-        "lr": [group["lr"] for group in optimizer.param_groups],
-        "schedule": schedule.state_dict(),
-    }
-    (folder / STATE).write_text(json.dumps(rest, indent=1))
+    _write(folder and folder / WEIGHTS, placed, weights)
+    _write(folder and folder / VELOCITIES, placed, velocities)
+    if folder:
+        rest = {
+            "state": state.model_dump(),
+            "lr": [group["lr"] for group in optimizer.param_groups],
+            "schedule": schedule.state_dict(),
+        }
+        (folder / STATE).write_text(json.dumps(rest, indent=1))
 
 
-def load(folder: Path, net: nn.Module, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> State:
-    """Put net, optimizer and schedule back to where `save` found them."""
-    net.load_state_dict(load_file(folder / WEIGHTS))
-    velocities = load_file(folder / VELOCITIES)
-    for name, param in net.named_parameters():
-        if name in velocities:
-            optimizer.state[param]["velocity"] = torch.empty_like(param).copy_(velocities[name])
+def load(folder: Path, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> State:
+    """Put a worker's part of the net, its optimizer and its schedule back to where `save` found them."""
+    params = dict(placed.part.named_parameters())
+    weights = dict(_read(folder / WEIGHTS, placed))
+    if weights.keys() != params.keys():
+        wrong = sorted(weights.keys() ^ params.keys())[0]
+        raise ValueError(f"{folder / WEIGHTS}: {wrong} is in the checkpoint or in the net, but not in both")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            params[name].copy_(weight)
+        for name, velocity in _read(folder / VELOCITIES, placed):
+            optimizer.state[params[name]]["velocity"] = torch.empty_like(params[name]).copy_(velocity)
     rest: dict[str, Any] = json.loads((folder / STATE).read_text())
     for group, lr in zip(optimizer.param_groups, rest["lr"], strict=True):
         group["lr"] = lr
     schedule.load_state_dict(rest["schedule"])
     return State(**rest["state"])
+
+
+def _write(path: Path | None, placed: PlacedNet, parts: dict[str, Tensor]) -> None:
+    """A safetensors file, written as the tensors come: no worker ever holds more than one whole tensor.
+
+    The format (a length, a JSON header of names, types, shapes and offsets, the bytes) is that of the safetensors
+    documentation; the library's own writer wants all tensors at once.
+    """
+    tensors = placed.collect(parts)
+    if path is None:
+        for _ in tensors:
+            pass
+        return
+    header, end = {}, 0
+    for name, part in parts.items():
+        shape = placed.canonical_shape(name, part)
+        size = int(torch.Size(shape).numel()) * part.element_size()
+        header[name] = {"dtype": _DTYPES[part.dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, whole in tensors:
+            assert whole is not None
+            file.write(whole.contiguous().numpy().data)
+
+
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+
+
+def _read(path: Path, placed: PlacedNet) -> Iterator[tuple[str, Tensor]]:
+    """This worker's part of every tensor in the file; nothing else of it is read."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+            tensor = file.get_slice(name)
+            yield name, tensor[placed.own(name, tensor.get_shape()[placed.layout.cut(name)])]

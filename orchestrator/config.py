@@ -1,5 +1,6 @@
 """Every setting of a training run: one frozen, validated model, in groups. Flags, YAML and help are made from it."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -58,12 +59,21 @@ class OptimizerSettings(BaseModel):
 class WorkerSettings(BaseModel):
     """The workers."""
 
-    workers: int = Field(1, ge=1, description="Ray Train workers, data parallel")
+    workers: int | str = Field(
+        1, description="Ray Train workers; a range such as 2..8 follows the cluster as nodes leave and come"
+    )
+    layout: Literal["auto", "single", "data", "columns", "hybrid"] = Field(
+        "auto",
+        description="how the net lies over the workers: columns is a worker a column (paper), data a whole net each, "
+        "hybrid data parallel convolutions and model parallel fc layers; auto takes the cheapest and says why",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="auto: a GPU for each worker if the cluster has any"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the arithmetic; auto: bf16 where the hardware is fast at it"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto",
+        description="of the arithmetic; auto: bf16 where the hardware is fast at it, else fp32; "
+        "fp64: slow, and the same losses in every layout to many digits",
     )
     max_failures: int = Field(
         2, ge=0, description="lost or crashed workers to survive, each time from the last checkpoint"
@@ -79,13 +89,13 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
     def _fits_together(self) -> Self:
         if self.lrn_n % 2 == 0:
             raise ValueError(f"lrn_n = {self.lrn_n}: the window is centred on a map, so n must be odd, such as 5")
-        if self.global_batch_size % self.workers:
-            lower = self.global_batch_size // self.workers * self.workers
-            raise ValueError(
-                f"global_batch_size = {self.global_batch_size}: not divisible by {self.workers} workers; "
-                f"{lower or self.workers} or {lower + self.workers} would be"
-            )
+        parse_workers(self.workers)
         return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the greatest number of workers."""
+        return parse_workers(self.workers)
 
     def changed(self, **fields: Any) -> "TrainConfig":
         """A copy with some fields changed, validated again. Raises ValueError of one line."""
@@ -94,6 +104,15 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.model_dump(), sort_keys=False)
         return text
+
+
+def parse_workers(text: str | int) -> tuple[int, int]:
+    """ "4" to (4, 4), "2..8" to (2, 8). Raises ValueError."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(text).strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise ValueError(f"workers = {text!r}: expected a number such as 4, or a range such as 2..8")
+    return low, high
 
 
 def make_config(**fields: Any) -> TrainConfig:

@@ -9,16 +9,17 @@ decoded while this one is validated. Nothing depends on the number of workers, t
 N images, H rows, W columns, C colours.
 """
 
+import json
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 from numpy.typing import NDArray
@@ -113,8 +114,8 @@ class TaskReader:
     def __call__(self, rows: Columns) -> Iterator[Columns]:
         """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, position in the pass."""
         keep_freed_memory()
-        for fields in zip(rows["epoch"], rows["split"], rows["first_step"], rows["last_step"], strict=True):
-            task = Task(int(fields[0]), str(fields[1]), int(fields[2]), int(fields[3]))
+        for fields in chain.from_iterable(json.loads(text) for text in rows["tasks"]):
+            task = Task(*fields)
             positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.stretches(task)])
             if len(positions):
                 yield self.read(task, positions)
@@ -174,8 +175,8 @@ class Feed:
         num_cpus: float,
         num_tasks: int,
     ) -> None:
-        """num_cpus a task, num_tasks of this worker's at a time: together within what the trainers leave free, because
-        a task that waits for its consumer keeps its CPUs, and the workers wait for each other (trainer.share_cpus)."""
+        """num_cpus a task, num_tasks of this worker's at a time: within what `placement.share_cpus` leaves it, because
+        a task that waits for its consumer keeps its CPUs, and the workers wait for each other."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
         self.num_cpus, self.num_tasks = num_cpus, num_tasks
@@ -188,16 +189,22 @@ class Feed:
     def num_steps(self, split: str) -> int:
         return -(-self.manifest.rows[split] // self.config.global_batch_size)
 
-    def start(self, first_epoch: int) -> None:
-        """Begin the stream at an epoch: its training, its validation, the next epoch's training, and so on."""
-        tasks = self._tasks(first_epoch)
+    def start(self, first_epoch: int, first_step: int = 0) -> None:
+        """Begin the stream at a step of an epoch's training; then its validation, the next epoch's training, and so on.
+
+        Nothing of the steps before is read.
+        """
+        tasks = self._tasks(first_epoch, first_step)
         threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True).start()
 
-    def batches(self, split: str, epoch: int) -> Iterator[Batch]:
+    def stretch(self, split: str, step: int, rank: int) -> tuple[int, int]:
+        """Where in the pass a worker's part of a step begins and ends."""
+        return worker_stretch(step, self.manifest.rows[split], self.config.global_batch_size, rank, self.world_size)
+
+    def batches(self, split: str, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The worker's part of every step of a pass; a part can be empty in the last. Passes are asked for in order."""
-        num_rows = self.manifest.rows[split]
-        for step in range(self.num_steps(split)):
-            lo, hi = worker_stretch(step, num_rows, self.config.global_batch_size, self.rank, self.world_size)
+        for step in range(first_step, self.num_steps(split)):
+            lo, hi = self.stretch(split, step, self.rank)
             batch = self._take(hi - lo)
             # a lost, repeated or reordered row must not pass for training
             assert np.array_equal(batch["position"], np.arange(lo, hi)), (
@@ -205,11 +212,12 @@ class Feed:
             )
             yield batch
 
-    def _tasks(self, first_epoch: int) -> Iterator[Task]:
+    def _tasks(self, first_epoch: int, first_step: int) -> Iterator[Task]:
         for epoch in range(first_epoch, self.config.epochs):
             for split in ("train", "val"):
                 total = self.num_steps(split)
-                for first in range(0, total, self.steps_per_task):
+                begin = first_step if (epoch, split) == (first_epoch, "train") else 0
+                for first in range(begin, total, self.steps_per_task):
                     yield Task(epoch, split, first, min(first + self.steps_per_task, total))
 
     def _fill(self, tasks: Iterator[Task]) -> None:
@@ -237,14 +245,15 @@ class Feed:
         options.preserve_order = True
         context.execution_options = options
         while True:
-            blocks: list[pa.Table] = []
+            blocks: list[dict[str, str]] = []
             steps = 0.0
             while steps < self.steps_per_chunk and (block := self._next_block(tasks)):
-                blocks.append(pa.Table.from_pylist([vars(task) for task in block]))
+                blocks.append({"tasks": json.dumps([astuple(task) for task in block])})
                 steps += sum(task.last_step - task.first_step for task in block)
             if not blocks:
                 return
-            dataset = ray.data.from_arrow(blocks).map_batches(
+            # not from_arrow: it starts a task that wants a whole CPU, and no node may have one left
+            dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 self.reader,
                 batch_size=None,
                 batch_format="numpy",

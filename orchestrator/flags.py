@@ -87,8 +87,8 @@ def fraction(text: str) -> float:
 def _reading(name: str, field: FieldInfo) -> dict[str, Any]:
     """How argparse reads a field's value; ranges are left to the model, whose messages name what would work."""
     kind = field.annotation
-    if isinstance(kind, types.UnionType):  # X | None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if isinstance(kind, types.UnionType):  # X | None, or int | str, which the model reads itself
+        kind = [part for part in typing.get_args(kind) if part is not type(None)][-1]
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     if kind is bool:

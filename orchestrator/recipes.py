@@ -29,6 +29,7 @@ def digits() -> TrainConfig:
         global_batch_size=64,
         lr_patience=3,
         workers=2,
+        layout="columns",
         device="cpu",  # so small that a GPU would wait for the workers' bookkeeping
         precision="fp32",
     )

@@ -8,22 +8,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alexnet import pictures
 from alexnet.cost import estimate
+from alexnet.layouts import Layout
 
 from . import checkpoints, shards
 from .cluster import connect
 from .config import TrainConfig
 from .exits import Interrupted, JobError
+from .mailbox import Event
+from .placement import Node, choose_layout, ledger, make_plan, worker_counts
 from .progress import TrainView, duration, percent, table
 from .runs import RESULT, RunFolder
 from .shards import Manifest, read_manifest
 from .sources import open_source
 from .tracking import Tracker, tracking_uri, ui_command, without_password
-from .trainer import Event, train
+from .trainer import Training
 
 EMBEDDED = "digits"
-MAY_CHANGE = ("epochs", "workers", "device", "precision", "data", "max_failures")  # of a run that goes on
+MAY_CHANGE = ("epochs", "workers", "layout", "device", "precision", "data", "max_failures")  # of a run that goes on
 
 
 def data_folder(config: TrainConfig, output: Path) -> Path:
@@ -54,9 +59,17 @@ def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
             f"global_batch_size = {config.global_batch_size}: more than the {manifest.rows['train']} training images "
             f"in {folder}"
         )
-    estimate(
-        num_classes=num_classes, input_size=config.input_size, width=config.width, batch_size=1
-    )  # can it be built?
+    check_layout(config, num_classes)
+
+
+def check_layout(config: TrainConfig, num_classes: int) -> None:
+    """Raises ValueError of one line where the net cannot be built, or not laid over so many workers."""
+    for workers in worker_counts(config):
+        layout = None if config.layout == "auto" else Layout(config.layout, workers)
+        estimate(
+            num_classes=num_classes, input_size=config.input_size, width=config.width,
+            global_batch_size=config.global_batch_size, layout=layout,
+        )  # fmt: skip
 
 
 def describe(config: TrainConfig, output: Path) -> str:
@@ -70,9 +83,18 @@ def describe(config: TrainConfig, output: Path) -> str:
         manifest = read_manifest(folder)
         check_data(config, folder, manifest)
         rows, classes, where = manifest.rows, len(manifest.classes), f"{folder}, digest {manifest.digest}"
+    num_classes = config.num_classes or classes
+    check_layout(config, num_classes)
+    here = Node("here", os.cpu_count() or 1, torch.cuda.device_count())
+    plan = make_plan(config, [here], num_classes)
+    layout, reason = (
+        (plan.layout, plan.reason)
+        if plan
+        else choose_layout(config, worker_counts(config)[0], num_classes, [here], use_gpu=False)
+    )
     cost = estimate(
-        num_classes=config.num_classes or classes, input_size=config.input_size, width=config.width,
-        batch_size=config.global_batch_size // config.workers,
+        num_classes=num_classes, input_size=config.input_size, width=config.width,
+        global_batch_size=config.global_batch_size, layout=layout,
     )  # fmt: skip
     steps = -(-rows["train"] // config.global_batch_size)
     facts = [
@@ -86,9 +108,11 @@ def describe(config: TrainConfig, output: Path) -> str:
         ),
         (
             "memory",
-            f"{cost.memory_bytes / 1e9:.2f} GB a worker: weights, gradients, velocities, "
-            f"and activations of {config.global_batch_size // config.workers} images",
+            f"{cost.memory_bytes / 1e9:.2f} GB a worker: weights, gradients and velocities of "
+            f"{cost.part_parameters:,} parameters, and activations",
         ),
+        ("on this machine", reason),
+        *ledger(config, layout.workers, num_classes),
         ("checkpoint", f"{2 * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
@@ -119,6 +143,8 @@ class Session:
             self.manifest = read_manifest(self.folder)
             shards.verify(self.folder, self.manifest)
             check_data(config, self.folder, self.manifest)
+        else:
+            check_layout(config, config.num_classes or len(open_source(EMBEDDED).classes))
         if run.path.exists() and not resume:
             run.create(config)  # says why not
         self.tracker = Tracker(tracking_uri())
@@ -128,13 +154,12 @@ class Session:
             run.create(config)
         self.result = self.run.result()
         self.started = time.monotonic()
-        self.starts = 0
+        self.starts, self.workers = 0, 0
 
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
         try:
-            self._begin()
-            train(self.config, self.folder, self.run, self.on_event)
+            self._begin().follow(self.on_event)
             self._log_what_came_of_it()
         except Interrupted as stop:
             self._end("KILLED", f"stopped by {stop}")
@@ -147,8 +172,8 @@ class Session:
         self._end("FINISHED")
         self._show_results()
 
-    def _begin(self) -> None:
-        """Ray, the embedded data if it is asked for, the MLflow run, the first result."""
+    def _begin(self) -> Training:
+        """Ray, the embedded data if it is asked for, the workers, the MLflow run, the first result."""
         say = self.view.line.print
         connect()
         if self.embed:
@@ -159,6 +184,8 @@ class Session:
             f"{self.manifest.rows['train']} train and {self.manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
+        # the workers start while MLflow does; should that fail, they end with Ray
+        training = Training(self.config, self.folder, self.run, self.config.num_classes or len(self.manifest.classes))
         self.tracker.start(
             self.run.name,
             self.config,
@@ -176,6 +203,7 @@ class Session:
             "mlflow_tracking_uri": without_password(self.tracker.uri),
         }
         self.run.write_result(self.result)
+        return training
 
     def on_event(self, event: Event) -> None:
         if event["kind"] == "started":
@@ -186,6 +214,9 @@ class Session:
             metrics = event["metrics"]
             self.tracker.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
             self._keep(event["history"])
+        elif event["kind"] == "stopped":
+            where = f"{event['epoch']} epochs and {event['step']} steps"
+            self.view.event({"kind": "note", "text": f"a checkpoint was saved after {where}"})
         elif event["kind"] == "finished":
             self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
         self.view.event(event)
@@ -204,12 +235,13 @@ class Session:
         self.starts += 1
         if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down
             self._keep(event["history"])
-        precision = "bf16" if event["bf16"] else "fp32"
-        text = f"training on {event['device']} in {precision}"
-        if self.starts > 1:
-            text = f"a worker was lost; going on from the last checkpoint, after epoch {event['epoch']}"
-        elif event["epoch"]:
-            text += f", resumed after epoch {event['epoch']}"
+        text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
+        where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
+        if self.starts > 1 and event["workers"] == self.workers:
+            text = f"a worker was lost; going on from the last checkpoint, after {where}"
+        elif event["epoch"] or event["step"]:
+            text += f", resumed after {where}"
+        self.workers = event["workers"]
         self.view.event({"kind": "note", "text": text})
 
     def _log_what_came_of_it(self) -> None:

@@ -1,148 +1,235 @@
-"""From a config to a Ray Train run, its events to whoever watches."""
+"""From a config to a Ray Train run, its events to whoever watches.
 
+A run is a sequence of fits: each is one Ray Train run of a fixed number of workers, in an actor of its own. When a node
+that held workers is lost, or an elastic run could use one that came, the fit ends and the next begins from the last
+checkpoint in the shape that the cluster then allows. Ray Train itself replaces a crashed worker within a fit.
+"""
+
+import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
-from .exits import JobError, last_line
+from .exits import Interrupted, JobError, last_line
+from .mailbox import Event, Mailbox
+from .placement import Plan, alive, make_plan
 from .runs import RunFolder
 
-Event = dict[str, Any]
+POLL_S = 0.5
+NODES_EVERY_S = 2.0
+SETTLED_S = 5.0  # a cluster that could take more workers is given this long to change its mind
 START_PATIENCE_S = 90.0
+STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a run asks of the cluster."""
+class Training:
+    """A run under way. Ray must be connected. A run folder that holds checkpoints goes on from the latest."""
 
-    use_gpu: bool
-    worker_cpus: float  # of each training worker
-    feed_cpus: float  # of each of its Ray Data tasks
-    feed_tasks: int  # of each worker, at a time
+    def __init__(self, config: TrainConfig, data: Path, run: RunFolder, num_classes: int) -> None:
+        """Start the workers. Raises JobError where they can never fit."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        self.config, self.data, self.run, self.num_classes = config, data, run, num_classes
+        here = ray.get_runtime_context().get_node_id()
+        self._here = NodeAffinitySchedulingStrategy(here, soft=False)  # what serves the driver lives where it does
+        self._mailbox = ray.remote(num_cpus=0, scheduling_strategy=self._here)(Mailbox).remote()
+        self._fit: Any = None  # the actor that runs Ray Train now
+        self._done: Any = None  # what it will have returned
+        self._nodes: list[str] = []  # of its workers, once they have started
+        self._begin()
 
-def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
-    """Divide the cluster so that the workers and every worker's feed fit at once.
+    def follow(self, on_event: Callable[[Event], None]) -> None:
+        """Run to the end, calling on_event with every event, in order, in this thread.
 
-    A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
-    worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
-    """
-    use_gpu = device == "gpu" or (device == "auto" and total_gpus > 0)
-    if use_gpu and total_gpus < workers:
-        raise JobError(
-            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one; "
-            "ask for fewer workers, or say --device cpu"
+        Raises JobError if training failed. Interrupted passes through, after the workers have saved a checkpoint, if
+        they can within STOP_PATIENCE_S. Workers never outlive this call.
+        """
+        try:
+            while not self._follow_fit(on_event):
+                self._wait_for_room(on_event)
+        except Interrupted:
+            self._stop(on_event)
+            raise
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End the workers, whatever they do."""
+        import ray
+
+        if self._fit is not None:
+            ray.kill(self._fit)  # Ray Train's controller is its child, and the workers are the controller's
+            self._fit = None
+
+    def _begin(self) -> None:
+        """Start a fit in the best shape that the cluster has room for now, if any."""
+        import ray
+
+        self._plan = make_plan(self.config, alive(ray.nodes()), self.num_classes)
+        self._fit, self._done, self._nodes = None, None, []
+        if self._plan is None:
+            return
+        resources, layout = self._plan.resources, self._plan.layout
+        ray.get(self._mailbox.clear.remote())
+        loop = {
+            "config": self.config.model_dump(),
+            "data": str(self.data.absolute()),
+            "layout": layout.kind,
+            "mailbox": self._mailbox,
+            "feed_cpus": resources.feed_cpus,
+            "feed_tasks": resources.feed_tasks,
+        }
+        self._fit = ray.remote(num_cpus=0, scheduling_strategy=self._here)(Fit).remote()
+        self._done = self._fit.run.remote(
+            loop, self._plan, self.run.name, str(self.run.output), self.config.max_failures
         )
-    if total_cpus <= 0:
-        raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
-    for_feed = 1.0 if total_cpus >= 2 else total_cpus / 2
-    worker_cpus = _down(min(1.0, (total_cpus - for_feed) / workers))
-    each = (total_cpus - workers * worker_cpus) / workers
-    feed_cpus = _down(min(1.0, each))
-    return Resources(use_gpu, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
+
+    def _follow_fit(self, on_event: Callable[[Event], None]) -> bool:
+        """Returns whether the run is at its end; False if the fit ended for another to begin."""
+        import ray
+
+        if self._plan is None or self._fit is None:
+            return False
+        on_event({"kind": "note", "text": self._plan.reason})
+        failure: str | None = None
+        started_at, patience = None, time.monotonic() + START_PATIENCE_S
+        look_at, could_grow_since, asked = time.monotonic() + NODES_EVERY_S, math.inf, False
+        stopped = False
+        while True:
+            over = bool(ray.wait([self._done], timeout=POLL_S)[0])
+            for event in ray.get(self._mailbox.drain.remote()):
+                if event["kind"] == "started":
+                    started_at, self._nodes = time.monotonic(), event["nodes"]
+                elif event["kind"] == "failed":
+                    failure = event["text"]
+                elif event["kind"] == "stopped":
+                    stopped = True
+                on_event(event | {"workers": self._plan.layout.workers})
+            now = time.monotonic()
+            if over:
+                break
+            if started_at is None and now > patience:
+                patience = math.inf
+                on_event({"kind": "warning", "text": self._why_waiting()})
+            if now < look_at:
+                continue
+            look_at = now + NODES_EVERY_S
+            nodes = alive(ray.nodes())
+            lost = {*self._nodes, *self._plan.node_of_worker} - {node.id for node in nodes}
+            if lost:
+                text = f"{len(lost)} node(s) with workers of this run were lost; going on from the last checkpoint"
+                on_event({"kind": "note", "text": text})
+                self.end()
+                return False
+            if asked or started_at is None or not self._could_grow(nodes):
+                could_grow_since = math.inf
+                continue
+            could_grow_since = min(could_grow_since, now)
+            if now - could_grow_since >= SETTLED_S:
+                on_event({"kind": "note", "text": "the cluster has room for more workers; saving a checkpoint to grow"})
+                self._mailbox.ask_to_stop.remote()
+                asked = True
+        if failure is not None:
+            raise JobError(failure)
+        outcome = self._outcome()
+        if "error" in outcome:
+            raise JobError(outcome["error"])
+        if stopped:
+            self.end()
+            return False
+        on_event({"kind": "finished"} | outcome)
+        return True
+
+    def _outcome(self) -> dict[str, Any]:
+        import ray
+
+        try:
+            outcome: dict[str, Any] = ray.get(self._done)
+        except Exception as error:  # the actor itself died
+            outcome = {"error": last_line(error)}
+        return outcome
+
+    def _could_grow(self, nodes: list[Any]) -> bool:
+        low, high = self.config.worker_range
+        if low == high or self._plan is None or self._plan.layout.workers == high:
+            return False
+        plan = make_plan(self.config, nodes, self.num_classes)
+        return plan is not None and plan.layout.workers > self._plan.layout.workers
+
+    def _wait_for_room(self, on_event: Callable[[Event], None]) -> None:
+        """Begin the next fit as soon as the cluster has room for one."""
+        said = 0.0
+        while True:
+            self._begin()
+            if self._plan is not None:
+                return
+            if time.monotonic() - said > START_PATIENCE_S:
+                said = time.monotonic()
+                text = f"the cluster has no room for {self.config.workers} workers now; waiting for nodes"
+                on_event({"kind": "warning", "text": text})
+            time.sleep(NODES_EVERY_S)
+
+    def _stop(self, on_event: Callable[[Event], None]) -> None:
+        """Let the workers save where they are."""
+        import ray
+
+        if self._fit is None or not self._nodes:
+            return
+        with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is not
+            self._mailbox.ask_to_stop.remote()
+            ray.wait([self._done], timeout=STOP_PATIENCE_S)
+            for event in ray.get(self._mailbox.drain.remote()):
+                on_event(event)
+
+    def _why_waiting(self) -> str:
+        import ray
+
+        assert self._plan is not None
+        free = ray.available_resources()
+        return (
+            f"the workers have not started in {START_PATIENCE_S:.0f} s; "
+            f"waiting for {self._plan.layout.workers} of {self._plan.resources.per_worker()}, "
+            f"where the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
+        )
 
 
-def _down(cpus: float) -> float:
-    return int(cpus * 1000) / 1000  # Ray counts in ten-thousandths
+class Fit:
+    """An actor that is one Ray Train run: to kill it ends all of the run's processes."""
 
+    def run(self, loop: dict[str, Any], plan: Plan, name: str, storage_path: str, max_failures: int) -> dict[str, Any]:
+        """Returns the paths of the checkpoints, or the one line that says what went wrong."""
+        import ray.train
+        from ray.train.torch import TorchTrainer
 
-def train(config: TrainConfig, data: Path, run: RunFolder, on_event: Callable[[Event], None]) -> None:
-    """Run to the end, calling on_event with every event of rank 0, in order, in this thread.
+        from .worker import train_worker
 
-    Ray must be connected. A run folder that holds checkpoints goes on from the latest.
-    Raises JobError if training failed; Interrupted passes through and leaves the run to end with Ray.
-    """
-    import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from .worker import train_worker
-
-    total = ray.cluster_resources()
-    resources = share_cpus(total.get("CPU", 0), total.get("GPU", 0), config.workers, config.device)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives while we do
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
-    loop = {
-        "config": config.model_dump(),
-        "data": str(data.absolute()),
-        "mailbox": mailbox,
-        "feed_cpus": resources.feed_cpus,
-        "feed_tasks": resources.feed_tasks,
-    }
-    per_worker = {"CPU": resources.worker_cpus} | ({"GPU": 1.0} if resources.use_gpu else {})
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=loop,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
-        ),
-        run_config=ray.train.RunConfig(
-            name=run.name,
-            storage_path=str(run.output),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
-                num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
+        places = [{"ray.io/node-id": node} for node in plan.node_of_worker]
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config=loop,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=plan.layout.workers, use_gpu=plan.resources.use_gpu,
+                resources_per_worker=plan.resources.per_worker(), placement_strategy=plan.strategy(),
+                label_selector=places or None,
             ),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    outcome: dict[str, Any] = {}
-    # not in the main thread: there Ray takes over Ctrl-C, and this loop has its own use for it
-    thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train", daemon=True)
-    thread.start()
-    failure: str | None = None
-    started, patience = False, time.monotonic() + START_PATIENCE_S
-    while True:
-        alive = thread.is_alive()
-        for event in ray.get(mailbox.drain.remote()):
-            started = True
-            if event["kind"] == "failed":
-                failure = event["text"]
-            on_event(event)
-        if not alive:
-            break
-        if not started and time.monotonic() > patience:
-            patience = math.inf
-            free = ray.available_resources()
-            text = (
-                f"the workers have not started in {START_PATIENCE_S:.0f} s; "
-                f"waiting for {config.workers} of {per_worker}, "
-                f"where the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
-            )
-            on_event({"kind": "warning", "text": text})
-        thread.join(0.5)
-    if failure is not None:
-        raise JobError(failure)
-    if "error" in outcome:
-        raise JobError(_one_line(outcome["error"])) from outcome["error"]
-    on_event({"kind": "finished"} | _kept_checkpoints(outcome["result"]))
-
-
-class Mailbox:
-    """An actor that holds events until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def put(self, event: Event) -> None:
-        self.events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-
-def _fit(trainer: Any, outcome: dict[str, Any]) -> None:
-    try:
-        outcome["result"] = trainer.fit()
-    except BaseException as error:  # handed to the thread that waits
-        outcome["error"] = error
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
+                    num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
+                ),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )  # fmt: skip
+        try:
+            return _kept_checkpoints(trainer.fit())
+        except Exception as error:
+            return {"error": _one_line(error)}
 
 
 def _kept_checkpoints(result: Any) -> Event:

@@ -8,15 +8,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import alexnet
+from alexnet.dropout import Where
+from alexnet.layouts import Layout, PlacedNet
 
 from . import checkpoints
 from .config import TrainConfig, make_config
@@ -27,10 +30,16 @@ SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
 STUCK_STEPS = 50  # from then on a loss that is not below ln(classes) is worth a word
 STUCK_MARGIN = 0.01
+NEVER_BEST = 2.0  # error of a checkpoint without validation; infinity would become null on Ray's disk
+CUT = ("top", "left", "flip", "label")  # what travels beside an image's pixels
 
 
 class Diverged(Exception):
     """The loss is no number any more; the message names the step."""
+
+
+class Stopped(Exception):
+    """The driver asked all workers to stop; a checkpoint has been saved."""
 
 
 def train_worker(loop: dict[str, Any]) -> None:
@@ -48,73 +57,104 @@ def train_worker(loop: dict[str, Any]) -> None:
         worker.run()
     except Diverged as error:
         worker.tell("failed", text=str(error))
+    except Stopped:
+        worker.tell("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
     worker.flush()
 
 
 class Worker:
-    """One rank: its copy of the net, its part of every batch."""
+    """One rank: its part of the net, its part of every batch."""
 
     def __init__(self, config: TrainConfig, folder: Path, loop: dict[str, Any]) -> None:
         context = ray.train.get_context()
         self.config, self.rank, self.world_size = config, context.get_world_rank(), context.get_world_size()
+        self.layout = Layout(loop["layout"], self.world_size)
         self.manifest: Manifest = read_manifest(folder)
         self.num_classes = config.num_classes or len(self.manifest.classes)
-        self.mailbox, self._sent, self.said_stuck = loop["mailbox"], None, False
-        self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            alexnet.keep_freed_memory()
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-
-        mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
-        self.subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
-        self.net = build_net(config, self.num_classes).to(self.device)
-        self.optimizer = alexnet.PaperSGD(self.net.parameters(), config.lr, config.momentum, config.weight_decay)
-        self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
-        self.state = checkpoints.State()
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint:
-            with checkpoint.as_directory() as path:
-                self.state = checkpoints.load(Path(path), self.net, self.optimizer, self.schedule)
-        self.model = (
-            DistributedDataParallel(self.net, gradient_as_bucket_view=True) if self.world_size > 1 else self.net
-        )
-        self.bf16 = self._agree(wants_bf16(config.precision, self.device))
+        self.mailbox, self._sent, self.said_stuck, self.told_to_stop = loop["mailbox"], None, False, False
         self.feed = Feed(
             folder, self.manifest, config, rank=self.rank, world_size=self.world_size,
             num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"],
         )  # fmt: skip
+        checkpoint = ray.train.get_checkpoint()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            alexnet.keep_freed_memory()
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.nodes = self._meet()
+
+        mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
+        self.subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        net = build_net(config, self.num_classes).to(self.device, self.dtype)
+        self.placed = PlacedNet(net, self.layout, self.rank)
+        self.optimizer = alexnet.PaperSGD(self.placed.parameters(), config.lr, config.momentum, config.weight_decay)
+        self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
+        self.state = checkpoints.State()
+        if checkpoint:
+            with checkpoint.as_directory() as path:
+                self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
+
+    def _meet(self) -> list[str]:
+        """Compare notes with the other workers: agrees on the precision, returns the node of every rank.
+
+        Raises ValueError, on all alike, where they are not placed as the layout needs them.
+        """
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+        mine = (ray.get_runtime_context().get_node_id(), gpu, wants_bf16(self.config.precision, self.device))
+        all_of_them: list[Any] = [mine]
+        if self.world_size > 1:
+            all_of_them = [None] * self.world_size
+            dist.all_gather_object(all_of_them, mine)
+        nodes, gpus, wishes = (list(column) for column in zip(*all_of_them, strict=True))
+        self.bf16 = all(wishes)
+        if gpu is not None and len(set(gpus)) < self.world_size:
+            twice = next(uuid for uuid in gpus if gpus.count(uuid) > 1)
+            ranks = " and ".join(str(rank) for rank, uuid in enumerate(gpus) if uuid == twice)
+            raise ValueError(
+                f"workers {ranks} share one GPU, over which NCCL cannot speak: give each worker a GPU of its own, "
+                "or say --device cpu"
+            )
+        if self.layout.kind == "columns":
+            for rank in range(0, self.world_size, self.layout.group_size):
+                homes = {nodes[other] for other in self.layout.group_of(rank)}
+                if len(homes) > 1:
+                    raise ValueError(
+                        f"workers {rank} and {rank + 1} hold the columns of one net but are on different nodes: each "
+                        f"node needs room for {self.layout.group_size} workers; or say --layout data"
+                    )
+        return nodes
 
     def run(self) -> None:
         """Train from where the state is to the last epoch, validating and saving after each."""
-        news = {"epoch": self.state.epoch, "history": self.state.history}
-        self.tell("started", bf16=self.bf16, device=str(self.device), **news)
-        self.feed.start(self.state.epoch)
+        self.feed.start(self.state.epoch, len(self.state.losses))
+        news = {"epoch": self.state.epoch, "step": len(self.state.losses), "history": self.state.history}
+        precision = "bf16" if self.bf16 else {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
+        self.tell("started", precision=precision, device=str(self.device), nodes=self.nodes, **news)
         for epoch in range(self.state.epoch, self.config.epochs):
             metrics = self.train_epoch(epoch) | self.validate(epoch)
             self.schedule.step(metrics["val/top1_error"])
-            self.state.epoch = epoch + 1
+            self.state.epoch, self.state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": self.state.step} | metrics
             self.state.history.append(metrics)
             self.tell("epoch", epochs=self.config.epochs, metrics=metrics, history=self.state.history)
             self.save(metrics)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training set; returns train/loss (mean over its images), train/lr, train/images_per_s."""
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch * 1_009 + self.rank)  # dropout: its own on every worker
-        self.model.train()
-        num_rows, steps = self.manifest.rows["train"], self.feed.num_steps("train")
-        lr = self.optimizer.param_groups[0]["lr"]
-        pending: list[Tensor] = []  # (2,) loss sum and images of each step since the last look, still on the device
-        losses: list[float] = []
-        images, start, shown = 0, time.monotonic(), 0.0
-        for step, batch in enumerate(self.feed.batches("train", epoch)):
-            size = min(self.config.global_batch_size, num_rows - step * self.config.global_batch_size)
-            pending.append(self.update(batch, size))
+        """One pass over the training set, or what is left of it; returns train/loss (mean over its images), train/lr,
+        train/images_per_s. Raises Stopped or Diverged."""
+        self.placed.train()
+        steps, global_size = self.feed.num_steps("train"), self.config.global_batch_size
+        lr, losses = self.optimizer.param_groups[0]["lr"], self.state.losses
+        first = len(losses)
+        pending: list[Tensor] = []  # (3,) of each step since the last look, still on the device
+        start, shown = time.monotonic(), 0.0
+        for step, batch in enumerate(self.feed.batches("train", epoch, first), start=first):
+            pending.append(self.update(batch, step))
             self.state.step += 1
             if self.device.type == "cpu" or len(pending) == LOG_EVERY_STEPS or step + 1 == steps:
-                losses += self.look(pending, images_before=images, epoch=epoch)
-                images, pending = step * self.config.global_batch_size + size, []
-                rate = images / (time.monotonic() - start)
+                stop = self.look(pending, epoch=epoch)
+                pending = []
                 if self.state.step % STUCK_STEPS == 0 or step + 1 == steps:
                     self.watch_for_a_stuck_net(losses)
                 log = (step + 1) % LOG_EVERY_STEPS == 0
@@ -123,35 +163,40 @@ class Worker:
                     recent = losses[-LOG_EVERY_STEPS:]
                     self.tell(
                         "step", epoch=epoch, epochs=self.config.epochs, step=step + 1, steps=steps, log=log,
-                        total_step=self.state.step, loss=sum(recent) / len(recent), lr=lr, images_per_s=rate,
+                        total_step=self.state.step, loss=sum(recent) / len(recent), lr=lr,
+                        images_per_s=(step + 1 - first) * global_size / (shown - start),
                     )  # fmt: skip
-        assert images == num_rows, f"trained on {images} of {num_rows} images"
-        weights = [self.config.global_batch_size] * (steps - 1) + [
-            num_rows - (steps - 1) * self.config.global_batch_size
-        ]
-        mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / num_rows
-        return {"train/loss": mean, "train/lr": lr, "train/images_per_s": num_rows / (time.monotonic() - start)}
+                if stop:
+                    self.save({"val/top1_error": NEVER_BEST})
+                    raise Stopped
+        sizes = [self.size_of("train", step) for step in range(steps)]
+        assert len(losses) == steps, f"epoch {epoch + 1}: {len(losses)} of {steps} steps were made"
+        mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+        images_per_s = sum(sizes[first:]) / (time.monotonic() - start)
+        return {"train/loss": mean, "train/lr": lr, "train/images_per_s": images_per_s}
 
-    def update(self, batch: Batch, global_size: int) -> Tensor:
-        """One step of the optimizer on the global batch's mean loss; returns this worker's (loss sum, images)."""
-        scores, labels = self.scores(self.model, batch)
-        loss_sum = F.cross_entropy(scores.float(), labels, reduction="sum")
-        # data parallelism averages gradients over the workers, whose parts of a short batch may differ in size
-        (loss_sum * (self.world_size / global_size)).backward()
+    def update(self, batch: Batch, step: int) -> Tensor:
+        """One step of the optimizer on the global batch's mean loss; returns what `look` adds up over the workers:
+        the loss sum and the number of images, from one worker of each group, and whether this one was told to stop."""
+        scores, labels = self.scores("train", step, batch)
+        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+        torch.autograd.backward(loss_sum / self.size_of("train", step))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.world_size == 1)  # DDP keeps its gradients in its buckets
-        return torch.stack([loss_sum.detach(), torch.tensor(float(len(labels)), device=self.device)])
+        self.placed.zero_grad()
+        mine = torch.tensor([float(len(labels)) * self.placed.speaks, float(self.is_told_to_stop())])
+        return torch.cat([loss_sum.detach()[None].double() * self.placed.speaks, mine.to(self.device)])
 
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
         """Every row of val exactly once, centre crops; returns val/loss, val/top1_error, val/top5_error."""
-        self.model.eval()
+        self.placed.eval()
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss sum, top-1 wrong, top-5 wrong, images
-        for batch in self.feed.batches("val", epoch):
-            scores, labels = self.scores(self.net, batch)
-            loss_sum = F.cross_entropy(scores.float(), labels, reduction="sum")
-            images = torch.tensor([len(labels)], device=self.device)
-            total += torch.cat([loss_sum[None], alexnet.count_errors(scores.float(), labels), images])
+        for step, batch in enumerate(self.feed.batches("val", epoch)):
+            scores, labels = self.scores("val", step, batch)
+            if self.placed.speaks:
+                loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+                images = torch.tensor([len(labels)], device=self.device)
+                total += torch.cat([loss_sum[None], alexnet.count_errors(scores, labels), images])
         self.add_up(total)
         loss, top1, top5, count = total.tolist()
         if not math.isfinite(loss):  # the last update's doing, which no training loss has seen; nothing of it is saved
@@ -162,25 +207,48 @@ class Worker:
             raise RuntimeError(f"validated {count:.0f} images where the manifest says {self.manifest.rows['val']}")
         return {"val/loss": loss / count, "val/top1_error": top1 / count, "val/top5_error": top5 / count}
 
-    def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch of uint8 crops to the device, to floats, through the net."""
-        image, top, left, flip, label = (
-            self._to_device(batch[name]) for name in ("image", "top", "left", "flip", "label")
-        )
+    def scores(self, split: str, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch of uint8 crops to the device, to floats, through the net: the scores and labels of the images of
+        this worker's group, in the order of the global batch."""
+        stretches = [self.feed.stretch(split, step, rank) for rank in self.layout.group_of(self.rank)]
+        sizes = [last - first for first, last in stretches]
+        info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
+        image, info = self._to_device(batch["image"]), info.to(self.device)
+        top, left, flip = self.placed.share_images(info[:, :3], sizes).unbind(1)
+        labels = self.placed.share_labels(info[:, 3:], sizes).long().flatten()
+        begin = step * self.config.global_batch_size
+        position = torch.arange(stretches[0][0] - begin, stretches[-1][1] - begin, device=self.device)
+        where = Where(self.config.seed, self.state.step, position)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return model(self.subtract_mean(image, top, left, flip)), label
+            x = self.subtract_mean(self.placed.share_images(image, sizes), top, left, flip.bool())
+            scores = self.placed(x.to(self.dtype), where, sizes)
+        return scores.to(self.dtype), labels
 
-    def look(self, pending: list[Tensor], *, images_before: int, epoch: int) -> list[float]:
-        """The mean loss of each pending step over all workers. Raises Diverged on all of them alike."""
-        sums = torch.stack(pending).double()
+    def size_of(self, split: str, step: int) -> int:
+        """Images of a global batch; the last of a pass may be smaller."""
+        return min(self.config.global_batch_size, self.manifest.rows[split] - step * self.config.global_batch_size)
+
+    def look(self, pending: list[Tensor], *, epoch: int) -> bool:
+        """Add up the pending steps over all workers and append their mean losses to the state's.
+
+        Returns whether any worker was told to stop. Raises Diverged on all of them alike.
+        """
+        sums = torch.stack(pending)
         self.add_up(sums)
-        losses = []
         first = self.state.step - len(pending) + 1
-        for number, (loss_sum, count) in enumerate(sums.tolist(), start=first):
+        for number, (loss_sum, count, _) in enumerate(sums.tolist(), start=first):
+            wanted = self.size_of("train", len(self.state.losses))
+            assert count == wanted, f"step {number} was made on {count:.0f} images, not {wanted}"
             if not math.isfinite(loss_sum):
                 raise Diverged(f"loss is {loss_sum / count} at step {number} (epoch {epoch + 1}): {self._advice()}")
-            losses.append(loss_sum / count)
-        return losses
+            self.state.losses.append(loss_sum / count)
+        return bool(sums[:, 2].any().item())
+
+    def is_told_to_stop(self) -> bool:
+        """Whether the driver has asked for it, as far as rank 0 knows from the answer to its last news."""
+        if self._sent is not None and not self.told_to_stop and ray.wait([self._sent], timeout=0)[0]:
+            self.told_to_stop = ray.get(self._sent)
+        return self.told_to_stop
 
     def watch_for_a_stuck_net(self, losses: list[float]) -> None:
         """Say once that the loss is not below that of guessing: AlexNet's best-known failure."""
@@ -197,22 +265,29 @@ class Worker:
         )
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Report the epoch to Ray Train, with a checkpoint from rank 0."""
-        if self.rank != 0:
+        """Report to Ray Train, with a checkpoint from rank 0, to which its group contributes."""
+        if self.rank not in self.layout.group_of(0):
             ray.train.report(metrics)
             return
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-        checkpoints.save(folder, self.net, self.optimizer, self.schedule, self.state)
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-")) if self.rank == 0 else None
+        checkpoints.save(folder, self.placed, self.optimizer, self.schedule, self.state)
+        if folder is None:
+            ray.train.report(metrics)
+            return
+        name = f"checkpoint-epoch-{self.state.epoch:04d}"
+        if self.state.losses:
+            name += f"-step-{len(self.state.losses):06d}"
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"checkpoint-epoch-{self.state.epoch:04d}",
+            checkpoint_dir_name=name,
             delete_local_checkpoint_after_upload=True,
         )
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Send an event to the driver, from rank 0 alone, without waiting."""
         if self.rank == 0:
+            self.is_told_to_stop()  # the answer to the last is not lost
             self._sent = self.mailbox.put.remote({"kind": kind} | fields)
 
     def flush(self) -> None:
@@ -226,13 +301,6 @@ class Worker:
 
     def _advice(self) -> str:
         return f"training diverged; try a lower --lr than {self.config.lr:g}"
-
-    def _agree(self, wish: bool) -> bool:
-        """True where every worker's is."""
-        vote = torch.tensor(int(wish), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(vote, dist.ReduceOp.MIN)
-        return bool(vote.item())
 
     def _to_device(self, array: Any) -> Tensor:
         return as_tensor(array).to(self.device, non_blocking=True)

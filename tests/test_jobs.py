@@ -32,10 +32,26 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(job, place):
-    """A short digits run; its folder is `place`."""
-    done = job("train", "--epochs", "3", "--name", "first", cwd=place)
+    """A short digits run, in float64 so that others can be held against it; its folder is `place`."""
+    done = job("train", "--epochs", "3", "--precision", "fp64", "--name", "first", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def whole(finished, job, place, here):
+    """The result of a run that nothing disturbed."""
+    done = job("train", "--epochs", "5", "--precision", "fp64", "--name", "whole", cwd=place, **here)
+    assert done.returncode == 0, done.stderr
+    return result_of(place, "whole")
+
+
+def assert_same_history(result, whole):
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3, 4, 5]
+    for a, b in zip(result["history"], whole["history"], strict=True):
+        assert a["step"] == b["step"]
+        for name in ("train/loss", "val/loss", "val/top1_error", "val/top5_error"):
+            assert a[name] == pytest.approx(b[name], rel=1e-9), (a["epoch"], name)
 
 
 def result_of(place, name):
@@ -74,23 +90,20 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_ended_as_if_it_had_never_stopped(finished, place, job):
-    longer = job("train", "--epochs", "5", "--name", "whole", cwd=place)
-    resumed = job("train", "--resume", "first", "--epochs", "5", cwd=place)
-    assert (longer.returncode, resumed.returncode) == (0, 0), longer.stderr + resumed.stderr
+def test_a_run_goes_on_in_another_layout_as_if_it_had_never_stopped(finished, whole, place, job, here):
+    changes = ("--epochs", "5", "--layout", "hybrid", "--workers", "4")
+    resumed = job("train", "--resume", "first", *changes, cwd=place, **here)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "layout hybrid over 4 worker(s), as asked" in resumed.stdout
     assert "resumed after epoch 3" in resumed.stdout
-    whole, first = result_of(place, "whole"), result_of(place, "first")
-    assert [entry["epoch"] for entry in first["history"]] == [1, 2, 3, 4, 5]
     assert "results after 5 epochs" in resumed.stdout
-    for a, b in zip(first["history"], whole["history"], strict=True):
-        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-5)
-        assert a["val/loss"] == pytest.approx(b["val/loss"], rel=1e-5)
+    assert_same_history(result_of(place, "first"), whole)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_nan_stops_the_run_and_names_the_step(finished, job, place):
-    done = job("train", "--epochs", "2", "--lr", "1e6", "--name", "wild", cwd=place)
+def test_a_nan_stops_the_run_and_names_the_step(finished, job, place, here):
+    done = job("train", "--epochs", "2", "--lr", "1e6", "--name", "wild", cwd=place, **here)
     assert done.returncode == 1
     assert re.search(
         r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", done.stderr
@@ -104,8 +117,8 @@ def test_a_nan_stops_the_run_and_names_the_step(finished, job, place):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_net_that_only_guesses_is_said_aloud(finished, job, place):
-    done = job("train", "--epochs", "3", "--init", "paper", "--lr", "1e-6", "--name", "stuck", cwd=place)
+def test_a_net_that_only_guesses_is_said_aloud(finished, job, place, here):
+    done = job("train", "--epochs", "3", "--init", "paper", "--lr", "1e-6", "--name", "stuck", cwd=place, **here)
     assert done.returncode == 0, done.stderr
     assert "no better than guessing, ln(10) = 2.3026" in done.stdout
 
@@ -128,24 +141,31 @@ def read_until(process, words):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_is_killed_in_mlflow_and_says_how_to_go_on(finished, place, signum, status):
+def test_a_stopped_run_saves_where_it_is_and_goes_on_from_there(finished, whole, job, here, place, signum, status):
     name = f"stopped-{status}"
-    process = start(place, "--epochs", "500", "--name", name)
+    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", name)
     read_until(process, "epoch 2/500  train loss")
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
+    assert "a checkpoint was saved after 2 epochs and " in out
     assert f"--resume {name}" in out
     result = result_of(place, name)
     assert result["status"] == "KILLED"
     run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
     assert run.info.status == "KILLED"
+    if signum == signal.SIGINT:
+        changes = ("--epochs", "5", "--layout", "single", "--workers", "1")
+        resumed = job("train", "--resume", name, *changes, cwd=place, **here)
+        assert resumed.returncode == 0, resumed.stderr
+        assert re.search(r"resumed after epoch 2 and \d+ steps", resumed.stdout)
+        assert_same_history(result_of(place, name), whole)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_is_survived_from_the_last_checkpoint(finished, place):
-    process = start(place, "--epochs", "6", "--name", "survivor")
+    process = start(place, "--epochs", "6", "--precision", "fp64", "--name", "survivor")
     read_until(process, "epoch 3/6  train loss")
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
@@ -179,14 +199,14 @@ def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, pl
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, job, place):
+def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, job, place, here):
     data = place / "runs" / "_data" / "damaged"
     shutil.copytree(place / "runs" / "_data" / "digits", data)
     shard = next(iter(sorted((data / "train").iterdir())))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = job("train", "--data", data, "--epochs", "1", "--name", "damaged", cwd=place)
+    done = job("train", "--data", data, "--epochs", "1", "--name", "damaged", cwd=place, **here)
     shutil.rmtree(data)
     assert done.returncode == 1
     assert shard.name in error_of(done)
@@ -274,18 +294,20 @@ def test_a_wrong_preparation_is_one_line_and_status_2(job, tmp_path, args, words
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path):
+def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path, here):
     (photographs / "train" / "apple" / "broken.JPEG").write_bytes(b"no picture")
     start = time.monotonic()
-    done = job("prepare", "--source", photographs, "--output", tmp_path / "out", "--max-rejected", "0.1", cwd=tmp_path)
+    done = job(
+        "prepare", "--source", photographs, "--output", tmp_path / "out", "--max-rejected", "0.1", cwd=tmp_path, **here
+    )
     assert done.returncode == 0, done.stderr
     assert re.match(
         r"32 rows \(24 train, 8 val\), 1 rejected, listed in .*rejected\.jsonl", done.stdout.splitlines()[-1]
     )
-    again = job("prepare", "--source", photographs, "--output", tmp_path / "out", cwd=tmp_path)
+    again = job("prepare", "--source", photographs, "--output", tmp_path / "out", cwd=tmp_path, **here)
     assert again.returncode == 2
     assert "already holds a data set" in error_of(again)
-    refused = job("prepare", "--source", photographs, "--output", tmp_path / "strict", cwd=tmp_path)
+    refused = job("prepare", "--source", photographs, "--output", tmp_path / "strict", cwd=tmp_path, **here)
     assert refused.returncode == 1
     assert "1 of 33 files could not be read" in error_of(refused)
     assert time.monotonic() - start < 280

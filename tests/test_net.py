@@ -136,7 +136,7 @@ def test_images_of_another_size_are_refused():
 def test_the_cost_counts_what_the_guide_counts():
     from alexnet.cost import estimate
 
-    cost = estimate(num_classes=1000, input_size=224, width=1.0, batch_size=128)
+    cost = estimate(num_classes=1000, input_size=224, width=1.0, global_batch_size=128)
     assert cost.num_parameters == 60_965_224
     assert cost.training_flops / 6 == pytest.approx(
         0.72e9, rel=0.01

@@ -1,0 +1,341 @@
+"""How one net lies over several workers: the only file that knows of process groups.
+
+    single    one worker holds the net
+    data      every worker holds the net and trains on its own images; gradients are summed
+    columns   two workers hold a column each, half of every layer's maps, and train on the same images (paper, 3.5)
+    hybrid    every worker holds the convolutions for its own images, and its share of the fully connected layers'
+              units for all images (Krizhevsky 2014, arXiv 1404.5997)
+
+A layout changes speed and memory, never the result. The workers that hold one net between them are a group of
+consecutive ranks; a layout of several groups is data parallel among them. The net stays single-device code: here its
+layers are cut to a worker's part, and exchanges are put before those that read more than that.
+
+N images, C maps or units, P workers of a group.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from .dropout import Where
+from .net import AlexNet
+
+KINDS = ("single", "data", "columns", "hybrid")
+CONVS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+FULLY_CONNECTED = ("fc6", "fc7", "fc8")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind over a number of workers. Raises ValueError where they do not fit."""
+
+    kind: str
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"layout = {self.kind!r}: unknown; choose one of {', '.join(KINDS)}")
+        if self.kind == "single" and self.workers != 1:
+            raise ValueError(f"workers = {self.workers}: layout single has one; choose data, columns or hybrid")
+        if self.workers < 1 or self.workers % self.group_size:
+            raise ValueError(
+                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, a worker a column"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Workers that hold one net between them."""
+        return {"columns": AlexNet.columns, "hybrid": self.workers}.get(self.kind, 1)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the net."""
+        return self.workers // self.group_size
+
+    def group_of(self, rank: int) -> range:
+        """The ranks that hold a net together with this one."""
+        first = rank - rank % self.group_size
+        return range(first, first + self.group_size)
+
+    def is_cut(self, name: str) -> bool:
+        """Whether a worker holds only a part of this layer or parameter."""
+        layer = name.split(".")[0]
+        return self.group_size > 1 and (self.kind == "columns" or layer in FULLY_CONNECTED) and name != "fc8.bias"
+
+    def cut(self, name: str) -> int:
+        """The dimension along which a parameter that is cut is cut: fc8's inputs, all others' outputs."""
+        return 1 if name == "fc8.weight" else 0
+
+    def check(self, net: AlexNet) -> None:
+        """Raises ValueError where a layer of the net cannot be shared equally."""
+        for name, param in net.named_parameters():
+            if self.is_cut(name) and param.shape[self.cut(name)] % self.group_size:
+                raise ValueError(
+                    f"workers = {self.workers}: {name.split('.')[0]} has {param.shape[self.cut(name)]} units, which "
+                    f"{self.group_size} workers of layout {self.kind} cannot share equally"
+                )
+
+
+class PlacedNet(nn.Module):
+    """A worker's part of a net under a layout, with the exchanges that make the parts one net.
+
+    The parameters are those of `part`. Training takes the sum of the loss over the images that `forward` scores,
+    divided by the size of the global batch: what each worker then holds is the gradient of the mean loss.
+    """
+
+    def __init__(self, net: AlexNet, layout: Layout, rank: int = 0) -> None:
+        """Take this rank's part of a whole net, on its device. With more than one worker torch.distributed is
+        initialised and every worker makes its PlacedNet at the same time, from equal nets."""
+        super().__init__()
+        layout.check(net)
+        self.layout, self.rank, self.part = layout, rank, net
+        self.member = rank % layout.group_size  # this worker's place in its group
+        self._trained: list[DistributedDataParallel] = []  # in a list, so that it is not a child: it holds the part
+        if layout.workers == 1:
+            return
+        device = next(net.parameters()).device
+        mesh = init_device_mesh(device.type, (layout.replicas, layout.group_size), mesh_dim_names=("replica", "member"))
+        self.group = mesh.get_group("member")
+        if layout.group_size > 1:
+            self._keep_own_part()
+        if layout.kind == "hybrid":
+            self._trained.append(_summing(_Features(net), mesh.get_group("member")))
+        elif layout.replicas > 1:
+            self._trained.append(_summing(net, mesh.get_group("replica")))
+
+    def forward(self, x_NCHW: Tensor, where: Where | None, sizes: Sequence[int]) -> Tensor:
+        """Class scores of the group's images, (sum of sizes, num_classes), the same on all its workers.
+
+        x_NCHW: this worker's images, or those that `share_images` made of them; where: of all the group's images;
+        sizes: how many of them each worker of the group brings.
+        """
+        if self.layout.kind == "hybrid":
+            return self.part.classify(gather_rows(self._trained[0](x_NCHW), sizes, self.group), where)
+        scores: Tensor = (self._trained[0] if self._trained else self.part)(x_NCHW, where)
+        return scores
+
+    def share_images(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all images that this worker's convolutions see, of the rows that each worker of its group has."""
+        return gather_rows(rows, sizes, self.group) if self.layout.kind == "columns" else rows
+
+    def share_labels(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all images that `forward` scores, of the rows that each worker of the group has."""
+        return gather_rows(rows, sizes, self.group) if self.layout.group_size > 1 else rows
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; those that live in DDP's buckets are zeroed where they are."""
+        kept = {param for trained in self._trained for param in trained.parameters()}
+        for param in self.part.parameters():
+            if param.grad is not None and param in kept:
+                param.grad.zero_()
+            else:
+                param.grad = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this worker is the one of its group whose losses and errors are counted."""
+        return self.member == 0
+
+    def own(self, name: str, length: int) -> tuple[slice, ...]:
+        """Where this worker's part of a canonical parameter lies; length is the parameter's along the cut."""
+        if not self.layout.is_cut(name):
+            return (slice(None),)
+        share = length // self.layout.group_size
+        return (slice(None),) * self.layout.cut(name) + (slice(self.member * share, (self.member + 1) * share),)
+
+    def canonical_shape(self, name: str, part: Tensor) -> list[int]:
+        shape = list(part.shape)
+        if self.layout.is_cut(name):
+            shape[self.layout.cut(name)] *= self.layout.group_size
+        return shape
+
+    def collect(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+        """Whole tensors, one at a time, from the parts that all workers of the group hold under the parameters' names;
+        on the CPU of the group's first worker, None on the others. All of them must go through it to its end."""
+        for name, part in parts.items():
+            if not self.layout.is_cut(name):
+                yield name, part.cpu() if self.speaks else None
+                continue
+            pieces = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in self._group_ranks()]
+            dist.gather(
+                part.contiguous(), pieces if self.speaks else None, dst=self._group_ranks()[0], group=self.group
+            )
+            yield name, torch.cat(pieces, self.layout.cut(name)).cpu() if self.speaks else None
+
+    def _group_ranks(self) -> range:
+        return self.layout.group_of(self.rank)
+
+    def _keep_own_part(self) -> None:
+        """Cut the net's layers to this worker's part, and put the exchanges between them."""
+        net, size = self.part, self.layout.group_size
+        names = FULLY_CONNECTED if self.layout.kind == "hybrid" else CONVS + FULLY_CONNECTED
+        with torch.no_grad():
+            for name, param in list(net.named_parameters()):
+                if self.layout.is_cut(name):
+                    layer, kind = name.split(".")
+                    own = param[self.own(name, param.shape[self.layout.cut(name)])].clone()
+                    setattr(getattr(net, layer), kind, nn.Parameter(own))
+        for name in names:
+            layer = getattr(net, name)
+            if isinstance(layer, nn.Conv2d):
+                layer.out_channels //= size
+                if layer.groups > 1:
+                    layer.in_channels, layer.groups = layer.in_channels // size, layer.groups // size
+            elif name != "fc8":
+                layer.out_features //= size
+        self._first_units()
+        if self.layout.kind == "columns":
+            net.relu_norm.columns //= size
+            net.conv3.register_forward_pre_hook(self._gather_input)
+            net.fc6.register_forward_pre_hook(self._gather_input)
+        net.fc7.register_forward_pre_hook(self._gather_input)
+        net.fc8 = _SummedLinear(net.fc8, self.group)
+
+    def _first_units(self) -> None:
+        net = self.part
+        net.dropout6.first_unit = self.member * net.fc6.out_features
+        net.dropout7.first_unit = self.member * net.fc7.out_features
+
+    def _gather_input(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (gather_maps(inputs[0], self.group),)
+
+
+class _SummedLinear(nn.Linear):
+    """fc8: each worker multiplies the units of fc7 that it holds, and the products are summed.
+
+    An image costs num_classes numbers to sum forward and none backward. To split the outputs instead, fc7's 4096 units
+    would have to be gathered forward and their gradients be summed backward: eight times as much for 1000 classes.
+    """
+
+    def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__(1, whole.out_features, device="meta")
+        self.in_features, self.weight, self.bias = whole.weight.shape[1], whole.weight, whole.bias
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = F.linear(x, self.weight)
+        if partial.dtype == torch.bfloat16:
+            partial = partial.float()
+        return sum_partial(partial, self.group) + self.bias
+
+
+class _Features(nn.Module):
+    """The convolutions of a net as a module of their own: what hybrid trains in data parallel."""
+
+    def __init__(self, net: AlexNet) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(getattr(net, name) for name in CONVS)
+        self._features = net.features
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self._features(x_NCHW)
+
+
+def _summing(module: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
+    """The module with its gradients summed over the group, in buckets, while the backward pass still runs."""
+    device = next(module.parameters()).device
+    ids = [device.index] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(module, device_ids=ids, process_group=group, gradient_as_bucket_view=True)
+    parallel.register_comm_hook(group, _sum_bucket)
+    return parallel
+
+
+def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Sum, where DDP would average: the loss is divided by the global batch already, and parts may differ in size."""
+    work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    result: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return result
+
+
+def gather_maps(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(N, C / P, ...) of every worker to (N, C, ...) on all, the first worker's maps first.
+
+    Backward: each worker's layers read all maps, so a map's gradient is the sum of what all workers have for it.
+    """
+    result: Tensor = _GatherMaps.apply(x, group)
+    return result
+
+
+def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """(sizes[p], ...) of worker p to (sum of sizes, ...) on all, in the order of the workers; backward as above."""
+    result: Tensor = _GatherRows.apply(x, list(sizes), group)
+    return result
+
+
+def sum_partial(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of x over the workers, on all of them.
+
+    Backward: nothing to exchange, since each worker's loss is the same function of the sum.
+    """
+    result: Tensor = _SumPartial.apply(x, group)
+    return result
+
+
+class _GatherMaps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        own = x.movedim(1, -1).contiguous()  # maps last: a free view of channels_last memory
+        workers = dist.get_world_size(group)
+        parts = own.new_empty(workers * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(parts, own, group=group)
+        parts = parts.view(workers, *own.shape)
+        return parts.movedim(0, -2).flatten(-2).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        workers = dist.get_world_size(ctx.group)
+        parts = grad.movedim(1, -1).unflatten(-1, (workers, -1)).movedim(-2, 0).contiguous()
+        return _sum_of_received(parts, ctx.group).movedim(-1, 1), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes, group):  # type: ignore[no-untyped-def]
+        ctx.sizes, ctx.group = sizes, group
+        longest = max(sizes)
+        own = x.contiguous()
+        if len(own) < longest:
+            own = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])
+        rows = own.new_empty(len(sizes) * longest, *own.shape[1:])
+        dist.all_gather_into_tensor(rows, own, group=group)
+        if min(sizes) == longest:
+            return rows
+        return torch.cat([part[:size] for part, size in zip(rows.split(longest), sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        own = ctx.sizes[dist.get_rank(ctx.group)]
+        received = grad.new_empty(len(ctx.sizes) * own, *grad.shape[1:])
+        dist.all_to_all_single(received, grad.contiguous(), [own] * len(ctx.sizes), ctx.sizes, group=ctx.group)
+        return received.view(len(ctx.sizes), own, *grad.shape[1:]).sum(0), None, None
+
+
+class _SumPartial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def _sum_of_received(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """parts[p] goes to worker p; the sum of what arrives, always in the order of the workers.
+
+    A reduce-scatter in its bytes; the sum is made here because its order, and with it every bit, is then the same in
+    every run, and because bfloat16 is added up in float32.
+    """
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received.sum(0)

@@ -1,0 +1,271 @@
+"""Which layout, on which workers, on which nodes: decided from the settings and from what the cluster has."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from alexnet.cost import Cost, communication, estimate
+from alexnet.layouts import KINDS, Layout
+
+from .config import TrainConfig
+from .exits import JobError
+
+# Bytes per second that one worker sends. Line rates as published, but for the loopback: measured with gloo's
+# all-gather of 10 and 50 MB between two processes of a two-core Sapphire Rapids machine (0.45 to 0.58e9, 2026-11-22).
+LINKS = {"loopback": 0.5e9, "10 GbE": 1.25e9, "100 GbE": 12.5e9, "PCIe 3.0 x16": 15.75e9, "NVLink 3": 300e9}
+# What a worker computes and moves, to one digit: enough to rank layouts that differ by factors.
+CPU_FLOPS, CPU_MEMORY_BYTES_PER_S = 70e9, 10e9  # a core in float32 (docs of benchmarks/step.py); two of them share
+GPU_FLOPS, GPU_MEMORY_BYTES_PER_S = 10e12, 500e9
+UPDATE_PASSES = 7  # over the weights: the paper's rule reads gradient, weight and velocity and writes two of them
+OVERLAP = 0.6  # of the arithmetic is backward, during which gradients are already being summed
+GPU_MEMORY_GB = {
+    "T4": 16, "L4": 24, "A10G": 24, "V100": 16, "V100-32G": 32, "A100": 40, "A100-40G": 40, "A100-80G": 80,
+    "H100": 80, "H200": 141, "L40S": 48,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as far as it matters here."""
+
+    id: str
+    cpus: float
+    gpus: float = 0.0
+    memory_bytes: float | None = None  # for one worker: its GPU's, or the node's shared memory and RAM together
+    accelerator: str | None = None
+
+
+def alive(nodes: Iterable[dict[str, Any]]) -> list[Node]:
+    """From `ray.nodes()`: those that live, in a fixed order."""
+    found = []
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        has = node["Resources"]
+        kinds = [name.removeprefix("accelerator_type:") for name in has if name.startswith("accelerator_type:")]
+        found.append(
+            Node(node["NodeID"], has.get("CPU", 0), has.get("GPU", 0), has.get("memory"), next(iter(kinds), None))
+        )
+    return sorted(found, key=lambda node: node.id)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run asks of the cluster."""
+
+    use_gpu: bool
+    worker_cpus: float  # of each training worker
+    feed_cpus: float  # of each of its Ray Data tasks
+    feed_tasks: int  # of each worker, at a time
+
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.worker_cpus} | ({"GPU": 1.0} if self.use_gpu else {})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What Ray Train is asked for."""
+
+    layout: Layout
+    resources: Resources
+    reason: str  # of the layout, one line
+    node_of_worker: tuple[str, ...] = field(default=())  # empty: Ray chooses
+
+    def strategy(self) -> str:
+        """Ray's word for how the workers lie over nodes; a lone group of columns stays together whatever comes."""
+        return "STRICT_PACK" if self.layout.kind == "columns" and self.layout.replicas == 1 else "PACK"
+
+
+def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
+    """Divide the cluster so that the workers and every worker's feed fit at once.
+
+    A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
+    worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
+    """
+    use_gpu = device == "gpu" or (device == "auto" and total_gpus > 0)
+    if use_gpu and total_gpus < workers:
+        raise JobError(
+            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one of its own; "
+            "ask for fewer workers, or say --device cpu"
+        )
+    if total_cpus <= 0:
+        raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
+    for_feed = 1.0 if total_cpus >= 2 else total_cpus / 2
+    worker_cpus = _down(min(1.0, (total_cpus - for_feed) / workers))
+    each = (total_cpus - workers * worker_cpus) / workers
+    feed_cpus = _down(min(1.0, each))
+    return Resources(use_gpu, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
+
+
+def worker_counts(config: TrainConfig) -> list[int]:
+    """The numbers of workers that the run may have, largest first. Raises ValueError if there is none."""
+    low, high = config.worker_range
+    wrong: ValueError | None = None
+    found = []
+    for workers in range(high, low - 1, -1):
+        try:
+            if config.global_batch_size % workers:
+                lower = config.global_batch_size // workers * workers
+                raise ValueError(
+                    f"global_batch_size = {config.global_batch_size}: not divisible by {workers} workers; "
+                    f"{lower or workers} or {lower + workers} would be"
+                )
+            if config.layout != "auto":
+                Layout(config.layout, workers)
+        except ValueError as error:
+            wrong = wrong or error
+            continue
+        found.append(workers)
+    if wrong and low == high:
+        raise wrong
+    if wrong and not found:
+        raise ValueError(f"workers = {config.workers}: none of these numbers will do; of {high}: {wrong}")
+    return found
+
+
+def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan | None:
+    """The best plan for these nodes, or None where they have too little now and more may come.
+
+    Raises JobError where a fixed number of workers can never fit, ValueError where no layout suits the net.
+    """
+    low, high = config.worker_range
+    total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    use_gpu = config.device == "gpu" or (config.device == "auto" and total_gpus > 0)
+    for workers in worker_counts(config):
+        elastic = low != high
+        if elastic and workers > sum(_slots(node, use_gpu) for node in nodes):
+            continue
+        resources = share_cpus(total_cpus, total_gpus, workers, config.device)
+        layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
+        plan = Plan(layout, resources, reason)
+        if len(nodes) == 1 or layout.kind != "columns":
+            return plan
+        places = place_groups(nodes, resources, layout, use_gpu, elastic)
+        if places:
+            return Plan(layout, resources, reason, places)
+        if not elastic:
+            return plan  # Ray is asked to pack, and the workers check that it did
+    return None
+
+
+def place_groups(
+    nodes: list[Node], resources: Resources, layout: Layout, use_gpu: bool, elastic: bool
+) -> tuple[str, ...] | None:
+    """A node for every worker, so that no group is split; None if the nodes are too small for that."""
+    room = {}
+    for node in nodes:
+        slots = int(node.gpus) if use_gpu else int((node.cpus + 1e-6) / resources.worker_cpus)
+        room[node.id] = min(slots, _slots(node, use_gpu)) if elastic else slots
+    places: list[str] = []
+    for node in sorted(nodes, key=lambda node: -room[node.id]):
+        while room[node.id] >= layout.group_size and len(places) < layout.workers:
+            places += [node.id] * layout.group_size
+            room[node.id] -= layout.group_size
+    return tuple(places) if len(places) == layout.workers else None
+
+
+def _slots(node: Node, use_gpu: bool) -> int:
+    """Workers that an elastic run puts on a node at most: one a GPU, or one a CPU."""
+    return int(node.gpus if use_gpu else node.cpus)
+
+
+def choose_layout(
+    config: TrainConfig, workers: int, num_classes: int, nodes: list[Node], use_gpu: bool
+) -> tuple[Layout, str]:
+    """The layout that was asked for, or the one that auto finds, and why. Raises ValueError if it cannot be."""
+    if config.layout != "auto":
+        layout = Layout(config.layout, workers)
+        _cost(config, layout, num_classes)
+        return layout, f"layout {layout.kind} over {workers} worker(s), as asked"
+    if workers == 1:
+        return Layout("single", 1), "layout single: one worker"
+    memory = _memory_of_worker(nodes, workers, use_gpu)
+    found: list[tuple[bool, float, Layout, Cost, float]] = []
+    for kind in KINDS[1:]:
+        try:
+            layout = Layout(kind, workers)
+            cost = _cost(config, layout, num_classes)
+        except ValueError:  # this layout cannot have so many workers
+            continue
+        pairs = sum(_slots(node, use_gpu) // layout.group_size for node in nodes)
+        if kind == "columns" and len(nodes) > 1 and pairs < layout.replicas:
+            continue  # the nodes would split a pair
+        bytes_sent = sum(e.size_bytes for e in _exchanges(config, layout, num_classes))
+        overhead = _overhead_s(config, layout, num_classes, nodes, use_gpu)
+        fits = memory is None or cost.memory_bytes <= memory
+        found.append((not fits, overhead, layout, cost, bytes_sent))
+    found.sort(key=lambda each: each[:2])
+    too_big, overhead, layout, cost, bytes_sent = found[0]
+    others = "; ".join(
+        f"{other.kind} {1000 * seconds:,.0f} ms" + (" and too much memory" if big else "")
+        for big, seconds, other, _, _ in found[1:]
+    )
+    reason = (
+        f"layout {layout.kind} over {workers} workers (auto): about {1000 * overhead:,.0f} ms a step beside the "
+        f"arithmetic, {bytes_sent / 1e6:,.1f} MB sent and {cost.memory_bytes / 1e9:.2f} GB held by each"
+        + (f" ({others})" if others else "")
+    )
+    if too_big:
+        reason += f"; no layout fits the {(memory or 0) / 1e9:.0f} GB of a worker"
+    return layout, reason
+
+
+def ledger(config: TrainConfig, workers: int, num_classes: int) -> list[tuple[str, str]]:
+    """What a worker sends in a step under every layout that the number of workers allows, for --dry-run."""
+    rows = []
+    for kind in KINDS:
+        try:
+            layout = Layout(kind, workers)
+            cost = _cost(config, layout, num_classes)
+        except ValueError:
+            continue
+        exchanges = _exchanges(config, layout, num_classes)
+        total = sum(e.size_bytes for e in exchanges)
+        parts = ", ".join(f"{e.name} {e.size_bytes / 1e6:.1f}" for e in exchanges)
+        times = ", ".join(f"{1000 * total / rate:,.1f} ms by {link}" for link, rate in LINKS.items())
+        text = f"{total / 1e6:,.1f} MB sent a step ({parts}): {times}" if exchanges else "nothing sent"
+        rows.append((f"layout {kind}", f"{cost.memory_bytes / 1e9:.2f} GB a worker; {text}"))
+    return rows
+
+
+def _overhead_s(config: TrainConfig, layout: Layout, num_classes: int, nodes: list[Node], use_gpu: bool) -> float:
+    """Seconds a step that a layout costs beside the arithmetic, which is the same for all: a rough estimate."""
+    flops, moved = (GPU_FLOPS, GPU_MEMORY_BYTES_PER_S) if use_gpu else (CPU_FLOPS, CPU_MEMORY_BYTES_PER_S)
+    inside = LINKS["PCIe 3.0 x16" if use_gpu else "loopback"]
+    between = min(inside, LINKS["10 GbE"]) if len(nodes) > 1 else inside
+    cost = _cost(config, layout, num_classes)
+    arithmetic = cost.training_flops * config.global_batch_size / layout.workers / flops
+    total = UPDATE_PASSES * 4 * cost.part_parameters / moved
+    for exchange in _exchanges(config, layout, num_classes):
+        within = layout.kind == "columns" and not exchange.overlaps
+        seconds = exchange.size_bytes / (inside if within else between)
+        total += max(0.0, seconds - OVERLAP * arithmetic) if exchange.overlaps else seconds
+    return total
+
+
+def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Any]:
+    return communication(
+        layout, num_classes=num_classes, input_size=config.input_size, width=config.width,
+        global_batch_size=config.global_batch_size, bytes_per_activation=2 if config.precision == "bf16" else 4,
+    )  # fmt: skip
+
+
+def _cost(config: TrainConfig, layout: Layout, num_classes: int) -> Cost:
+    return estimate(
+        num_classes=num_classes, input_size=config.input_size, width=config.width,
+        global_batch_size=config.global_batch_size, layout=layout,
+    )  # fmt: skip
+
+
+def _memory_of_worker(nodes: list[Node], workers: int, use_gpu: bool) -> float | None:
+    """Bytes that the poorest worker has, None if unknown."""
+    if use_gpu:
+        sizes = [GPU_MEMORY_GB.get(node.accelerator or "") for node in nodes if node.gpus]
+        known = [size for size in sizes if size is not None]
+        return 1e9 * min(known) if len(known) == len(sizes) and known else None
+    memories = [node.memory_bytes for node in nodes if node.memory_bytes]
+    return sum(memories) / workers if memories else None
+
+
+def _down(cpus: float) -> float:
+    return int(cpus * 1000) / 1000  # Ray counts in ten-thousandths

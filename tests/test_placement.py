@@ -1,0 +1,126 @@
+"""Which layout, on which workers, on which nodes."""
+
+import pytest
+
+from orchestrator.config import make_config
+from orchestrator.exits import JobError
+from orchestrator.placement import Node, alive, choose_layout, ledger, make_plan, share_cpus, worker_counts
+from orchestrator.recipes import digits, imagenet
+
+CPU, GPUS = Node("a", cpus=2), Node("g", cpus=32, gpus=4, accelerator="A100")
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 16, 96])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
+def test_workers_and_every_worker_s_feed_fit_at_once(cpus, workers):
+    share = share_cpus(cpus, 0, workers)
+    assert share.worker_cpus > 0
+    assert share.feed_cpus > 0
+    assert workers * (share.worker_cpus + share.feed_tasks * share.feed_cpus) <= cpus + 1e-9
+
+
+def test_gpus_are_used_when_there_is_one_for_each_worker_and_never_silently_left():
+    assert share_cpus(16, 2, 2).use_gpu
+    assert not share_cpus(16, 0, 2).use_gpu
+    with pytest.raises(JobError, match="--workers 4: the cluster has 2 GPU"):
+        share_cpus(16, 2, 4)
+    with pytest.raises(JobError, match="has 0 GPU"):
+        share_cpus(16, 0, 1, "gpu")
+    assert not share_cpus(16, 1, 2, digits().device).use_gpu  # make train on a machine with one GPU
+    with pytest.raises(JobError, match="no CPUs"):
+        share_cpus(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({"workers": 4}, [4]),
+        ({"workers": "2..8", "layout": "columns"}, [8, 4, 2]),  # 6 does not divide 128
+        ({"workers": "2..8", "layout": "columns", "global_batch_size": 120}, [8, 6, 4, 2]),
+        ({"workers": "1..3", "layout": "single"}, [1]),
+        ({"workers": "3..5", "layout": "data"}, [4]),
+    ],
+)
+def test_an_elastic_run_has_the_numbers_of_workers_that_its_layout_and_batch_allow(fields, counts):
+    assert worker_counts(make_config(**fields)) == counts
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"global_batch_size": 100, "workers": 3}, "global_batch_size = 100: not divisible by 3 workers; 99 or 102"),
+        ({"workers": 3, "layout": "columns", "global_batch_size": 99}, "workers = 3: layout columns needs a multiple"),
+        ({"workers": 2, "layout": "single"}, "workers = 2: layout single has one"),
+        ({"workers": "5..7"}, "workers = 5..7: none of these numbers will do; of 7: global_batch_size = 128"),
+    ],
+)
+def test_workers_that_will_not_do_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        worker_counts(make_config(**fields))
+
+
+def test_units_that_cannot_be_shared_are_refused_by_name():
+    config = digits().changed(workers=3, layout="hybrid", global_batch_size=63)
+    with pytest.raises(ValueError, match="workers = 3: fc6 has 1024 units, which 3 workers of layout hybrid cannot"):
+        choose_layout(config, 3, 10, [CPU], use_gpu=False)
+
+
+def test_auto_takes_the_cheapest_layout_and_says_why():
+    config = imagenet()
+    assert choose_layout(config, 1, 1000, [CPU], use_gpu=False)[0].kind == "single"
+    for workers, nodes, use_gpu in ((2, [CPU], False), (4, [GPUS], True), (3, [Node("h", 8, 3)], True)):
+        layout, reason = choose_layout(config.changed(global_batch_size=120), workers, 1000, nodes, use_gpu)
+        assert layout.workers == workers
+        assert reason.startswith(f"layout {layout.kind} over {workers} workers (auto): about ")
+        assert "MB sent" in reason
+        assert "\n" not in reason
+    # data parallelism would send all 61 million gradients over the network in every step
+    far = [Node(name, cpus=8, gpus=1) for name in "ab"]
+    assert choose_layout(config, 2, 1000, far, use_gpu=True)[0].kind == "hybrid"
+    assert "data" in choose_layout(config, 2, 1000, far, use_gpu=True)[1]
+
+
+def test_auto_leaves_what_does_not_fit_into_memory():
+    config = imagenet().changed(global_batch_size=8192)
+    layout, reason = choose_layout(config, 2, 1000, [Node("g", 8, 2, accelerator="T4")], use_gpu=True)
+    assert "too much memory" in reason or "no layout fits" in reason
+    assert layout.kind in ("columns", "data", "hybrid")
+
+
+def test_a_group_of_columns_is_never_split_over_nodes():
+    config = make_config(workers=4, layout="columns", device="gpu")
+    plan = make_plan(config, [Node("a", 8, 3), Node("b", 8, 3)], 1000)
+    assert plan.node_of_worker == ("a", "a", "b", "b")
+    assert make_plan(config.changed(workers=2), [Node("a", 8, 3), Node("b", 8, 3)], 1000).strategy() == "STRICT_PACK"
+    alone = make_plan(config, [Node("a", 8, 4)], 1000)
+    assert alone.node_of_worker == ()
+    # 3 + 1 GPUs hold four workers, but only one pair: Ray is asked, the workers check, and nothing is pinned
+    assert make_plan(config, [Node("a", 8, 3), Node("b", 8, 1)], 1000).node_of_worker == ()
+
+
+def test_an_elastic_run_takes_what_there_is():
+    config = digits().changed(workers="2..8")
+    nodes = [Node(name, cpus=2) for name in "abc"]
+    assert make_plan(config, nodes[:1], 10).layout.workers == 2
+    plan = make_plan(config, nodes[:2], 10)
+    assert (plan.layout.workers, plan.layout.replicas, plan.node_of_worker) == (4, 2, ("a", "a", "b", "b"))
+    assert make_plan(config, nodes, 10).layout.workers == 4  # six do not divide the batch of 64
+    assert make_plan(config, [Node("a", cpus=1)], 10) is None
+    assert make_plan(config, [*nodes[:1], Node("head", cpus=0)], 10).node_of_worker == ("a", "a")
+
+
+def test_nodes_are_read_from_ray():
+    gpu = {"CPU": 8.0, "GPU": 2.0, "memory": 1e9, "accelerator_type:T4": 1.0}
+    nodes = [
+        {"NodeID": "b", "Alive": True, "Resources": gpu},
+        {"NodeID": "a", "Alive": True, "Resources": {}},
+        {"NodeID": "c", "Alive": False, "Resources": gpu},
+    ]
+    assert alive(nodes) == [Node("a", 0, 0, None, None), Node("b", 8, 2, 1e9, "T4")]
+
+
+def test_the_ledger_has_a_line_for_every_layout_that_can_be():
+    names = [name for name, _ in ledger(digits(), 2, 10)]
+    assert names == ["layout data", "layout columns", "layout hybrid"]
+    assert [name for name, _ in ledger(digits(), 3, 10)] == ["layout data"]
+    assert ledger(digits(), 1, 10)[0][1].endswith("nothing sent")
