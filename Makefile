@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test quick check bench clean help
+.PHONY: setup train test quick long check bench clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,6 +22,9 @@ train: setup  ## train the embedded recipe: two workers, about a minute
 test: setup  ## all tests, about ten minutes on two cores
 	$(BIN)/python -m pytest
 
+long: setup  ## the few tests that take several minutes each
+	$(BIN)/python -m pytest -m long
+
 quick: setup  ## the tests that start no Ray and need no patience
 	$(BIN)/python -m pytest -m "not ray and not slow"
 
@@ -33,6 +36,7 @@ check: setup  ## lint, format, types
 bench: setup  ## the benchmarks, into benchmarks/results
 	$(BIN)/python benchmarks/lrn.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/layouts.py
 
 clean:  ## remove the environment, caches and results
 	rm -rf .venv build runs mlflow.db mlartifacts *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -27,7 +27,7 @@ class Draws(NamedTuple):
     flip: NDArray[np.bool_]  # (N,) mirror the crop left to right
     normal: NDArray[np.float32]  # (N, 3) standard normal, one a principal component
 
-    def of(self, part: slice) -> "Draws":
+    def of(self, part: slice | NDArray[np.int64]) -> "Draws":
         """The choices for some of the images."""
         return Draws(self.top[part], self.left[part], self.flip[part], self.normal[part])
 
@@ -88,28 +88,36 @@ def crop_flip_shift(
     size: int,
     *,
     divisor: float = 1.0,
+    which: NDArray[np.int64] | None = None,
     out: NDArray[np.uint8] | None = None,
+    place: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
-    """(N, H, W, 3) uint8 to (N, size, size, 3) uint8: cut, mirror, add the shift, divide, round and saturate."""
-    num_images, height, width, _ = images_NHWC.shape
+    """(N, H, W, 3) uint8 to (N, size, size, 3) uint8: cut, mirror, add the shift, divide, round and saturate.
+
+    The i-th draw and shift are for image `which[i]`, and its crop goes to `out[place[i]]`; in order where not given.
+    """
+    height, width, _ = images_NHWC.shape[1:]
+    num_images = len(draws.top)
     if out is None:
         out = np.empty((num_images, size, size, 3), np.uint8)
-    rows, out_rows = images_NHWC.reshape(num_images, height, width * 3), out.reshape(num_images, size, size * 3)
+    which, place = (np.arange(num_images) if chosen is None else chosen for chosen in (which, place))
+    rows, out_rows = images_NHWC.reshape(-1, height, width * 3), out.reshape(-1, size, size * 3)
     plain = divisor == 1.0 and not np.any(shift)
     shift_row = np.tile(shift / np.float32(divisor), size)  # (N, size * 3)
-    _crop_flip_shift(rows, draws.top, draws.left, draws.flip, plain, np.float32(1 / divisor), shift_row, out_rows)
+    cut = (draws.top, draws.left, draws.flip)
+    _crop_flip_shift(rows, which, *cut, plain, np.float32(1 / divisor), shift_row, out_rows, place)
     return out
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _crop_flip_shift(rows, top, left, flip, plain, factor, shift_row, out_rows):  # type: ignore[no-untyped-def]
-    num_images, size, num_bytes = out_rows.shape
+def _crop_flip_shift(rows, which, top, left, flip, plain, factor, shift_row, out_rows, place):  # type: ignore[no-untyped-def]
+    _, size, num_bytes = out_rows.shape
     half = np.float32(0.5)
-    for i in range(num_images):
+    for i in range(len(which)):
         start = 3 * left[i]
         for y in range(size):
-            source = rows[i, top[i] + y, start : start + num_bytes]
-            target = out_rows[i, y]
+            source = rows[which[i], top[i] + y, start : start + num_bytes]
+            target = out_rows[place[i], y]
             if flip[i]:
                 for x in range(size):
                     here, there = np.uintp(3 * x), np.uintp(3 * (size - 1 - x))  # unsigned: no test for negatives

@@ -111,12 +111,13 @@ def communication(
     width: float,
     global_batch_size: int,
     bytes_per_activation: int = 4,
+    bytes_per_gradient: int = 4,
 ) -> list[Exchange]:
     """What one worker sends in a training step, by exchange; every worker of a layout sends the same.
 
     The layout's workers send by rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
-    the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; gradients and scores are summed in float32, images
-    travel as bytes.
+    the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; bytes_per_gradient: of gradients and scores, which are
+    summed in float32 even then; images travel as bytes.
     """
     layers = {layer.name: layer for layer in _layers(num_classes, input_size, width)}
     workers, size = layout.workers, layout.group_size
@@ -130,13 +131,13 @@ def communication(
         sent = images * (size - 1) * layers[name].inputs * bytes_per_activation
         found.append(Exchange(f"input of {name}", sent, sent))
     if size > 1:
-        found.append(Exchange("scores of fc8", _ring(size) * group_images * num_classes * 4, 0))
+        found.append(Exchange("scores of fc8", _ring(size) * group_images * num_classes * bytes_per_gradient, 0))
     if layout.kind == "hybrid":
         summed, among = sum(layers[name].parameters for name in CONVS), workers
     else:
         summed, among = _part_parameters(tuple(layers.values()), layout), layout.replicas
     if among > 1:
-        found.append(Exchange("gradients", 0, _ring(among) * summed * 4, overlaps=True))
+        found.append(Exchange("gradients", 0, _ring(among) * summed * bytes_per_gradient, overlaps=True))
     return found
 
 

@@ -46,7 +46,8 @@ class Layout:
             raise ValueError(f"workers = {self.workers}: layout single has one; choose data, columns or hybrid")
         if self.workers < 1 or self.workers % self.group_size:
             raise ValueError(
-                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, a worker a column"
+                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, a worker a "
+                "column; or choose another layout, such as data"
             )
 
     @property
@@ -116,7 +117,7 @@ class PlacedNet(nn.Module):
         x_NCHW: this worker's images, or those that `share_images` made of them; where: of all the group's images;
         sizes: how many of them each worker of the group brings.
         """
-        if self.layout.kind == "hybrid":
+        if self.layout.kind == "hybrid" and self._trained:
             return self.part.classify(gather_rows(self._trained[0](x_NCHW), sizes, self.group), where)
         scores: Tensor = (self._trained[0] if self._trained else self.part)(x_NCHW, where)
         return scores
@@ -163,14 +164,10 @@ class PlacedNet(nn.Module):
             if not self.layout.is_cut(name):
                 yield name, part.cpu() if self.speaks else None
                 continue
-            pieces = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in self._group_ranks()]
-            dist.gather(
-                part.contiguous(), pieces if self.speaks else None, dst=self._group_ranks()[0], group=self.group
-            )
-            yield name, torch.cat(pieces, self.layout.cut(name)).cpu() if self.speaks else None
-
-    def _group_ranks(self) -> range:
-        return self.layout.group_of(self.rank)
+            ranks, own = self.layout.group_of(self.rank), part.contiguous()
+            pieces = [torch.empty_like(own) for _ in ranks] if self.speaks else None
+            dist.gather(own, pieces, dst=ranks[0], group=self.group)
+            yield name, torch.cat(pieces, self.layout.cut(name)).cpu() if pieces else None
 
     def _keep_own_part(self) -> None:
         """Cut the net's layers to this worker's part, and put the exchanges between them."""

@@ -4,7 +4,23 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+
+def contact_sheet(images_NHWC: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
+    """Images (N, H, W, 3) side by side, eight in a row, each under its caption."""
+    rows = -(-len(images_NHWC) // 8)
+    figure = Figure(figsize=(12, 1.75 * rows + 0.4), layout="constrained")
+    places = figure.subplots(rows, 8, squeeze=False).ravel()
+    for axes in places:
+        axes.axis("off")
+    for axes, image, caption in zip(places, images_NHWC, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=7)
+    figure.suptitle(title)
+    return figure
 
 
 def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:

@@ -31,6 +31,7 @@ class State(BaseModel):
     epoch: int = 0  # passes completed
     step: int = 0  # updates made
     losses: list[float] = []  # of the steps of an epoch that was broken off
+    digest: str = ""  # of the data that they were made on
     history: list[dict[str, int | float]] = []  # one entry an epoch
 
 

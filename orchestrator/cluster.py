@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 
-from .exits import JobError, catch_signals, last_line
+from .exits import JobError, catch_signals, last_line, signals_deferred
 
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
@@ -42,11 +42,12 @@ def connect() -> None:
     if ray.is_initialized():
         return
     try:
-        _init(private)
+        with signals_deferred():
+            _init(private)
+            catch_signals()  # Ray has put its own handler in place
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         where = "a private Ray" if private else f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
-    catch_signals()
     for library in ("ray.data", "ray.train"):
         logging.getLogger(library).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

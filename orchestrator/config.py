@@ -76,7 +76,7 @@ class WorkerSettings(BaseModel):
         "fp64: slow, and the same losses in every layout to many digits",
     )
     max_failures: int = Field(
-        2, ge=0, description="lost or crashed workers to survive, each time from the last checkpoint"
+        2, ge=0, description="crashed workers to survive, from the last checkpoint; a lost node does not count"
     )
 
 
@@ -123,7 +123,7 @@ def make_config(**fields: Any) -> TrainConfig:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         if first["loc"]:
-            name = ".".join(str(part) for part in first["loc"])
+            name = str(first["loc"][0])  # what follows are pydantic's own words for a union's branches
             if first["type"] == "extra_forbidden":
                 message = f"{name}: no such setting; --help lists them"
             else:

@@ -1,11 +1,12 @@
 """How a job ends: 0 done, 1 failed while running, 2 asked for wrongly, 130 by Ctrl-C, 143 by SIGTERM."""
 
+import contextlib
 import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 FAILED, USAGE = 1, 2
@@ -54,6 +55,33 @@ def catch_signals() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
 
 
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Within this block a signal is kept, and raised at its end: for calls into Ray's compiled code, which breaks, or
+    crashes the process, when a handler raises in the midst of it. Keep such blocks short."""
+    _deferral.depth += 1
+    try:
+        yield
+    finally:
+        _deferral.depth -= 1
+    if _deferral.signum is not None and not _deferral.depth:
+        signum, _deferral.signum = _deferral.signum, None
+        raise Interrupted(signum)
+
+
+class _Deferral:
+    """Of the main thread, the only one that Python's signal handlers run in."""
+
+    depth = 0
+    signum: int | None = None
+
+
+_deferral = _Deferral()
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends at once
-    raise Interrupted(signum)
+    if _deferral.depth:
+        _deferral.signum = signum
+    else:
+        raise Interrupted(signum)

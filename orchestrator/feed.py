@@ -12,6 +12,7 @@ N images, H rows, W columns, C colours.
 import json
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 from numpy.typing import NDArray
@@ -28,11 +30,12 @@ from alexnet import augment
 from alexnet.allocator import keep_freed_memory
 
 from .config import TrainConfig
-from .shards import Manifest, Shard
+from .shards import DamagedData, Manifest, Shard
 
 TASK_BYTES = 2**26  # pixels of a task's output: 445 images of 224 pixels, enough to outweigh its overhead
 CHUNK_BYTES = 2**28  # of one execution's output, or two rounds of tasks if that is more
 DECODED_AT_A_TIME = 4
+RECENT_BYTES = 2**27  # of row groups that a feed process remembers; a window of 4096 JPEG rows is 90 MB
 BLOCKS_AHEAD = 2  # a worker's own queue, in tasks' outputs
 
 Batch = dict[str, NDArray[Any]]
@@ -121,25 +124,18 @@ class TaskReader:
                 yield self.read(task, positions)
 
     def read(self, task: Task, positions: NDArray[np.int64]) -> Columns:
-        """The rows at these positions of the task's pass."""
-        order, shards = self.order(task.split, task.epoch), self.manifest.split(task.split)
-        groups = row_groups(shards)
+        """The rows at these positions of the task's pass: group by group, decoded, and cut into their places."""
+        config, manifest, total = self.config, self.manifest, len(positions)
+        order, shards = self.order(task.split, task.epoch), manifest.split(task.split)
+        places = row_groups(shards)
         group, row = order.group[positions], order.row[positions]
-        encoded: list[Any] = [None] * len(positions)
-        labels, ids = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        labels, ids = np.empty(total, np.int64), np.empty(total, np.int64)
+        groups: list[tuple[RowGroup, NDArray[np.int64]]] = []
         for g in np.unique(group):
-            shard, index, _ = groups[g]
-            table = _open(str(self.folder / shards[shard].file)).read_row_group(index, columns=["image", "label", "id"])
-            images, where = table["image"].combine_chunks(), np.flatnonzero(group == g)
-            labels[where] = table["label"].to_numpy()[row[where]]
-            ids[where] = table["id"].to_numpy()[row[where]]
-            for i in where:
-                encoded[i] = images[row[i]].as_buffer()
-        return self._augment(task, encoded, ids) | {"label": labels, "position": positions}
-
-    def _augment(self, task: Task, encoded: list[Any], ids: NDArray[np.int64]) -> Columns:
-        """Decode and cut; a few images at a time, whose pixels stay in the processor's cache."""
-        config, manifest, total = self.config, self.manifest, len(ids)
+            shard, index, _ = places[g]
+            found, where = read_row_group(str(self.folder / shards[shard].file), index), np.flatnonzero(group == g)
+            labels[where], ids[where] = found.labels[row[where]], found.ids[row[where]]
+            groups.append((found, where))
         if task.split == "val":
             draws, noise = augment.center(total, margin=self.margin), "none"
         else:
@@ -149,16 +145,68 @@ class TaskReader:
         shift = augment.color_shift(draws.normal, values, vectors, noise)
         divisor = augment.CODE2012_SHRINK if noise == "code2012" else 1.0
         image = np.empty((total, config.input_size, config.input_size, 3), np.uint8)
-        pixels = np.empty((DECODED_AT_A_TIME, manifest.image_size, manifest.image_size, 3), np.uint8)
-        for first in range(0, total, DECODED_AT_A_TIME):
-            part = slice(first, min(first + DECODED_AT_A_TIME, total))
-            for target, data in zip(pixels, encoded[part], strict=False):
-                simplejpeg.decode_jpeg(memoryview(data).cast("B"), colorspace="RGB", buffer=target)
-            decoded = pixels[: part.stop - part.start]
-            augment.crop_flip_shift(
-                decoded, draws.of(part), shift[part], config.input_size, divisor=divisor, out=image[part]
-            )
-        return {"image": image, "top": draws.top, "left": draws.left, "flip": draws.flip}
+        for found, where in groups:
+            for pixels, which, place in found.decoded(row[where].astype(np.int64), where, manifest.image_size):
+                augment.crop_flip_shift(
+                    pixels, draws.of(place), shift[place], config.input_size,
+                    divisor=divisor, which=which, out=image, place=place,
+                )  # fmt: skip
+        result: Columns = {"image": image, "label": labels, "position": positions}
+        return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group in memory."""
+
+    images: pa.Array  # binary: JPEG; binary of a fixed size: raw pixels
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    name: str  # for people
+
+    def decoded(
+        self, rows: NDArray[np.int64], place: NDArray[np.int64], size: int
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
+        """Pixels (M, size, size, 3), which of them are wanted, and their places: the i-th of `rows` at `place[i]`.
+
+        Raw pixels are all there, as they lie in the file. JPEG is decoded a few images at a time, whose pixels stay in
+        the processor's cache until they are cut.
+        """
+        if pa.types.is_fixed_size_binary(self.images.type):
+            pixels = np.frombuffer(self.images.buffers()[1], np.uint8).reshape(-1, size, size, 3)
+            yield pixels[self.images.offset :], rows, place
+            return
+        pixels = np.empty((DECODED_AT_A_TIME, size, size, 3), np.uint8)
+        for first in range(0, len(rows), DECODED_AT_A_TIME):
+            part = rows[first : first + DECODED_AT_A_TIME]
+            for target, row in zip(pixels, part, strict=False):
+                data = memoryview(self.images[row].as_buffer()).cast("B")
+                try:
+                    simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=target)
+                except ValueError as error:
+                    raise DamagedData(f"{self.name}: image {self.ids[row]} cannot be decoded: {error}") from None
+            yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
+
+
+_recent: OrderedDict[tuple[str, int], RowGroup] = OrderedDict()
+
+
+def read_row_group(path: str, index: int) -> RowGroup:
+    """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
+
+    A process remembers the last RECENT_BYTES of them, so each is read about once a pass and not once a task.
+    """
+    found = _recent.pop((path, index), None)
+    if found is None:
+        table = _open(path).read_row_group(index, columns=["image", "label", "id"])
+        images = table["image"].combine_chunks()
+        found = RowGroup(
+            images, table["label"].to_numpy().astype(np.int64), table["id"].to_numpy(), f"{path}, row group {index}"
+        )
+    _recent[path, index] = found
+    while len(_recent) > 1 and sum(group.images.nbytes for group in _recent.values()) > RECENT_BYTES:
+        _recent.popitem(last=False)
+    return found
 
 
 class Feed:
@@ -227,7 +275,8 @@ class Feed:
                 self._queue.put(block)
             self._queue.put(RuntimeError("the feed ended before the run: rows are missing"))
         except BaseException as error:
-            self._queue.put(error)
+            cause = getattr(error, "cause", None)  # what a task raised, inside what Ray made of it
+            self._queue.put(cause if isinstance(cause, DamagedData) else error)
 
     def _blocks(self, tasks: Iterator[Task]) -> Iterator[Columns]:
         """Run the tasks on Ray Data, a chunk at a time.

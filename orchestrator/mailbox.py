@@ -23,6 +23,3 @@ class Mailbox:
 
     def ask_to_stop(self) -> None:
         self.stop = True
-
-    def clear(self) -> None:
-        self.events, self.stop = [], False

@@ -1,10 +1,10 @@
 """Which layout, on which workers, on which nodes: decided from the settings and from what the cluster has."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alexnet.cost import Cost, communication, estimate
+from alexnet.cost import Cost, Exchange, communication, estimate
 from alexnet.layouts import KINDS, Layout
 
 from .config import TrainConfig
@@ -31,7 +31,7 @@ class Node:
     id: str
     cpus: float
     gpus: float = 0.0
-    memory_bytes: float | None = None  # for one worker: its GPU's, or the node's shared memory and RAM together
+    memory_bytes: float | None = None  # RAM that Ray may use
     accelerator: str | None = None
 
 
@@ -104,14 +104,14 @@ def worker_counts(config: TrainConfig) -> list[int]:
     found = []
     for workers in range(high, low - 1, -1):
         try:
+            layout = Layout("data" if config.layout == "auto" else config.layout, workers)
             if config.global_batch_size % workers:
                 lower = config.global_batch_size // workers * workers
                 raise ValueError(
                     f"global_batch_size = {config.global_batch_size}: not divisible by {workers} workers; "
                     f"{lower or workers} or {lower + workers} would be"
                 )
-            if config.layout != "auto":
-                Layout(config.layout, workers)
+            _cost(config, layout, config.num_classes or 2)  # can the net be built, and cut so?
         except ValueError as error:
             wrong = wrong or error
             continue
@@ -124,9 +124,9 @@ def worker_counts(config: TrainConfig) -> list[int]:
 
 
 def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan | None:
-    """The best plan for these nodes, or None where they have too little now and more may come.
+    """The best plan for these nodes, or None where an elastic run finds too little.
 
-    Raises JobError where a fixed number of workers can never fit, ValueError where no layout suits the net.
+    Raises JobError where a fixed number of workers does not fit.
     """
     low, high = config.worker_range
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
@@ -135,7 +135,15 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan 
         elastic = low != high
         if elastic and workers > sum(_slots(node, use_gpu) for node in nodes):
             continue
-        resources = share_cpus(total_cpus, total_gpus, workers, config.device)
+        try:
+            resources = share_cpus(total_cpus, total_gpus, workers, config.device)
+        except JobError:
+            if elastic:
+                continue
+            raise
+        if use_gpu:  # a worker's CPUs are where its GPU is
+            beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
+            resources = replace(resources, worker_cpus=_down(min(resources.worker_cpus, beside)))
         layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
         plan = Plan(layout, resources, reason)
         if len(nodes) == 1 or layout.kind != "columns":
@@ -144,7 +152,11 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan 
         if places:
             return Plan(layout, resources, reason, places)
         if not elastic:
-            return plan  # Ray is asked to pack, and the workers check that it did
+            size = layout.group_size
+            raise JobError(
+                f"--workers {workers}: the nodes have no room for {layout.replicas} group(s) of {size} workers, each "
+                f"group on one node; ask for fewer workers, or say --layout data"
+            )
     return None
 
 
@@ -154,7 +166,8 @@ def place_groups(
     """A node for every worker, so that no group is split; None if the nodes are too small for that."""
     room = {}
     for node in nodes:
-        slots = int(node.gpus) if use_gpu else int((node.cpus + 1e-6) / resources.worker_cpus)
+        slots = int((node.cpus + 1e-6) / resources.worker_cpus) if resources.worker_cpus else int(node.gpus)
+        slots = min(slots, int(node.gpus)) if use_gpu else slots
         room[node.id] = min(slots, _slots(node, use_gpu)) if elastic else slots
     places: list[str] = []
     for node in sorted(nodes, key=lambda node: -room[node.id]):
@@ -194,7 +207,8 @@ def choose_layout(
         overhead = _overhead_s(config, layout, num_classes, nodes, use_gpu)
         fits = memory is None or cost.memory_bytes <= memory
         found.append((not fits, overhead, layout, cost, bytes_sent))
-    found.sort(key=lambda each: each[:2])
+    # what fits first, by time; if nothing does, the smallest
+    found.sort(key=lambda each: (each[0], each[3].memory_bytes if each[0] else each[1]))
     too_big, overhead, layout, cost, bytes_sent = found[0]
     others = "; ".join(
         f"{other.kind} {1000 * seconds:,.0f} ms" + (" and too much memory" if big else "")
@@ -243,10 +257,12 @@ def _overhead_s(config: TrainConfig, layout: Layout, num_classes: int, nodes: li
     return total
 
 
-def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Any]:
+def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Exchange]:
+    """In the precision asked for; auto counts as float32."""
+    activation, other = {"bf16": (2, 4), "fp64": (8, 8)}.get(config.precision, (4, 4))
     return communication(
         layout, num_classes=num_classes, input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size, bytes_per_activation=2 if config.precision == "bf16" else 4,
+        global_batch_size=config.global_batch_size, bytes_per_activation=activation, bytes_per_gradient=other,
     )  # fmt: skip
 
 
@@ -263,8 +279,8 @@ def _memory_of_worker(nodes: list[Node], workers: int, use_gpu: bool) -> float |
         sizes = [GPU_MEMORY_GB.get(node.accelerator or "") for node in nodes if node.gpus]
         known = [size for size in sizes if size is not None]
         return 1e9 * min(known) if len(known) == len(sizes) and known else None
-    memories = [node.memory_bytes for node in nodes if node.memory_bytes]
-    return sum(memories) / workers if memories else None
+    memories = [node.memory_bytes for node in nodes if node.memory_bytes and node.cpus]
+    return min(memories) / -(-workers // len(memories)) if memories else None
 
 
 def _down(cpus: float) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from .checking import Report
     from .shards import Manifest, Progress
     from .sources import Source
 
@@ -78,6 +79,35 @@ class PrepareView:
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
             + (f", listed in {self.output / 'rejected.jsonl'}" if manifest.rejected else "")
+        )
+
+
+class CheckView:
+    """The life of `jobs/prepare.py --check`."""
+
+    def __init__(self) -> None:
+        self.line = LiveLine()
+
+    def progress(self, done: int, total: int, images_per_s: float) -> None:
+        eta = duration((total - done) / images_per_s) if images_per_s else "--:--"
+        self.line.update(f"checked {done}/{total} images  {images_per_s:.0f} images/s  ETA {eta}")
+
+    def finished(self, report: "Report", picture: Path | None, folder: Path) -> None:
+        from alexnet.pictures import contact_sheet
+
+        rows, classes = report.manifest.rows, report.manifest.classes
+        self.line.print(
+            f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes: as there"
+        )
+        self.line.print(f"decoding   all {report.images} images")
+        path = picture or folder / "contact_sheet.png"
+        captions = [classes[label] for label in report.labels]
+        title = f"{report.manifest.source}: training images as the net sees them"
+        contact_sheet(report.samples, captions, title).savefig(path, dpi=100)
+        self.line.print(f"picture    {path}")
+        self.line.print(
+            f"{report.images} images ok, {report.images_per_s:.0f} images/s decoded and cut by {report.num_tasks} "
+            f"tasks (digest {report.manifest.digest})"
         )
 
 

@@ -12,12 +12,11 @@ import torch
 
 from alexnet import pictures
 from alexnet.cost import estimate
-from alexnet.layouts import Layout
 
 from . import checkpoints, shards
 from .cluster import connect
 from .config import TrainConfig
-from .exits import Interrupted, JobError
+from .exits import Interrupted, JobError, signals_deferred
 from .mailbox import Event
 from .placement import Node, choose_layout, ledger, make_plan, worker_counts
 from .progress import TrainView, duration, percent, table
@@ -47,35 +46,37 @@ def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
     """Hold the settings against the data. Raises ValueError of one line."""
-    num_classes = config.num_classes or len(manifest.classes)
-    shards.check_labels(folder, manifest, num_classes)
-    if config.input_size > manifest.image_size:
-        raise ValueError(
-            f"input_size = {config.input_size}: above the {manifest.image_size} pixels of the images in {folder}; "
-            f"choose at most {manifest.image_size}, or prepare the data with --image-size {config.input_size} or more"
-        )
-    if config.global_batch_size > manifest.rows["train"]:
-        raise ValueError(
-            f"global_batch_size = {config.global_batch_size}: more than the {manifest.rows['train']} training images "
-            f"in {folder}"
-        )
-    check_layout(config, num_classes)
+    shards.check_labels(folder, manifest, config.num_classes or len(manifest.classes))
+    check_size(config, f"the images in {folder}", manifest.image_size, manifest.rows["train"])
 
 
-def check_layout(config: TrainConfig, num_classes: int) -> None:
-    """Raises ValueError of one line where the net cannot be built, or not laid over so many workers."""
-    for workers in worker_counts(config):
-        layout = None if config.layout == "auto" else Layout(config.layout, workers)
-        estimate(
-            num_classes=num_classes, input_size=config.input_size, width=config.width,
-            global_batch_size=config.global_batch_size, layout=layout,
-        )  # fmt: skip
+def check_embedded(config: TrainConfig) -> None:
+    """The same for the digits before they are prepared."""
+    source = open_source(EMBEDDED)
+    if config.num_classes is not None and config.num_classes < len(source.classes):
+        raise ValueError(f"num_classes = {config.num_classes}: the {EMBEDDED} have {len(source.classes)} classes")
+    check_size(config, f"the {EMBEDDED}", source.image_size, len(source.splits["train"]))
+
+
+def check_size(config: TrainConfig, images: str, image_size: int, num_train: int) -> None:
+    """Raises ValueError of one line where these images cannot be cut so, or the net not be laid over the workers."""
+    if config.input_size > image_size:
+        raise ValueError(
+            f"input_size = {config.input_size}: above the {image_size} pixels of {images}; "
+            f"choose at most {image_size}, or prepare the data with --image-size {config.input_size} or more"
+        )
+    if config.global_batch_size > num_train:
+        raise ValueError(
+            f"global_batch_size = {config.global_batch_size}: more than the {num_train} training images among {images}"
+        )
+    worker_counts(config)
 
 
 def describe(config: TrainConfig, output: Path) -> str:
     """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
     folder = data_folder(config, output)
     if config.data == EMBEDDED and not (folder / shards.MANIFEST).exists():
+        check_embedded(config)
         source = open_source(EMBEDDED)
         rows = {split: len(entries) for split, entries in source.splits.items()}
         classes, where = len(source.classes), "embedded, prepared at the first run"
@@ -84,14 +85,14 @@ def describe(config: TrainConfig, output: Path) -> str:
         check_data(config, folder, manifest)
         rows, classes, where = manifest.rows, len(manifest.classes), f"{folder}, digest {manifest.digest}"
     num_classes = config.num_classes or classes
-    check_layout(config, num_classes)
-    here = Node("here", os.cpu_count() or 1, torch.cuda.device_count())
-    plan = make_plan(config, [here], num_classes)
-    layout, reason = (
-        (plan.layout, plan.reason)
-        if plan
-        else choose_layout(config, worker_counts(config)[0], num_classes, [here], use_gpu=False)
-    )
+    here = [Node("here", os.cpu_count() or 1, torch.cuda.device_count())]
+    try:
+        plan = make_plan(config, here, num_classes)
+        reason = plan.reason if plan else f"no: too small for {config.workers} workers"
+    except JobError as error:
+        plan, reason = None, f"no: {error}"
+    use_gpu = config.device == "gpu" or (config.device == "auto" and torch.cuda.is_available())
+    layout = plan.layout if plan else choose_layout(config, worker_counts(config)[0], num_classes, here, use_gpu)[0]
     cost = estimate(
         num_classes=num_classes, input_size=config.input_size, width=config.width,
         global_batch_size=config.global_batch_size, layout=layout,
@@ -144,7 +145,7 @@ class Session:
             shards.verify(self.folder, self.manifest)
             check_data(config, self.folder, self.manifest)
         else:
-            check_layout(config, config.num_classes or len(open_source(EMBEDDED).classes))
+            check_embedded(config)
         if run.path.exists() and not resume:
             run.create(config)  # says why not
         self.tracker = Tracker(tracking_uri())
@@ -154,7 +155,6 @@ class Session:
             run.create(config)
         self.result = self.run.result()
         self.started = time.monotonic()
-        self.starts, self.workers = 0, 0
 
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
@@ -179,13 +179,16 @@ class Session:
         if self.embed:
             say(f"preparing the embedded digits in {self.folder}")
             self.manifest = _prepare_embedded(self.folder)
+            check_data(self.config, self.folder, self.manifest)
         say(
             f"run {self.run.name}: {self.manifest.source}, {len(self.manifest.classes)} classes, "
             f"{self.manifest.rows['train']} train and {self.manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
         # the workers start while MLflow does; should that fail, they end with Ray
-        training = Training(self.config, self.folder, self.run, self.config.num_classes or len(self.manifest.classes))
+        with signals_deferred():
+            num_classes = self.config.num_classes or len(self.manifest.classes)
+            training = Training(self.config, self.folder, self.run, num_classes)
         self.tracker.start(
             self.run.name,
             self.config,
@@ -232,16 +235,14 @@ class Session:
         self.run.write_result(self.result)
 
     def _on_start(self, event: Event) -> None:
-        self.starts += 1
         if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down
             self._keep(event["history"])
         text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
         where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
-        if self.starts > 1 and event["workers"] == self.workers:
+        if event["crashed"]:
             text = f"a worker was lost; going on from the last checkpoint, after {where}"
         elif event["epoch"] or event["step"]:
             text += f", resumed after {where}"
-        self.workers = event["workers"]
         self.view.event({"kind": "note", "text": text})
 
     def _log_what_came_of_it(self) -> None:

@@ -1,7 +1,8 @@
 """Shards: Parquet files of encoded images of one size, and the manifest that describes them.
 
-A shard has the columns image (JPEG bytes), label (int32), id (int64) and name (where it came from), uncompressed, in
-row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one is no data set, whatever else is in it.
+A shard has the columns image (JPEG bytes, or raw RGB pixels), label (int32), id (int64) and name (where it came from),
+uncompressed, in row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one is no data set,
+whatever else is in it.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import images
-from .exits import JobError, last_line
+from .exits import JobError, last_line, signals_deferred
 from .sources import SPLITS, Entry, Source
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,12 @@ ROW_GROUP_ROWS = 128
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
 
-SCHEMA = pa.schema([("image", pa.binary()), ("label", pa.int32()), ("id", pa.int64()), ("name", pa.string())])
+ENCODINGS = ("jpeg", "raw")
+
+
+def schema(encoding: str, image_size: int) -> pa.Schema:
+    image = pa.binary() if encoding == "jpeg" else pa.binary(3 * image_size**2)
+    return pa.schema([("image", image), ("label", pa.int32()), ("id", pa.int64()), ("name", pa.string())])
 
 
 class DamagedData(JobError):
@@ -59,7 +65,8 @@ class Manifest(BaseModel):
     source: str
     classes: tuple[str, ...]
     image_size: int  # side of the stored images in pixels
-    jpeg_quality: int
+    encoding: Literal["jpeg", "raw"] = "jpeg"
+    jpeg_quality: int | None  # of jpeg
     seed: int  # of the global shuffle
     rows: dict[str, int]  # train, val
     class_rows: dict[str, tuple[int, ...]]  # train, val: rows of each class, in the order of classes
@@ -149,6 +156,7 @@ def prepare(
     *,
     image_size: int | None = None,
     seed: int = 0,
+    encoding: str = "jpeg",
     jpeg_quality: int = JPEG_QUALITY,
     rows_per_shard: int = ROWS_PER_SHARD,
     max_rejected: float = 0.01,
@@ -169,7 +177,8 @@ def prepare(
     output.mkdir(parents=True, exist_ok=True)
     (output / MANIFEST).unlink(missing_ok=True)
     tasks = list(_tasks(source, seed, rows_per_shard))
-    write = _ShardWriter(str(output.absolute()), size, jpeg_quality, len(source.classes))
+    quality = jpeg_quality if encoding == "jpeg" else None
+    write = _ShardWriter(str(output.absolute()), size, quality, len(source.classes))
     shards: list[Shard] = []
     rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
     total = sum(len(entries) for entries in source.splits.values())
@@ -205,7 +214,7 @@ def prepare(
             f"they are listed in {output / REJECTED}"
         )
     counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
-    manifest = _describe(source, shards, rows, counted, len(rejected), size, jpeg_quality, seed, sums, products, output)
+    manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
     _write_atomically(output / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
 
@@ -215,7 +224,13 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
     from ray.exceptions import RayError
 
     try:
-        yield from dataset.iter_rows()
+        rows = iter(dataset.iter_rows())
+        while True:
+            with signals_deferred():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
     except (RayError, OSError) as error:
         raise JobError(f"writing shards failed: {last_line(error)}") from error
 
@@ -233,13 +248,13 @@ def _tasks(source: Source, seed: int, rows_per_shard: int) -> Iterator[dict[str,
 class _ShardWriter:
     """The task that turns a stretch of entries into one Parquet file and the sums of its pixels."""
 
-    def __init__(self, output: str, size: int, jpeg_quality: int, num_classes: int) -> None:
+    def __init__(self, output: str, size: int, jpeg_quality: int | None, num_classes: int) -> None:
         self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         sums = np.zeros((self.size, self.size, 3), np.int64)
         products = np.zeros((3, 3), np.int64)
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema().names}
         rejected = []
         for fields in task["entries"]:
             entry = Entry(**fields)
@@ -251,8 +266,8 @@ class _ShardWriter:
             sums += pixels
             flat = pixels.reshape(-1, 3).astype(np.float64)
             products += (flat.T @ flat).astype(np.int64)  # exact: below 2 ** 53 for any one image
-            data = images.encode(pixels, self.jpeg_quality)
-            for name, value in zip(SCHEMA.names, (data, entry.label, entry.id, entry.name), strict=True):
+            data = pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality)
+            for name, value in zip(self._schema().names, (data, entry.label, entry.id, entry.name), strict=True):
                 columns[name].append(value)
         rows = len(columns["id"])
         shard = {"file": task["file"], "split": task["split"], "rows": rows}
@@ -262,11 +277,14 @@ class _ShardWriter:
         report = {"shard": shard, "rejected": rejected, "images": len(task["entries"]), "class_rows": labels}
         return {"report": json.dumps(report), "sums": sums, "products": products}
 
+    def _schema(self) -> pa.Schema:
+        return schema("raw" if self.jpeg_quality is None else "jpeg", self.size)
+
     def _write(self, path: Path, columns: dict[str, list[Any]]) -> dict[str, Any]:
         sink = pa.BufferOutputStream()
         # compressed or dictionary-encoded images would be slower to read (docs/data.md)
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-        pq.write_table(pa.table(columns, schema=SCHEMA), sink, row_group_size=ROW_GROUP_ROWS, **options)
+        pq.write_table(pa.table(columns, schema=self._schema()), sink, row_group_size=ROW_GROUP_ROWS, **options)
         data = sink.getvalue().to_pybytes()
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, data)
@@ -294,7 +312,7 @@ def _describe(
     class_rows: dict[str, tuple[int, ...]],
     num_rejected: int,
     size: int,
-    jpeg_quality: int,
+    jpeg_quality: int | None,
     seed: int,
     sums: NDArray[np.int64],
     products: NDArray[np.int64],
@@ -312,6 +330,7 @@ def _describe(
         source=source.name,
         classes=source.classes,
         image_size=size,
+        encoding="raw" if jpeg_quality is None else "jpeg",
         jpeg_quality=jpeg_quality,
         seed=seed,
         rows=rows,

@@ -94,6 +94,12 @@ class Worker:
         if checkpoint:
             with checkpoint.as_directory() as path:
                 self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
+        if self.state.losses and self.state.digest != self.manifest.digest:
+            raise ValueError(
+                f"the checkpoint lies within epoch {self.state.epoch + 1} on data {self.state.digest}, and --data "
+                f"{folder} is {self.manifest.digest}: finish the epoch on the same data first"
+            )
+        self.state.digest = self.manifest.digest
 
     def _meet(self) -> list[str]:
         """Compare notes with the other workers: agrees on the precision, returns the node of every rank.
@@ -105,7 +111,9 @@ class Worker:
         all_of_them: list[Any] = [mine]
         if self.world_size > 1:
             all_of_them = [None] * self.world_size
-            dist.all_gather_object(all_of_them, mine)
+            # by gloo even where there are GPUs: NCCL would fail at what is to be found out here
+            gloo: Any = dist.new_group(backend="gloo")
+            dist.all_gather_object(all_of_them, mine, group=gloo)
         nodes, gpus, wishes = (list(column) for column in zip(*all_of_them, strict=True))
         self.bf16 = all(wishes)
         if gpu is not None and len(set(gpus)) < self.world_size:
@@ -167,8 +175,7 @@ class Worker:
                         images_per_s=(step + 1 - first) * global_size / (shown - start),
                     )  # fmt: skip
                 if stop:
-                    self.save({"val/top1_error": NEVER_BEST})
-                    raise Stopped
+                    self.stop()
         sizes = [self.size_of("train", step) for step in range(steps)]
         assert len(losses) == steps, f"epoch {epoch + 1}: {len(losses)} of {steps} steps were made"
         mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
@@ -188,10 +195,15 @@ class Worker:
 
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
-        """Every row of val exactly once, centre crops; returns val/loss, val/top1_error, val/top5_error."""
+        """Every row of val exactly once, centre crops; returns val/loss, val/top1_error, val/top5_error.
+
+        Raises Stopped or Diverged.
+        """
         self.placed.eval()
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss sum, top-1 wrong, top-5 wrong, images
         for step, batch in enumerate(self.feed.batches("val", epoch)):
+            if step % LOG_EVERY_STEPS == 0 and self.anyone_is_told_to_stop():
+                self.stop()
             scores, labels = self.scores("val", step, batch)
             if self.placed.speaks:
                 loss_sum = F.cross_entropy(scores, labels, reduction="sum")
@@ -243,6 +255,16 @@ class Worker:
                 raise Diverged(f"loss is {loss_sum / count} at step {number} (epoch {epoch + 1}): {self._advice()}")
             self.state.losses.append(loss_sum / count)
         return bool(sums[:, 2].any().item())
+
+    def stop(self) -> None:
+        """Save where the run is, within an epoch or before its validation, and raise Stopped."""
+        self.save({"val/top1_error": NEVER_BEST})
+        raise Stopped
+
+    def anyone_is_told_to_stop(self) -> bool:
+        told = torch.tensor([float(self.is_told_to_stop())], device=self.device)
+        self.add_up(told)
+        return bool(told.item())
 
     def is_told_to_stop(self) -> bool:
         """Whether the driver has asked for it, as far as rank 0 knows from the answer to its last news."""

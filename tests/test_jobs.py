@@ -115,14 +115,6 @@ def test_a_nan_stops_the_run_and_names_the_step(finished, job, place, here):
     assert "step" in run.data.tags["error"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_net_that_only_guesses_is_said_aloud(finished, job, place, here):
-    done = job("train", "--epochs", "3", "--init", "paper", "--lr", "1e-6", "--name", "stuck", cwd=place, **here)
-    assert done.returncode == 0, done.stderr
-    assert "no better than guessing, ln(10) = 2.3026" in done.stdout
-
-
 def start(place, *args):
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     command = [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *args]
@@ -148,7 +140,7 @@ def test_a_stopped_run_saves_where_it_is_and_goes_on_from_there(finished, whole,
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
-    assert "a checkpoint was saved after 2 epochs and " in out
+    assert re.search(r"a checkpoint was saved after [234] epochs and \d+ steps", out), out
     assert f"--resume {name}" in out
     result = result_of(place, name)
     assert result["status"] == "KILLED"
@@ -158,7 +150,7 @@ def test_a_stopped_run_saves_where_it_is_and_goes_on_from_there(finished, whole,
         changes = ("--epochs", "5", "--layout", "single", "--workers", "1")
         resumed = job("train", "--resume", name, *changes, cwd=place, **here)
         assert resumed.returncode == 0, resumed.stderr
-        assert re.search(r"resumed after epoch 2 and \d+ steps", resumed.stdout)
+        assert re.search(r"resumed after epoch [234] and \d+ steps", resumed.stdout)
         assert_same_history(result_of(place, name), whole)
 
 
@@ -181,7 +173,7 @@ def test_a_killed_worker_is_survived_from_the_last_checkpoint(finished, place):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, place):
+def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, place, here):
     process = start(place, "--epochs", "4", "--name", "orphan")
     read_until(process, "epoch 3/4  train loss")
     family = psutil.Process(process.pid).children(recursive=True)
@@ -189,7 +181,7 @@ def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, pl
     psutil.wait_procs(family, timeout=60)
     before = result_of(place, "orphan")
     assert before["status"] == "RUNNING"
-    done = job("train", "--resume", "orphan", cwd=place)
+    done = job("train", "--resume", "orphan", cwd=place, **here)
     assert done.returncode == 0, done.stderr
     after = result_of(place, "orphan")
     assert after["status"] == "FINISHED"
@@ -258,30 +250,15 @@ def test_a_wrong_request_is_one_line_and_status_2(job, tmp_path, args, words):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_what_does_not_fit_the_data_is_refused(finished, job, place):
-    data = place / "runs" / "_data" / "digits"
-    for args, words in (
-        (["--num-classes", "9"], "has label 9, but there are 9 classes"),
-        (["--input-size", "80"], "above the 72 pixels"),
-        (["--global-batch-size", "2000"], "more than the 1437 training images"),
-        (["--width", "0.3"], "width = 0.3"),
-        (["--name", "first"], "choose another name, or go on with: --resume first"),
-    ):
-        done = job("train", "--data", data, *args, cwd=place)
-        assert done.returncode == 2
-        assert words in error_of(done)
-    done = job("train", "--data", data, cwd=place, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert "MLflow at http://127.0.0.1:9 cannot be reached" in error_of(done)
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--source", "nowhere", "--output", "out"], "--source nowhere: no such folder"),
-        (["--output", "out"], "the following arguments are required: --source"),
+        (["--output", "out"], "the following arguments are required: --source (or --check DIR)"),
+        (["--check", "nowhere"], "--check nowhere: no such folder"),
+        (["--check", "out", "--source", "digits"], "--check: takes no --source"),
+        (["--source", "digits", "--output", "out", "--picture", "x.png"], "--picture: is drawn by --check only"),
+        (["--source", "digits", "--output", "out", "--encoding", "png"], "invalid choice: 'png'"),
         (["--source", "digits", "--output", "out", "--max-rejected", "2"], "must be between 0 and 1"),
         (["--source", "digits", "--output", "out", "--jpeg-quality", "101"], "must be between 1 and 100"),
     ],

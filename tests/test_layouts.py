@@ -31,9 +31,9 @@ def build(dtype, dropout):
 
 
 def global_batch(step, dtype):
-    """The images and labels of a step; every fourth batch is a short last one."""
+    """The images and labels of a step; every fourth batch is a short last one, and one has a single image."""
     random = torch.Generator().manual_seed(step)
-    size = 5 if step % 4 == 3 else BATCH
+    size = 5 if step % 4 == 3 else 1 if step == 6 else BATCH  # of one image most workers have no part
     images = torch.randn(size, 3, 64, 64, generator=random, dtype=torch.float64).to(dtype)
     return images, torch.randint(0, CLASSES, (size,), generator=random)
 
@@ -374,7 +374,7 @@ def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
 @pytest.mark.parametrize(
     ("kind", "workers", "words"),
     [
-        ("columns", 3, "workers = 3: layout columns needs a multiple of 2, a worker a column"),
+        ("columns", 3, "workers = 3: layout columns needs a multiple of 2, a worker a column; or choose another"),
         ("single", 2, "workers = 2: layout single has one; choose data, columns or hybrid"),
         ("rows", 2, "layout = 'rows': unknown; choose one of single, data, columns, hybrid"),
     ],
@@ -382,6 +382,13 @@ def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
 def test_a_layout_that_cannot_be_is_refused(kind, workers, words):
     with pytest.raises(ValueError, match=words):
         Layout(kind, workers)
+
+
+@pytest.mark.parametrize("kind", ["data", "hybrid"])
+def test_one_worker_of_any_layout_is_the_whole_net(kind):
+    found = train(0, kind, 1, torch.float64, 0.5, 2)
+    for name, tensor in alone(torch.float64, 0.5, 2).items():
+        assert difference(found[name], tensor) < 1e-10, name
 
 
 def test_units_that_cannot_be_shared_are_refused():

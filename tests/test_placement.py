@@ -1,10 +1,23 @@
 """Which layout, on which workers, on which nodes."""
 
+import re
+
 import pytest
 
+from alexnet.cost import estimate
+from alexnet.layouts import Layout
 from orchestrator.config import make_config
 from orchestrator.exits import JobError
-from orchestrator.placement import Node, alive, choose_layout, ledger, make_plan, share_cpus, worker_counts
+from orchestrator.placement import (
+    Node,
+    _memory_of_worker,
+    alive,
+    choose_layout,
+    ledger,
+    make_plan,
+    share_cpus,
+    worker_counts,
+)
 from orchestrator.recipes import digits, imagenet
 
 CPU, GPUS = Node("a", cpus=2), Node("g", cpus=32, gpus=4, accelerator="A100")
@@ -39,6 +52,8 @@ def test_gpus_are_used_when_there_is_one_for_each_worker_and_never_silently_left
         ({"workers": "2..8", "layout": "columns", "global_batch_size": 120}, [8, 6, 4, 2]),
         ({"workers": "1..3", "layout": "single"}, [1]),
         ({"workers": "3..5", "layout": "data"}, [4]),
+        ({"workers": "2..4", "layout": "hybrid", "global_batch_size": 96}, [4, 2]),  # 3 cannot share 4096 units
+        ({"workers": "1..4", "layout": "hybrid"}, [4, 2, 1]),
     ],
 )
 def test_an_elastic_run_has_the_numbers_of_workers_that_its_layout_and_batch_allow(fields, counts):
@@ -51,6 +66,7 @@ def test_an_elastic_run_has_the_numbers_of_workers_that_its_layout_and_batch_all
         ({"global_batch_size": 100, "workers": 3}, "global_batch_size = 100: not divisible by 3 workers; 99 or 102"),
         ({"workers": 3, "layout": "columns", "global_batch_size": 99}, "workers = 3: layout columns needs a multiple"),
         ({"workers": 2, "layout": "single"}, "workers = 2: layout single has one"),
+        ({"workers": 3, "layout": "columns"}, "workers = 3: layout columns needs a multiple of 2"),
         ({"workers": "5..7"}, "workers = 5..7: none of these numbers will do; of 7: global_batch_size = 128"),
     ],
 )
@@ -81,10 +97,29 @@ def test_auto_takes_the_cheapest_layout_and_says_why():
 
 
 def test_auto_leaves_what_does_not_fit_into_memory():
-    config = imagenet().changed(global_batch_size=8192)
-    layout, reason = choose_layout(config, 2, 1000, [Node("g", 8, 2, accelerator="T4")], use_gpu=True)
-    assert "too much memory" in reason or "no layout fits" in reason
-    assert layout.kind in ("columns", "data", "hybrid")
+    node = [Node("g", 8, 2, accelerator="T4")]
+    fits = {kind: Layout(kind, 2) for kind in ("columns", "data", "hybrid")}
+    settings = {"num_classes": 1000, "input_size": 224, "width": 1.0, "global_batch_size": 4600}
+    sizes = {kind: estimate(**settings, layout=layout).memory_bytes for kind, layout in fits.items()}
+    assert [kind for kind, size in sizes.items() if size <= 16e9] == ["data", "hybrid"]
+    layout, reason = choose_layout(imagenet().changed(global_batch_size=4600), 2, 1000, node, use_gpu=True)
+    assert layout.kind != "columns"
+    assert re.search(r"columns [\d,]+ ms and too much memory", reason)
+    layout, reason = choose_layout(imagenet().changed(global_batch_size=9000), 2, 1000, node, use_gpu=True)
+    sizes = {k: estimate(**settings | {"global_batch_size": 9000}, layout=f).memory_bytes for k, f in fits.items()}
+    assert sizes[layout.kind] == min(sizes.values())
+    assert reason.endswith("no layout fits the 16 GB of a worker")
+
+
+def test_the_poorest_node_s_memory_counts():
+    nodes = [Node("a", 8, memory_bytes=64e9), Node("b", 8, memory_bytes=4e9), Node("head", 0, memory_bytes=1e9)]
+    assert _memory_of_worker(nodes, 4, use_gpu=False) == 2e9
+
+
+def test_the_ledger_knows_the_precision():
+    sent = {p: ledger(digits().changed(precision=p), 2, 10)[0][1] for p in ("fp32", "fp64")}
+    assert "5.1 MB sent" in sent["fp32"]
+    assert "10.2 MB sent" in sent["fp64"]
 
 
 def test_a_group_of_columns_is_never_split_over_nodes():
@@ -94,8 +129,17 @@ def test_a_group_of_columns_is_never_split_over_nodes():
     assert make_plan(config.changed(workers=2), [Node("a", 8, 3), Node("b", 8, 3)], 1000).strategy() == "STRICT_PACK"
     alone = make_plan(config, [Node("a", 8, 4)], 1000)
     assert alone.node_of_worker == ()
-    # 3 + 1 GPUs hold four workers, but only one pair: Ray is asked, the workers check, and nothing is pinned
-    assert make_plan(config, [Node("a", 8, 3), Node("b", 8, 1)], 1000).node_of_worker == ()
+    # 3 + 1 GPUs hold four workers, but only one pair
+    with pytest.raises(JobError, match=r"no room for 2 group\(s\) of 2 workers, each group on one node"):
+        make_plan(config, [Node("a", 8, 3), Node("b", 8, 1)], 1000)
+
+
+def test_a_worker_asks_for_no_more_cpus_than_there_are_beside_its_gpu():
+    nodes = [Node("head", 60), Node("g", 2, 4)]
+    plan = make_plan(make_config(workers=4, layout="columns"), nodes, 1000)
+    assert plan.node_of_worker == ("g",) * 4
+    assert plan.resources.worker_cpus * 4 <= 2
+    assert make_plan(make_config(workers="2..4", layout="columns"), [Node("g", 0, 4)], 1000) is None
 
 
 def test_an_elastic_run_takes_what_there_is():
