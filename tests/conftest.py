@@ -1,6 +1,7 @@
 """Shared by all tests: no test leaves anything outside its own folder."""
 
 import io
+import json
 import os
 import secrets
 import subprocess
@@ -65,6 +66,23 @@ def job(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def recorded() -> list[dict[str, float]]:
+    """The history of an undisturbed digits run in float64, as benchmarks/same_losses.py wrote it: every layout, and
+    every machine, comes to the same within 1e-7, and so must every run that was disturbed. A change of the code that
+    changes it on purpose runs that benchmark again."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "same_losses.json").read_text())
+    history: list[dict[str, float]] = found["histories"]["single 1"]
+    return history
+
+
+def assert_same_history(history, recorded):
+    for a, b in zip(history, recorded[: len(history)], strict=True):
+        assert (a["epoch"], a["step"], a["train/lr"]) == (b["epoch"], b["step"], b["train/lr"])
+        for name in ("train/loss", "val/loss", "val/top1_error", "val/top5_error"):
+            assert a[name] == pytest.approx(b[name], rel=1e-7), (a["epoch"], name)
 
 
 @pytest.fixture

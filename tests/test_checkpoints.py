@@ -59,20 +59,27 @@ def test_a_checkpoint_holds_the_canonical_names_and_nothing_pickled(tmp_path):
         assert torch.equal(file.get_tensor("conv2.weight"), net.part.conv2.weight)
 
 
-def save_and_go_on(rank, folder, first, then, dtype):
-    """Three steps in one layout, a checkpoint, and three more in another from it."""
-    state = checkpoints.State(step=3)
-    placed, optimizer = test_layouts.make(rank, *first, dtype, 0.5)
-    schedule = alexnet.plateau_schedule(optimizer)
-    run(placed, optimizer, range(3), dtype)
-    if placed.layout.replicas == 1 or rank in placed.layout.group_of(0):
-        checkpoints.save(folder if rank == 0 else None, placed, optimizer, schedule, state)
-    torch.distributed.barrier()
-    placed, optimizer = test_layouts.make(rank, *then, dtype, 0.5)
-    assert checkpoints.load(folder, placed, optimizer, alexnet.plateau_schedule(optimizer)) == state
-    loaded = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
-    run(placed, optimizer, range(3, 6), dtype)
-    return {"loaded": loaded, "later": test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")}
+CHANGES = [("columns", "hybrid"), ("hybrid", "data"), ("data", "columns")]
+
+
+def save_and_go_on(rank, root, workers, dtype):
+    """Three steps in one layout, a checkpoint, and three more in another from it; for every change."""
+    found = {}
+    for first, then in CHANGES:
+        folder, state = root / first, checkpoints.State(step=3)
+        placed, optimizer = test_layouts.make(rank, first, workers, dtype, 0.5)
+        run(placed, optimizer, range(3), dtype)
+        if rank in placed.layout.group_of(0):
+            own = folder if rank == 0 else None
+            checkpoints.save(own, placed, optimizer, alexnet.plateau_schedule(optimizer), state)
+        torch.distributed.barrier()
+        placed, optimizer = test_layouts.make(rank, then, workers, dtype, 0.5)
+        assert checkpoints.load(folder, placed, optimizer, alexnet.plateau_schedule(optimizer)) == state
+        loaded = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
+        run(placed, optimizer, range(3, 6), dtype)
+        later = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
+        found[first] = {"loaded": loaded, "later": later}
+    return found
 
 
 def run(placed, optimizer, steps, dtype):
@@ -83,27 +90,20 @@ def run(placed, optimizer, steps, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        (("columns", 4), ("hybrid", 4)),
-        (("hybrid", 4), ("data", 4)),
-        (("data", 4), ("columns", 4)),
-    ],
-)
-def test_any_layout_goes_on_from_any_other_s_checkpoint(tmp_path, first, then):
+def test_any_layout_goes_on_from_any_other_s_checkpoint(tmp_path):
     from safetensors.torch import load_file
 
-    found = run_gloo(4, save_and_go_on, tmp_path, first, then, torch.float64)[0]
-    written = load_file(tmp_path / "model.safetensors")
-    assert {name: list(tensor.shape) for name, tensor in written.items()} == {
-        name: list(tensor.shape) for name, tensor in test_layouts.build(torch.float64, 0.5).state_dict().items()
-    }
-    for name, tensor in written.items():
-        assert torch.equal(tensor, found["loaded"][f"weight {name}"]), name
+    for first, _ in CHANGES:
+        (tmp_path / first).mkdir()
     unbroken = test_layouts.alone(torch.float64, 0.5, 6)
-    for name, tensor in found["later"].items():
-        assert test_layouts.difference(tensor, unbroken[name]) < 1e-10, name
+    shapes = {name: list(t.shape) for name, t in test_layouts.build(torch.float64, 0.5).state_dict().items()}
+    for first, found in run_gloo(4, save_and_go_on, tmp_path, 4, torch.float64)[0].items():
+        written = load_file(tmp_path / first / "model.safetensors")
+        assert {name: list(tensor.shape) for name, tensor in written.items()} == shapes
+        for name, tensor in written.items():
+            assert torch.equal(tensor, found["loaded"][f"weight {name}"]), name
+        for name, tensor in found["later"].items():
+            assert test_layouts.difference(tensor, unbroken[name]) < 1e-10, (first, name)
 
 
 def test_one_process_goes_on_from_four_and_four_from_one(tmp_path):

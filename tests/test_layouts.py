@@ -19,10 +19,7 @@ from orchestrator.feed import worker_stretch
 
 CLASSES = 7  # divisible neither by columns nor by workers
 BATCH, STEPS = 12, 20
-CASES = {
-    2: [("data", 2), ("columns", 2), ("hybrid", 2)],
-    4: [("data", 4), ("columns", 4), ("hybrid", 4)],
-}
+KINDS = ("data", "columns", "hybrid")
 
 
 def build(dtype, dropout):
@@ -107,17 +104,23 @@ def alone(dtype, dropout, steps=STEPS):
 VARIANTS = [(torch.float64, 0.5), (torch.float64, 0.0), (torch.float32, 0.5), (torch.float32, 0.0)]
 
 
-def train_all(rank, cases):
+def everything(rank, workers):
+    """All that the tests below look at: to start processes takes longer than what they do."""
     return {
-        (kind, workers, str(dtype), dropout): train(rank, kind, workers, dtype, dropout)
-        for kind, workers in cases
-        for dtype, dropout in VARIANTS
+        "trained": {
+            (kind, str(dtype), dropout): train(rank, kind, workers, dtype, dropout)
+            for kind in KINDS
+            for dtype, dropout in VARIANTS
+        },
+        "gradients": check_gradients(rank),
+        "bytes": {kind: count_bytes(rank, kind, workers) for kind in KINDS},
     }
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def together(request):
-    return run_gloo(request.param, train_all, CASES[request.param])[0]
+    """What 2 and 4 processes found, each."""
+    return request.param, run_gloo(request.param, everything, request.param)
 
 
 def difference(a, b):
@@ -127,11 +130,12 @@ def difference(a, b):
 
 @pytest.mark.slow
 def test_every_layout_equals_one_process(together):
-    for (kind, workers, dtype, dropout), found in together.items():
+    workers, found = together
+    for (kind, dtype, dropout), trained in found[0]["trained"].items():
         wanted = alone(getattr(torch, dtype.removeprefix("torch.")), dropout)
-        assert found.keys() == wanted.keys()
+        assert trained.keys() == wanted.keys()
         bound = 1e-10 if dtype == "torch.float64" else 1e-5
-        for name, tensor in found.items():
+        for name, tensor in trained.items():
             assert tensor.shape == wanted[name].shape
             assert difference(tensor, wanted[name]) < bound, f"{kind} {workers} {dtype} dropout {dropout}: {name}"
 
@@ -260,42 +264,38 @@ def check_gradients(rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 4])
-def test_gradients_through_every_exchange(workers):
-    for found in run_gloo(workers, check_gradients):
-        assert found == {"maps of images": True, "units": True, "rows": True, "scores": True}
+def test_gradients_through_every_exchange(together):
+    for found in together[1]:
+        assert found["gradients"] == {"maps of images": True, "units": True, "rows": True, "scores": True}
 
 
-def count_bytes(rank, cases, net_settings, size):
-    """Bytes that this worker's sockets send in one step of each layout, and what the ledger says."""
-    found = {}
-    for kind, workers in cases:
-        net = alexnet.build("paper", 10, init="he", **net_settings)
-        layout = Layout(kind, workers)
-        placed = PlacedNet(net, layout, rank)
-        side, images = net_settings["input_size"], size // workers
-        sizes = [images] * layout.group_size
-        pixels, info = torch.zeros(images, side, side, 3, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int32)
-        for _ in range(2):  # the first step also sets up DDP's buckets
-            dist.barrier()
-            before = bytes_sent()
-            labels = placed.share_labels(info, sizes)[:, 0].long()
-            x = placed.share_images(pixels, sizes).permute(0, 3, 1, 2).float()
-            F.cross_entropy(placed(x, None, sizes), labels, reduction="sum").backward()
-            time.sleep(0.3)  # for the last acknowledgements
-            sent = bytes_sent() - before
-        said = communication(layout, num_classes=10, global_batch_size=size, **net_settings)
-        found[kind, workers] = torch.tensor([sent, sum(exchange.size_bytes for exchange in said)])
-    return found
+def count_bytes(rank, kind, workers):
+    """Bytes that this worker's sockets send in one step of a layout, and what the ledger says."""
+    settings, size = {"input_size": 96, "width": 0.25}, 64
+    layout = Layout(kind, workers)
+    placed = PlacedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
+    images = size // workers
+    sizes = [images] * layout.group_size
+    pixels, info = torch.zeros(images, 96, 96, 3, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int32)
+    for _ in range(2):  # the first step also sets up DDP's buckets
+        dist.barrier()
+        before = bytes_sent()
+        labels = placed.share_labels(info, sizes)[:, 0].long()
+        x = placed.share_images(pixels, sizes).permute(0, 3, 1, 2).float()
+        F.cross_entropy(placed(x, None, sizes), labels, reduction="sum").backward()
+        time.sleep(0.3)  # for the last acknowledgements
+        sent = bytes_sent() - before
+    said = communication(layout, num_classes=10, global_batch_size=size, **settings)
+    return torch.tensor([sent, sum(exchange.size_bytes for exchange in said)])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts bytes with Linux's TCP_INFO")
-@pytest.mark.parametrize("workers", [2, 4])
-def test_the_ledger_says_what_the_sockets_send(workers):
-    for found in run_gloo(workers, count_bytes, CASES[workers], {"input_size": 96, "width": 0.25}, 64):
-        for layout, (sent, said) in ((key, both.tolist()) for key, both in found.items()):
-            assert sent == pytest.approx(said, rel=0.01), layout
+def test_the_ledger_says_what_the_sockets_send(together):
+    for found in together[1]:
+        for kind, both in found["bytes"].items():
+            sent, said = both.tolist()
+            assert sent == pytest.approx(said, rel=0.01), kind
 
 
 def test_the_ledger_of_the_paper_s_net():
