@@ -24,7 +24,6 @@ SETTLED_S = 5.0  # a cluster that could take more workers is given this long to 
 START_PATIENCE_S = 90.0
 STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
 LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers are
-GONE_PATIENCE_S = 15.0  # for the processes of a fit to be gone
 
 
 class Training:
@@ -43,7 +42,7 @@ class Training:
         self._mailbox: Any = None  # a new one for every fit: no news comes from the one before
         self._counted: set[str] = set()  # the nodes that the plan was made from
         self._nodes: list[str] = []  # of its workers, once they have started
-        self._others: set[str] = set()  # placement groups that were there before it
+        self._others: set[str] = set()  # this job's placement groups that were there before it
         self._plan = self._make_plan()
         if self._plan is not None:  # what began on GPUs does not go on without them
             self.config = config.changed(device="gpu" if self._plan.resources.use_gpu else "cpu")
@@ -67,16 +66,18 @@ class Training:
             self.end()
 
     def end(self) -> None:
-        """End the fit, whatever its workers do, and wait until they are gone."""
+        """End the fit, whatever its workers do."""
         import ray
+        from ray.util import remove_placement_group
+        from ray.util.placement_group import PlacementGroup
 
         if self._fit is None:
             return
-        ray.kill(self._fit)  # Ray Train's controller is its child, and the workers are the controller's
+        ray.kill(self._fit)  # Ray Train's controller is its child
         self._fit = None
-        deadline = time.monotonic() + GONE_PATIENCE_S
-        while _placement_groups() - self._others and time.monotonic() < deadline:  # theirs goes when they do
-            time.sleep(POLL_S)
+        # the workers' placement group would stay reserved when their controller is killed; with it go the workers
+        for name in _placement_groups() - self._others:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
     def _make_plan(self) -> Plan | None:
         import ray
@@ -256,10 +257,14 @@ class Training:
 
 
 def _placement_groups() -> set[str]:
-    """Those that are not gone."""
+    """Of this Ray job, whose id their ids end with, and not gone."""
+    import ray
     from ray.util import placement_group_table
 
-    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
+    }
 
 
 class Fit:
