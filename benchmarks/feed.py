@@ -4,7 +4,7 @@
 
 IMAGEFOLDER is a tree of train/CLASS/IMAGE and val/CLASS/IMAGE. It is prepared into shards first, as JPEG and raw. Every
 loader then makes random 224-pixel crops, half of them mirrored, in batches of 128 of uint8, with two processes or
-threads, each in a process of its own, turn about:
+threads, each in a process of its own, turn about. A turn begins with nothing read and ends with nothing under way:
 
     feed         ours, on Ray Data, from JPEG shards (feed raw: from raw shards)
     imagefolder  torch DataLoader and torchvision ImageFolder from the original files: Resize(256), RandomCrop, flip
@@ -12,7 +12,7 @@ threads, each in a process of its own, turn about:
     webdataset   webdataset over tars of the same JPEGs, with simplejpeg
     pyarrow      pyarrow and a pool of threads over our shards, with simplejpeg: the limit
 
-images per CPU-second count the whole process tree, Ray's own processes included.
+images per CPU-second count the whole process tree, Ray's own processes included. The shares say whose they are.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 BATCH, CROP, WORKERS = 128, 224, 2
+PASSES = 2  # over the images in a turn
 
 
 def rows(shards: Path) -> list[tuple[str, int]]:
@@ -62,26 +64,27 @@ def crop(data: Any, out: np.ndarray) -> None:
 
 
 def feed(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
-    """Epoch after epoch of one long run, training and validation."""
+    """A run of some epochs, training and validation."""
     from orchestrator.cluster import connect
 
     connect()
     from orchestrator.feed import Feed
     from orchestrator.recipes import imagenette
     from orchestrator.shards import read_manifest
+    from orchestrator.storage import Place
 
-    config = imagenette().changed(color_noise="none")
-    stream = Feed(shards, read_manifest(shards), config, rank=0, world_size=1, num_cpus=1, num_tasks=WORKERS)
-    stream.start(0)
-    epochs = itertools.count()
+    config = imagenette().changed(color_noise="none", epochs=PASSES)
+    place = Place.of(shards)
+    manifest = read_manifest(place)
 
-    def epoch() -> Iterator[np.ndarray]:
-        number = next(epochs)
-        for split in ("train", "val"):
-            for batch in stream.batches(split, number):
-                yield batch["image"]
+    def run() -> Iterator[np.ndarray]:
+        with closing(Feed(place, manifest, config, rank=0, world_size=1, num_cpus=1, num_tasks=WORKERS)) as stream:
+            stream.start(0)
+            for epoch, split in itertools.product(range(PASSES), ("train", "val")):
+                for batch in stream.batches(split, epoch):
+                    yield batch["image"]
 
-    return epoch
+    return run
 
 
 def imagefolder(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
@@ -92,7 +95,7 @@ def imagefolder(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]
     steps = [v2.Resize(256), v2.RandomCrop(CROP), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     data = ImageFolder(str(source / "train"), v2.Compose(steps))
     loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
-    return lambda: (images.numpy() for images, _ in loader)
+    return lambda: (images.numpy() for _ in range(PASSES) for images, _ in loader)
 
 
 def presized(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
@@ -109,7 +112,7 @@ def presized(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
                     yield torch.from_numpy(out)
 
     loader = torch.utils.data.DataLoader(Rows(), BATCH, num_workers=WORKERS, persistent_workers=True)
-    return lambda: (images.numpy() for images in loader)
+    return lambda: (images.numpy() for _ in range(PASSES) for images in loader)
 
 
 def webdataset(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
@@ -134,7 +137,7 @@ def webdataset(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]
     tars = sorted(map(str, folder.glob("*.tar")))
     data = wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(1000).map(decode).batched(BATCH)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
-    return lambda: (images.numpy() for images in loader)
+    return lambda: (images.numpy() for _ in range(PASSES) for images in loader)
 
 
 def pyarrow(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
@@ -150,7 +153,7 @@ def pyarrow(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
 
     def epoch() -> Iterator[np.ndarray]:
         waiting = []
-        for group in rows(shards):
+        for group in (group for _ in range(PASSES) for group in rows(shards)):
             waiting.append(pool.submit(batch, group))
             if len(waiting) > 2 * WORKERS:
                 yield waiting.pop(0).result()
@@ -166,17 +169,20 @@ LOADERS = {
 }  # fmt: skip
 
 
-def cpu_seconds() -> float:
-    """Of this process and of all that live below it; loaders keep theirs alive between turns."""
-    total = 0.0
+def cpu_seconds() -> dict[str, float]:
+    """Of this process and of all that live below it, by whose they are; loaders keep theirs alive between turns."""
+    found = {"consumer": 0.0, "tasks": 0.0, "ray": 0.0}
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         try:
-            times = process.cpu_times()
+            times, words = process.cpu_times(), " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+        rays_own = any(word in words for word in ("gcs_server", "raylet/raylet", "/ray/_private/", "/ray/dashboard/"))
+        helper = words.startswith("ray::") and not words.startswith(("ray::IDLE", "ray::Map"))
+        kind = "consumer" if process == me else "ray" if rays_own or helper else "tasks"
+        found[kind] += times.user + times.system + times.children_user + times.children_system
+    return found
 
 
 def serve(name: str, shards: Path, source: Path) -> None:
@@ -186,14 +192,14 @@ def serve(name: str, shards: Path, source: Path) -> None:
     keep_freed_memory()
     epoch = LOADERS[name](shards, source)
     for _ in sys.stdin:
-        cpu, start, images = cpu_seconds(), time.perf_counter(), 0
+        before, start, images = cpu_seconds(), time.perf_counter(), 0
         for batch in epoch():
             images += len(batch)
             int(batch[:, ::32, ::32].sum())  # the consumer's touch
-        print(
-            json.dumps({"images": images, "wall_s": time.perf_counter() - start, "cpu_s": cpu_seconds() - cpu}),
-            flush=True,
-        )
+        wall = time.perf_counter() - start
+        cpu = {name: seconds - before[name] for name, seconds in cpu_seconds().items()}
+        result = {"images": images, "wall_s": wall, "cpu_s": sum(cpu.values())}
+        print(json.dumps(result | {f"{name}_cpu_s": seconds for name, seconds in cpu.items()}), flush=True)
 
 
 def prepare(source: Path, folder: Path) -> None:
@@ -236,31 +242,43 @@ def main() -> None:
                     turns[name].append(result)
         for process in contenders.values():
             process.communicate()
-    report(turns, args.json)
+    report(turns, args.source, args.json)
 
 
-def report(turns: dict[str, list[dict[str, float]]], path: Path) -> None:
+def report(turns: dict[str, list[dict[str, float]]], source: Path, path: Path) -> None:
     figures: dict[str, dict[str, float]] = {}
     for name, results in turns.items():
         figures[name] = {
             "images_per_cpu_s": statistics.median(r["images"] / r["cpu_s"] for r in results),
             "images_per_s": statistics.median(r["images"] / r["wall_s"] for r in results),
         }
-        print(f"{name:<12} " + "  ".join(f"{value:7.0f} {key}" for key, value in figures[name].items()))
-    ratios: dict[str, dict[str, float]] = {}
+        for kind in ("consumer", "tasks", "ray"):
+            share = statistics.median(r[f"{kind}_cpu_s"] / r["cpu_s"] for r in results)
+            figures[name] |= {f"{kind}_share_of_cpu": round(share, 3)} if share else {}
+        shares = ", ".join(f"{k.split('_')[0]} {100 * v:.0f} %" for k, v in figures[name].items() if "share" in k)
+        rates = figures[name]
+        print(
+            f"{name:<12} {rates['images_per_cpu_s']:7.0f} images per CPU-second  {rates['images_per_s']:7.0f} a second"
+            f"  (CPU: {shares})"
+        )
+    result: dict[str, Any] = {"source": source.name, "passes_a_turn": PASSES, "loaders": figures}
     for ours in (name for name in turns if name.startswith("feed")):
-        ratios[ours] = {
-            name: statistics.median(
-                (a["images"] / a["cpu_s"]) / (b["images"] / b["cpu_s"])
-                for a, b in zip(turns[ours], turns[name], strict=True)
-            )
-            for name in turns
-            if not name.startswith("feed")
-        }
-        print(f"{ours} over the others, per CPU-second: " + ", ".join(f"{n} {r:.2f}" for n, r in ratios[ours].items()))
-    measure.write(
-        path, {"loaders": figures, "ratios": ratios.get("feed", {}), "ratios_raw": ratios.get("feed raw", {})}
-    )
+        for per, clock in (("cpu_s", "CPU-second"), ("wall_s", "second")):
+            ratios = {
+                name: round(
+                    statistics.median(
+                        (a["images"] / a[per]) / (b["images"] / b[per])
+                        for a, b in zip(turns[ours], turns[name], strict=True)
+                    ),
+                    3,
+                )
+                for name in turns
+                if not name.startswith("feed")
+            }
+            key = "ratios" + ("_raw" if ours != "feed" else "") + ("_wall" if per == "wall_s" else "")
+            result[key] = ratios
+            print(f"{ours} over the others, per {clock}: " + ", ".join(f"{n} {r:.2f}" for n, r in ratios.items()))
+    measure.write(path, result)
 
 
 if __name__ == "__main__":

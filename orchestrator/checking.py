@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .config import TrainConfig, make_config
 from .feed import Feed
 from .shards import DamagedData, Manifest, check_labels, read_manifest, read_mean_image, verify
+from .storage import Place
 
 PICTURES = 48  # on the contact sheet
 
@@ -34,11 +35,11 @@ def feed_config(manifest: Manifest) -> TrainConfig:
     return make_config(epochs=1, input_size=max(64, min(size, size * 224 // 256)), global_batch_size=128)
 
 
-def check(folder: Path, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
+def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
     """Checksums, counts, labels, then every image decoded and cut by the feed. Ray must be connected.
 
     `say` gets a line after each part, `progress` images done, images in all and images/s while the feed runs.
-    Raises ValueError where there is no data set, DamagedData naming the file that is not what the manifest says.
+    Raises ValueError where there is no data set, JobError naming the file that is not what the manifest says.
     """
     import ray
 
@@ -55,19 +56,22 @@ def check(folder: Path, say: Callable[[str], None], progress: Callable[[int, int
     samples: NDArray[np.uint8] | None = None
     labels = np.empty(0, np.int64)
     done, start = 0, time.monotonic()
-    feed.start(0)
-    for split in ("train", "val"):
-        counts = np.zeros(len(manifest.classes), np.int64)
-        for batch in feed.batches(split, 0):
-            if samples is None:
-                start = time.monotonic()  # Ray's own start is not the feed's speed
-                samples, labels = batch["image"][:PICTURES].copy(), batch["label"][:PICTURES].copy()
-            else:
-                done += len(batch["label"])
-            counts += np.bincount(batch["label"], minlength=len(counts))
-            progress(done, images, done / max(time.monotonic() - start, 1e-9))
-        if tuple(counts.tolist()) != manifest.class_rows[split]:
-            raise DamagedData(f"{folder}: {split} has {counts.tolist()} rows of each class, not what the manifest says")
+    with closing(feed):
+        feed.start(0)
+        for split in ("train", "val"):
+            counts = np.zeros(len(manifest.classes), np.int64)
+            for batch in feed.batches(split, 0):
+                if samples is None:
+                    start = time.monotonic()  # Ray's own start is not the feed's speed
+                    samples, labels = batch["image"][:PICTURES].copy(), batch["label"][:PICTURES].copy()
+                else:
+                    done += len(batch["label"])
+                counts += np.bincount(batch["label"], minlength=len(counts))
+                progress(done, images, done / max(time.monotonic() - start, 1e-9))
+            if tuple(counts.tolist()) != manifest.class_rows[split]:
+                raise DamagedData(
+                    f"{folder}: {split} has {counts.tolist()} rows of each class, not what the manifest says"
+                )
     assert samples is not None
     rate = done / max(time.monotonic() - start, 1e-9)
     return Report(manifest, size_bytes, images, rate, cpus, samples, labels)

@@ -13,7 +13,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next look: 2 s by default
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}  # the same in every process: Ray starts a new one where an idle one's environment differs
 
 
 def connect() -> None:
@@ -31,10 +32,11 @@ def connect() -> None:
     assert not private or os.environ.get("RAY_AUTH_MODE"), (
         "connect before Ray is imported, or set RAY_AUTH_MODE yourself"
     )
-    if private:  # a process less to start; nobody reclaims this machine with a warning
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    for name, value in QUIET.items():
+    # on a private Ray a process less to start: nobody reclaims this machine with a warning
+    settings = QUIET | ({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if private else {})
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
+    environment = {name: os.environ[name] for name in settings}
 
     import ray
     import ray.data  # sets up its logging, which is then quietened
@@ -43,7 +45,7 @@ def connect() -> None:
         return
     try:
         with signals_deferred():
-            _init(private)
+            _init(private, environment)
             catch_signals()  # Ray has put its own handler in place
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         where = "a private Ray" if private else f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
@@ -53,7 +55,7 @@ def connect() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _init(private: bool) -> None:
+def _init(private: bool, environment: dict[str, str]) -> None:
     import ray
 
     ray.init(
@@ -61,5 +63,5 @@ def _init(private: bool) -> None:
         include_dashboard=False if private else None,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": QUIET},
+        runtime_env={"env_vars": environment},
     )

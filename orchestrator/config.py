@@ -30,7 +30,7 @@ class NetSettings(BaseModel):
 class InputSettings(BaseModel):
     """The images."""
 
-    data: str = Field("digits", description="folder made by jobs/prepare.py, or digits: the embedded data")
+    data: str = Field("digits", description="folder or URI made by jobs/prepare.py, or digits: the embedded data")
     flip: bool = Field(True, description="mirror half of the training images left to right")
     color_noise: Literal["none", "paper", "code2012"] = Field(
         "paper", description="PCA colour shift: by eigenvalue (paper's text), by deviation (2012 source), or none"

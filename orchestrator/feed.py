@@ -9,15 +9,15 @@ decoded while this one is validated. Nothing depends on the number of workers, t
 N images, H rows, W columns, C colours.
 """
 
+import collections
+import contextlib
 import json
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,52 +30,28 @@ from alexnet import augment
 from alexnet.allocator import keep_freed_memory
 
 from .config import TrainConfig
+from .exits import JobError
+from .order import Order, plan_epoch, plan_validation
 from .shards import DamagedData, Manifest, Shard
+from .storage import Place
 
 TASK_BYTES = 2**26  # pixels of a task's output: 445 images of 224 pixels, enough to outweigh its overhead
-CHUNK_BYTES = 2**28  # of one execution's output, or two rounds of tasks if that is more
+CHUNK_BYTES = 2**28  # of one execution's output, or two rounds of tasks if that is more; two executions at a time
+STORE_SHARE = 0.5  # of the object store, at most, for the executions of all workers
 DECODED_AT_A_TIME = 4
 RECENT_BYTES = 2**27  # of row groups that a feed process remembers; a window of 4096 JPEG rows is 90 MB
 BLOCKS_AHEAD = 2  # a worker's own queue, in tasks' outputs
+FAILURE = "failure"  # the only column of a block that says why there is no other
+CLOSED_EVERY_S = 0.2  # how often a feed that nobody takes from looks whether it is closed
+CLOSE_PATIENCE_S = 5.0  # for the tasks at work to end
 
 Batch = dict[str, NDArray[Any]]
 Columns = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Order:
-    """The rows of one pass, in order: (N,) row group and row within it."""
-
-    group: NDArray[np.int32]  # into row_groups(shards)
-    row: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-
 def row_groups(shards: tuple[Shard, ...]) -> list[tuple[int, int, int]]:
     """(shard, row group within it, rows) of all row groups."""
     return [(s, g, rows) for s, shard in enumerate(shards) for g, rows in enumerate(shard.row_groups)]
-
-
-def plan_epoch(rows_per_group: NDArray[np.int64], *, seed: int, epoch: int, window: int) -> Order:
-    """The row groups in a random order; then the rows of every `window` rows or so mixed among themselves."""
-    random = np.random.default_rng([seed, epoch])
-    permuted = random.permutation(len(rows_per_group))
-    group = np.repeat(permuted, rows_per_group[permuted]).astype(np.int32)
-    starts = np.cumsum(rows_per_group[permuted]) - rows_per_group[permuted]
-    row = (np.arange(len(group)) - np.repeat(starts, rows_per_group[permuted])).astype(np.int32)
-    # a row's place: its window, then a random number; windows are cut between row groups
-    key = np.repeat(starts // window, rows_per_group[permuted]) + random.random(len(group))
-    mixed = np.argsort(key, kind="stable")
-    return Order(group[mixed], row[mixed])
-
-
-def plan_validation(rows_per_group: NDArray[np.int64]) -> Order:
-    """Every row once, as stored."""
-    group = np.repeat(np.arange(len(rows_per_group)), rows_per_group).astype(np.int32)
-    starts = np.cumsum(rows_per_group) - rows_per_group
-    return Order(group, (np.arange(len(group)) - np.repeat(starts, rows_per_group)).astype(np.int32))
 
 
 def worker_stretch(step: int, num_rows: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -101,7 +77,7 @@ class Task:
 class TaskReader:
     """Reads, decodes and augments the rows of a task. Runs in Ray Data's processes, which need no torch."""
 
-    def __init__(self, folder: Path, manifest: Manifest, config: TrainConfig, rank: int, world_size: int) -> None:
+    def __init__(self, folder: Place, manifest: Manifest, config: TrainConfig, rank: int, world_size: int) -> None:
         self.folder, self.manifest, self.config, self.rank, self.world_size = folder, manifest, config, rank, world_size
         self.margin = manifest.image_size - config.input_size
 
@@ -115,13 +91,19 @@ class TaskReader:
         return [worker_stretch(step, num_rows, size, self.rank, self.world_size) for step in steps]
 
     def __call__(self, rows: Columns) -> Iterator[Columns]:
-        """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, position in the pass."""
+        """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, id, position in the pass."""
         keep_freed_memory()
+        results = []
         for fields in chain.from_iterable(json.loads(text) for text in rows["tasks"]):
             task = Task(*fields)
             positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.stretches(task)])
             if len(positions):
-                yield self.read(task, positions)
+                try:
+                    results.append(self.read(task, positions))
+                except JobError as failure:  # its one line, which Ray Data would bury under its own
+                    results = [{FAILURE: np.array([str(failure)])}]
+                    break
+        yield from results
 
     def read(self, task: Task, positions: NDArray[np.int64]) -> Columns:
         """The rows at these positions of the task's pass: group by group, decoded, and cut into their places."""
@@ -133,7 +115,7 @@ class TaskReader:
         groups: list[tuple[RowGroup, NDArray[np.int64]]] = []
         for g in np.unique(group):
             shard, index, _ = places[g]
-            found, where = read_row_group(str(self.folder / shards[shard].file), index), np.flatnonzero(group == g)
+            found, where = read_row_group(self.folder / shards[shard].file, index), np.flatnonzero(group == g)
             labels[where], ids[where] = found.labels[row[where]], found.ids[row[where]]
             groups.append((found, where))
         if task.split == "val":
@@ -151,7 +133,7 @@ class TaskReader:
                     pixels, draws.of(place), shift[place], config.input_size,
                     divisor=divisor, which=which, out=image, place=place,
                 )  # fmt: skip
-        result: Columns = {"image": image, "label": labels, "position": positions}
+        result: Columns = {"image": image, "label": labels, "id": ids, "position": positions}
         return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}
 
 
@@ -163,6 +145,7 @@ class RowGroup:
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
     name: str  # for people
+    size: int  # bytes
 
     def decoded(
         self, rows: NDArray[np.int64], place: NDArray[np.int64], size: int
@@ -188,24 +171,29 @@ class RowGroup:
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
 
-_recent: OrderedDict[tuple[str, int], RowGroup] = OrderedDict()
+_recent: collections.OrderedDict[tuple[Place, int], RowGroup] = collections.OrderedDict()
 
 
-def read_row_group(path: str, index: int) -> RowGroup:
+def read_row_group(place: Place, index: int) -> RowGroup:
     """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
 
     A process remembers the last RECENT_BYTES of them, so each is read about once a pass and not once a task.
     """
-    found = _recent.pop((path, index), None)
+    found = _recent.pop((place, index), None)
     if found is None:
-        table = _open(path).read_row_group(index, columns=["image", "label", "id"])
+        columns = ["image", "label", "id"]
+        try:
+            table = place.attempt(lambda: _open(place).read_row_group(index, columns=columns), "read")
+        except (OSError, pa.ArrowException) as error:
+            text = str(error).splitlines()[0]
+            raise DamagedData(f"{place}, row group {index}: cannot be read: {text}") from None
         images = table["image"].combine_chunks()
-        found = RowGroup(
-            images, table["label"].to_numpy().astype(np.int64), table["id"].to_numpy(), f"{path}, row group {index}"
-        )
-    _recent[path, index] = found
-    while len(_recent) > 1 and sum(group.images.nbytes for group in _recent.values()) > RECENT_BYTES:
-        _recent.popitem(last=False)
+        labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
+        found = RowGroup(images, labels, ids, f"{place}, row group {index}", images.nbytes)
+    _recent[place, index] = found
+    total = sum(group.size for group in _recent.values())
+    while len(_recent) > 1 and total > RECENT_BYTES:
+        total -= _recent.popitem(last=False)[1].size
     return found
 
 
@@ -214,7 +202,7 @@ class Feed:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         manifest: Manifest,
         config: TrainConfig,
         *,
@@ -228,11 +216,17 @@ class Feed:
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
         self.num_cpus, self.num_tasks = num_cpus, num_tasks
-        step_bytes = 3 * config.input_size**2 * config.global_batch_size / world_size
-        self.steps_per_task = max(1, int(TASK_BYTES / step_bytes))
-        self.steps_per_chunk = max(CHUNK_BYTES, 2 * num_tasks * TASK_BYTES) / step_bytes
+        self.steps_per_task, self.steps_per_chunk = self._steps(None)
         self._queue: queue.Queue[Columns | BaseException] = queue.Queue(BLOCKS_AHEAD)
         self._left: Columns | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """End the stream, wherever it is: to be called before Ray is left."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_PATIENCE_S)
 
     def num_steps(self, split: str) -> int:
         return -(-self.manifest.rows[split] // self.config.global_batch_size)
@@ -242,8 +236,12 @@ class Feed:
 
         Nothing of the steps before is read.
         """
+        import ray
+
+        self.steps_per_task, self.steps_per_chunk = self._steps(ray.cluster_resources().get("object_store_memory"))
         tasks = self._tasks(first_epoch, first_step)
-        threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True).start()
+        self._thread = threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True)
+        self._thread.start()
 
     def stretch(self, split: str, step: int, rank: int) -> tuple[int, int]:
         """Where in the pass a worker's part of a step begins and ends."""
@@ -260,6 +258,15 @@ class Feed:
             )
             yield batch
 
+    def _steps(self, store_bytes: float | None) -> tuple[int, float]:
+        """How many steps make a task and a chunk: less where the object store is small, and always at least one."""
+        step = 3 * self.config.input_size**2 * self.config.global_batch_size / self.world_size
+        chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
+        if store_bytes is not None:
+            chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size)))
+        task = min(TASK_BYTES, chunk / (2 * self.num_tasks))
+        return max(1, int(task / step)), chunk / step
+
     def _tasks(self, first_epoch: int, first_step: int) -> Iterator[Task]:
         for epoch in range(first_epoch, self.config.epochs):
             for split in ("train", "val"):
@@ -272,44 +279,51 @@ class Feed:
         """Put the blocks of all tasks into the queue, in order; a failure too, for the consumer to raise."""
         try:
             for block in self._blocks(tasks):
-                self._queue.put(block)
-            self._queue.put(RuntimeError("the feed ended before the run: rows are missing"))
+                self._put(block)
+            self._put(RuntimeError("the feed ended before the run: rows are missing"))
+        except _Closed:
+            pass
         except BaseException as error:
-            cause = getattr(error, "cause", None)  # what a task raised, inside what Ray made of it
-            self._queue.put(cause if isinstance(cause, DamagedData) else error)
+            with contextlib.suppress(_Closed):
+                self._put(error)
+
+    def _put(self, block: Columns | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(block, timeout=CLOSED_EVERY_S)
+            except queue.Full:
+                continue
+        raise _Closed
 
     def _blocks(self, tasks: Iterator[Task]) -> Iterator[Columns]:
-        """Run the tasks on Ray Data, a chunk at a time.
+        """Run the tasks on Ray Data, a chunk at a time; the next begins when the last tasks of one are at work.
 
-        A chunk's output fits in the object store, so its execution runs through and ends, however slow the trainer is.
-        One long execution would be held back by the store's limit instead, and Ray Data's scheduling thread then spins:
-        measured at 0.6 of a core in every training process.
+        A chunk's output fits in the object store, so its execution runs through and ends, however slow the trainer is,
+        and no task waits for a consumer. One long execution would be held back by the store's limit instead, and Ray
+        Data's scheduling thread then spins: measured at 0.6 of a core in every training process.
         """
-        import ray.data
-        from ray.data import ExecutionOptions
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        options = ExecutionOptions()
-        options.preserve_order = True
-        context.execution_options = options
+        running = collections.deque[_Execution]()
         while True:
-            blocks: list[dict[str, str]] = []
-            steps = 0.0
-            while steps < self.steps_per_chunk and (block := self._next_block(tasks)):
-                blocks.append({"tasks": json.dumps([astuple(task) for task in block])})
-                steps += sum(task.last_step - task.first_step for task in block)
-            if not blocks:
+            if not running and not self._begin_chunk(tasks, running):
                 return
-            # not from_arrow: it starts a task that wants a whole CPU, and no node may have one left
-            dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-                self.reader,
-                batch_size=None,
-                batch_format="numpy",
-                num_cpus=self.num_cpus,
-                compute=ray.data.TaskPoolStrategy(size=self.num_tasks),
-            )
-            yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+            execution = running[0]
+            for number, block in enumerate(execution.blocks()):
+                if len(running) == 1 and execution.num_blocks - number <= self.num_tasks + BLOCKS_AHEAD:
+                    self._begin_chunk(tasks, running)
+                yield block
+            running.popleft()
+
+    def _begin_chunk(self, tasks: Iterator[Task], running: "collections.deque[_Execution]") -> bool:
+        if self._closed.is_set():
+            raise _Closed
+        blocks: list[list[Task]] = []
+        steps = 0.0
+        while steps < self.steps_per_chunk and (block := self._next_block(tasks)):
+            blocks.append(block)
+            steps += sum(task.last_step - task.first_step for task in block)
+        if blocks:
+            running.append(_Execution(self.reader, blocks, self.num_cpus, self.num_tasks, self._closed))
+        return bool(blocks)
 
     def _next_block(self, tasks: Iterator[Task]) -> list[Task]:
         """As many tasks as one of Ray's should do: several passes, where they are short."""
@@ -344,6 +358,76 @@ class Feed:
         return self.reader.read(Task(0, "val", 0, 0), np.empty(0, np.int64))
 
 
+def warm_up() -> None:
+    """Import what the tasks import, in one of Ray's processes, which they will then find ready."""
+    import ray.data  # noqa: F401
+
+    tiny = np.zeros((1, 8, 8, 3), np.uint8)
+    augment.crop_flip_shift(tiny, augment.center(1, margin=0), np.zeros((1, 3), np.float32), 8)
+
+
+class _Closed(Exception):
+    """The run is over, or given up: nobody takes from the feed any more."""
+
+
+class _Execution:
+    """Blocks of tasks run by Ray Data, all of them whether or not anybody takes the results yet."""
+
+    def __init__(
+        self, reader: TaskReader, blocks: list[list[Task]], num_cpus: float, num_tasks: int, closed: threading.Event
+    ) -> None:
+        import ray.data
+        from ray.data import ExecutionOptions
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        options = ExecutionOptions()
+        options.preserve_order = True
+        context.execution_options = options
+        self.num_blocks = len(blocks)  # of results
+        items = [{"tasks": json.dumps([astuple(task) for task in block])} for block in blocks]
+        # not from_arrow: it starts a task that wants a whole CPU, and no node may have one left
+        self._dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            reader,
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=num_cpus,
+            compute=ray.data.TaskPoolStrategy(size=num_tasks),
+        )
+        self._closed = closed
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="feed execution", daemon=True).start()
+
+    def blocks(self) -> Iterator[Columns]:
+        """In the order of the tasks. Raises what one of them raised."""
+        import ray
+        from ray.data.block import BlockAccessor
+
+        while (result := self._results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            if self._closed.is_set():
+                raise _Closed
+            columns: Columns = BlockAccessor.for_block(ray.get(result)).to_batch_format("numpy")
+            if FAILURE in columns:
+                raise JobError(str(columns[FAILURE][0]))
+            yield columns
+
+    def _run(self) -> None:
+        import ray
+
+        try:
+            for bundle in self._dataset.iter_internal_ref_bundles():
+                ray.wait(bundle.block_refs, timeout=0, fetch_local=True)  # the pixels begin to travel here
+                for block in bundle.block_refs:
+                    self._results.put(block)
+                if self._closed.is_set():
+                    break  # Ray Data ends an execution whose iterator is dropped
+            self._results.put(None)
+        except BaseException as error:
+            self._results.put(error)
+
+
 @lru_cache(maxsize=4)
 def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window: int) -> Order:
     rows = np.array([rows for _, _, rows in row_groups(shards)], np.int64)
@@ -351,5 +435,5 @@ def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window:
 
 
 @lru_cache(maxsize=64)
-def _open(path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(path, memory_map=True)
+def _open(place: Place) -> pq.ParquetFile:
+    return pq.ParquetFile(place.open(), pre_buffer=place.local is None)

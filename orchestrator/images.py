@@ -90,8 +90,9 @@ def resize_and_center(image: Image, size: int) -> Image:
         (size, round(size * width / height)) if height <= width else (round(size * height / width), size)
     )
     if (new_height, new_width) != (height, width):
-        # a channels_last view of the pixels as they lie: torch has a fast path for uint8 in this form
-        batch = torch.from_numpy(np.array(image) if not image.flags.writeable else image).permute(2, 0, 1)[None]
+        # a channels_last view of the pixels as they lie, and so that torch knows it for one by its strides: it has a
+        # fast path for uint8 in this form, whose result is of the same form
+        batch = torch.from_numpy(np.array(image) if not image.flags.writeable else image)[None].permute(0, 3, 1, 2)
         batch = F.interpolate(batch, (new_height, new_width), mode="bilinear", antialias=True)
         image = batch[0].permute(1, 2, 0).numpy()
     top, left = (new_height - size) // 2, (new_width - size) // 2

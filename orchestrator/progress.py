@@ -1,5 +1,6 @@
 """What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .checking import Report
-    from .shards import Manifest, Progress
+    from .prepare import Progress
+    from .shards import Manifest
     from .sources import Source
+    from .storage import Place
 
 LOG_EVERY_S = 5.0
 
@@ -46,6 +49,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def bar(done: float, width: int = 20) -> str:
+    """A fraction from 0 to 1, for eyes."""
+    full = int(done * width)
+    return "[" + "#" * full + "." * (width - full) + "]"
+
+
 def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)
@@ -55,26 +64,31 @@ def table(rows: list[tuple[str, str]]) -> str:
 class PrepareView:
     """The life of `jobs/prepare.py`."""
 
-    def __init__(self, source: "Source", output: Path) -> None:
-        self.line, self.output = LiveLine(), output
+    def __init__(self, source: "Source", output: "Place") -> None:
+        self.line, self.output, self.kept = LiveLine(), output, 0
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
-        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} files")
+        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")
 
     def progress(self, progress: "Progress") -> None:
-        rate = progress.images_done / max(progress.elapsed_s, 1e-9)
-        left = (progress.images_total - progress.images_done) / max(rate, 1e-9)
+        new = progress.images_done - progress.images_kept
+        rate = new / max(progress.elapsed_s, 1e-9)
+        left = duration((progress.images_total - progress.images_done) / rate) if rate else "--:--"
         self.line.update(
-            f"prepared {progress.images_done}/{progress.images_total} images  {rate:.0f} images/s  "
-            f"rejected {progress.rejected}  ETA {duration(left)}"
+            f"prepared {bar(progress.images_done / progress.images_total)} "
+            f"{progress.images_done}/{progress.images_total} images  {rate:.0f} images/s  "
+            f"rejected {progress.rejected}  ETA {left}"
         )
+        self.kept = progress.images_kept
 
     def finished(self, manifest: "Manifest") -> None:
         size = sum(shard.size_bytes for shard in manifest.shards)
         rows = manifest.rows
         recipe = "imagenette " if manifest.image_size >= 224 else ""
+        if self.kept:
+            self.line.print(f"{self.kept} images were there from an earlier attempt and are kept")
         self.line.print(
             f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
-            f"train with: python jobs/train.py {recipe}--data {self.output}"
+            f"train with: python jobs/train.py {recipe}--data {shlex.quote(str(self.output))}"
         )
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
@@ -92,7 +106,7 @@ class CheckView:
         eta = duration((total - done) / images_per_s) if images_per_s else "--:--"
         self.line.update(f"checked {done}/{total} images  {images_per_s:.0f} images/s  ETA {eta}")
 
-    def finished(self, report: "Report", picture: Path | None, folder: Path) -> None:
+    def finished(self, report: "Report", picture: Path) -> None:
         from alexnet.pictures import contact_sheet
 
         rows, classes = report.manifest.rows, report.manifest.classes
@@ -100,11 +114,11 @@ class CheckView:
             f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes: as there"
         )
         self.line.print(f"decoding   all {report.images} images")
-        path = picture or folder / "contact_sheet.png"
-        captions = [classes[label] for label in report.labels]
+        names = report.manifest.class_names or classes
+        captions = [names[label].split(",")[0] for label in report.labels]
         title = f"{report.manifest.source}: training images as the net sees them"
-        contact_sheet(report.samples, captions, title).savefig(path, dpi=100)
-        self.line.print(f"picture    {path}")
+        contact_sheet(report.samples, captions, title).savefig(picture, dpi=100)
+        self.line.print(f"picture    {picture}")
         self.line.print(
             f"{report.images} images ok, {report.images_per_s:.0f} images/s decoded and cut by {report.num_tasks} "
             f"tasks (digest {report.manifest.digest})"

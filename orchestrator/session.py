@@ -19,10 +19,12 @@ from .config import TrainConfig
 from .exits import Interrupted, JobError, signals_deferred
 from .mailbox import Event
 from .placement import Node, choose_layout, ledger, make_plan, worker_counts
+from .prepare import prepare
 from .progress import TrainView, duration, percent, table
 from .runs import RESULT, RunFolder
 from .shards import Manifest, read_manifest
 from .sources import open_source
+from .storage import Place
 from .tracking import Tracker, tracking_uri, ui_command, without_password
 from .trainer import Training
 
@@ -30,9 +32,9 @@ EMBEDDED = "digits"
 MAY_CHANGE = ("epochs", "workers", "layout", "device", "precision", "data", "max_failures")  # of a run that goes on
 
 
-def data_folder(config: TrainConfig, output: Path) -> Path:
-    """Where the run's shards are; the embedded digits are kept with the runs."""
-    return output.absolute() / "_data" / EMBEDDED if config.data == EMBEDDED else Path(config.data).absolute()
+def data_folder(config: TrainConfig, output: Path) -> Place:
+    """Where the run's shards are; the embedded digits are kept with the runs. Raises ValueError for an odd URI."""
+    return Place.of(output.absolute() / "_data" / EMBEDDED if config.data == EMBEDDED else config.data)
 
 
 def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
@@ -44,7 +46,7 @@ def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return config.changed(**changes)
 
 
-def check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
+def check_data(config: TrainConfig, folder: Place, manifest: Manifest) -> None:
     """Hold the settings against the data. Raises ValueError of one line."""
     shards.check_labels(folder, manifest, config.num_classes or len(manifest.classes))
     check_size(config, f"the images in {folder}", manifest.image_size, manifest.rows["train"])
@@ -75,7 +77,7 @@ def check_size(config: TrainConfig, images: str, image_size: int, num_train: int
 def describe(config: TrainConfig, output: Path) -> str:
     """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
     folder = data_folder(config, output)
-    if config.data == EMBEDDED and not (folder / shards.MANIFEST).exists():
+    if config.data == EMBEDDED and (folder / shards.MANIFEST).size() is None:
         check_embedded(config)
         source = open_source(EMBEDDED)
         rows = {split: len(entries) for split, entries in source.splits.items()}
@@ -123,10 +125,10 @@ def _prepare_embedded(folder: Path) -> Manifest:
     """Make the digits beside their place and move them there whole; another run may be doing the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-        shards.prepare(open_source(EMBEDDED), Path(making, EMBEDDED))
+        prepare(open_source(EMBEDDED), Place.of(Path(making, EMBEDDED)))
         with contextlib.suppress(OSError):  # it is there already
             os.rename(Path(making, EMBEDDED), folder)
-    return read_manifest(folder)
+    return read_manifest(Place.of(folder))
 
 
 class Session:
@@ -139,10 +141,11 @@ class Session:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
         self.view = TrainView()
         self.folder = data_folder(config, run.output)
-        self.embed = config.data == EMBEDDED and not (self.folder / shards.MANIFEST).exists()
+        self.embed = config.data == EMBEDDED and (self.folder / shards.MANIFEST).size() is None
         if not self.embed:
             self.manifest = read_manifest(self.folder)
-            shards.verify(self.folder, self.manifest)
+            # of a remote one only names and sizes: its bytes are read once an epoch, not once more before the first
+            shards.verify(self.folder, self.manifest, whole=self.folder.local is not None)
             check_data(config, self.folder, self.manifest)
         else:
             check_embedded(config)
@@ -178,7 +181,8 @@ class Session:
         connect()
         if self.embed:
             say(f"preparing the embedded digits in {self.folder}")
-            self.manifest = _prepare_embedded(self.folder)
+            assert self.folder.local is not None
+            self.manifest = _prepare_embedded(self.folder.local)
             check_data(self.config, self.folder, self.manifest)
         say(
             f"run {self.run.name}: {self.manifest.source}, {len(self.manifest.classes)} classes, "
@@ -264,8 +268,10 @@ class Session:
         }
         description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
         weights = Path(self.result["best_checkpoint"] or self.result["checkpoint"], checkpoints.WEIGHTS)
-        mean_image = self.folder / manifest.mean_image_file
-        self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
+        with tempfile.TemporaryDirectory() as temporary:
+            mean_image = Path(temporary, manifest.mean_image_file)
+            mean_image.write_bytes((self.folder / manifest.mean_image_file).read())
+            self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}

@@ -17,6 +17,7 @@ from typing import Any
 from .config import TrainConfig
 from .exits import last_line
 from .shards import Manifest
+from .storage import Place
 
 EXPERIMENT = "alexnet"
 Metrics = dict[str, float]
@@ -87,7 +88,7 @@ class Tracker:
         name: str,
         config: TrainConfig,
         manifest: Manifest,
-        data: Path,
+        data: Place,
         *,
         run_id: str | None = None,
         warn: Callable[[str], None] = lambda text: None,
@@ -205,7 +206,7 @@ class Tracker:
                 raise
             return False
 
-    def _log_dataset(self, manifest: Manifest, data: Path) -> None:
+    def _log_dataset(self, manifest: Manifest, data: Place) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
@@ -213,14 +214,14 @@ class Tracker:
         class Folder(FileSystemDatasetSource):  # type: ignore[misc]
             """A folder of shards; MLflow records its path and never loads it."""
 
-            uri = property(lambda self: str(data.absolute()))
+            uri = property(lambda self: str(data))
 
             @staticmethod
             def _get_source_type() -> str:
-                return "local"
+                return "local" if data.local else data.text.split("://")[0]
 
             def load(self, dst_path: str | None = None) -> str:
-                return str(data.absolute())
+                return str(data)
 
             @staticmethod
             def _can_resolve(raw_source: Any) -> bool:

@@ -1,15 +1,14 @@
 """From a config to a Ray Train run, its events to whoever watches.
 
-A run is a sequence of fits: each is one Ray Train run of a fixed number of workers, in an actor of its own. When a node
-that held workers is lost, or an elastic run could use one that came, the fit ends and the next begins from the last
-checkpoint in the shape that the cluster then allows. Ray Train itself replaces a crashed worker within a fit.
+A run is a sequence of fits: each is one Ray Train run of a fixed number of workers (fit.py). When a node that held
+workers is lost, or an elastic run could use one that came, the fit ends and the next begins from the last checkpoint in
+the shape that the cluster then allows. Ray Train itself replaces a crashed worker within a fit.
 """
 
 import contextlib
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
@@ -17,6 +16,7 @@ from .exits import Interrupted, JobError, last_line, signals_deferred
 from .mailbox import Event, Mailbox
 from .placement import Plan, alive, make_plan
 from .runs import RunFolder
+from .storage import Place
 
 POLL_S = 0.5
 NODES_EVERY_S = 2.0
@@ -29,7 +29,7 @@ LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers ar
 class Training:
     """A run under way. Ray must be connected. A run folder that holds checkpoints goes on from the latest."""
 
-    def __init__(self, config: TrainConfig, data: Path, run: RunFolder, num_classes: int) -> None:
+    def __init__(self, config: TrainConfig, data: Place, run: RunFolder, num_classes: int) -> None:
         """Start the workers. Raises JobError where they do not fit."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -37,7 +37,7 @@ class Training:
         self.config, self.data, self.run, self.num_classes = config, data, run, num_classes
         here = ray.get_runtime_context().get_node_id()
         self._here = NodeAffinitySchedulingStrategy(here, soft=False)  # what serves the driver lives where it does
-        self._fit: Any = None  # the actor that runs Ray Train now
+        self._fit: Any = None  # Ray Train's controller
         self._done: Any = None  # what it will have returned
         self._mailbox: Any = None  # a new one for every fit: no news comes from the one before
         self._counted: set[str] = set()  # the nodes that the plan was made from
@@ -73,7 +73,7 @@ class Training:
 
         if self._fit is None:
             return
-        ray.kill(self._fit)  # Ray Train's controller is its child
+        ray.kill(self._fit)
         self._fit = None
         # the workers' placement group would stay reserved when their controller is killed; with it go the workers
         for name in _placement_groups() - self._others:
@@ -94,14 +94,15 @@ class Training:
         self._mailbox = ray.remote(num_cpus=0, scheduling_strategy=self._here)(Mailbox).remote()
         loop = {
             "config": self.config.model_dump(),
-            "data": str(self.data.absolute()),
+            "data": self.data.text,
             "layout": plan.layout.kind,
             "mailbox": self._mailbox,
             "feed_cpus": plan.resources.feed_cpus,
             "feed_tasks": plan.resources.feed_tasks,
         }
-        self._fit = ray.remote(num_cpus=0, scheduling_strategy=self._here)(Fit).remote()
-        self._done = self._fit.run.remote(loop, plan, self.run.name, str(self.run.output), self.config.max_failures)
+        from . import fit  # imports Ray, which may not be imported before connect()
+
+        self._fit, self._done = fit.start(loop, plan, self.run.name, str(self.run.output), self.config.max_failures)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
@@ -180,10 +181,11 @@ class Training:
 
         ray.wait([self._done], timeout=STOP_PATIENCE_S)
         try:
-            outcome: dict[str, Any] = ray.get(self._done, timeout=0)
-        except Exception as error:  # the actor itself died
-            outcome = {"error": last_line(error)}
-        return outcome
+            ray.get(self._done, timeout=0)
+            result = ray.get(self._fit.get_result.remote(), timeout=STOP_PATIENCE_S)
+        except Exception as error:  # the controller itself died
+            return {"error": last_line(error)}
+        return {"error": _one_line(result.error)} if result.error else _kept_checkpoints(result)
 
     def _lost_nodes(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """End the fit if nodes were lost that it needs: those of its workers, or of its feed."""
@@ -265,41 +267,6 @@ def _placement_groups() -> set[str]:
     return {
         name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
     }
-
-
-class Fit:
-    """An actor that is one Ray Train run: to kill it ends all of the run's processes."""
-
-    def run(self, loop: dict[str, Any], plan: Plan, name: str, storage_path: str, max_failures: int) -> dict[str, Any]:
-        """Returns the paths of the checkpoints, or the one line that says what went wrong."""
-        import ray.train
-        from ray.train.torch import TorchTrainer
-
-        from .worker import train_worker
-
-        places = [{"ray.io/node-id": node} for node in plan.node_of_worker]
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config=loop,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.layout.workers, use_gpu=plan.resources.use_gpu,
-                resources_per_worker=plan.resources.per_worker(), placement_strategy=plan.strategy(),
-                label_selector=places or None,
-            ),
-            run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
-                    num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
-                ),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )  # fmt: skip
-        try:
-            return _kept_checkpoints(trainer.fit())
-        except Exception as error:
-            return {"error": _one_line(error)}
 
 
 def _kept_checkpoints(result: Any) -> Event:

@@ -25,6 +25,7 @@ from . import checkpoints
 from .config import TrainConfig, make_config
 from .feed import Batch, Feed
 from .shards import DamagedData, Manifest, read_manifest, read_mean_image
+from .storage import Place
 
 SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
@@ -49,7 +50,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     data, a diverged net. Anything else is raised, for Ray Train to restart them from the last checkpoint.
     """
     try:
-        worker = Worker(make_config(**loop["config"]), Path(loop["data"]), loop)
+        worker = Worker(make_config(**loop["config"]), Place(loop["data"]), loop)
     except (DamagedData, ValueError) as error:
         ray.get(loop["mailbox"].put.remote({"kind": "failed", "text": str(error)}))
         return
@@ -59,13 +60,15 @@ def train_worker(loop: dict[str, Any]) -> None:
         worker.tell("failed", text=str(error))
     except Stopped:
         worker.tell("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
+    finally:
+        worker.feed.close()
     worker.flush()
 
 
 class Worker:
     """One rank: its part of the net, its part of every batch."""
 
-    def __init__(self, config: TrainConfig, folder: Path, loop: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, folder: Place, loop: dict[str, Any]) -> None:
         context = ray.train.get_context()
         self.config, self.rank, self.world_size = config, context.get_world_rank(), context.get_world_size()
         self.layout = Layout(loop["layout"], self.world_size)

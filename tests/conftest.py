@@ -15,10 +15,13 @@ import pytest
 
 # Ray reads these when it is imported; left unset, it would write a token into the home directory
 os.environ.pop("RAY_ADDRESS", None)
+os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
-from orchestrator.shards import Manifest, prepare, read_manifest  # noqa: E402
+from orchestrator.prepare import prepare  # noqa: E402
+from orchestrator.shards import Manifest  # noqa: E402
 from orchestrator.sources import digits  # noqa: E402
+from orchestrator.storage import Place  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,8 +54,7 @@ def here(ray_here) -> dict[str, str]:
 def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
     """The embedded digits as shards of uneven size, several to a split."""
     folder = tmp_path_factory.mktemp("digits") / "shards"
-    prepare(digits(), folder, rows_per_shard=500)
-    return folder, read_manifest(folder)
+    return folder, prepare(digits(), Place.of(folder), rows_per_shard=500)
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import checking, shards
+from orchestrator.exits import JobError
 from orchestrator.feed import Task, TaskReader
-from orchestrator.shards import DamagedData, prepare, read_manifest
-from orchestrator.sources import image_folder
+from orchestrator.prepare import prepare
+from orchestrator.shards import DamagedData, read_manifest
+from orchestrator.sources import open_source
+from orchestrator.storage import Place
 
 pytestmark = pytest.mark.ray
 
 
 def checked(folder):
     said, seen = [], []
-    report = checking.check(folder, said.append, lambda done, total, rate: seen.append((done, total)))
+    report = checking.check(Place.of(folder), said.append, lambda done, total, rate: seen.append((done, total)))
     return report, said, seen
 
 
@@ -54,7 +57,7 @@ def test_what_the_checksums_do_not_see_is_found(digit_shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(digit_shards[0], broken)
     replaced(broken, lambda t: with_column(t, "image", [b"no JPEG", *t["image"].to_pylist()[1:]]))
-    with pytest.raises(DamagedData, match=r"shard-00000.parquet, row group 0: image \d+ cannot be decoded"):
+    with pytest.raises(JobError, match=r"shard-00000.parquet, row group 0: image \d+ cannot be decoded"):
         checked(broken)
     miscounted = tmp_path / "miscounted"
     shutil.copytree(digit_shards[0], miscounted)
@@ -64,19 +67,19 @@ def test_what_the_checksums_do_not_see_is_found(digit_shards, tmp_path):
 
 
 def test_raw_shards_hold_the_pixels_themselves_and_feed_the_same_crops(photographs, tmp_path, ray_here):
-    source = image_folder(photographs)
-    prepare(source, tmp_path / "jpeg", image_size=72, jpeg_quality=100)
-    prepare(source, tmp_path / "raw", image_size=72, encoding="raw")
+    source = open_source(str(photographs))
+    prepare(source, Place.of(tmp_path / "jpeg"), image_size=72, jpeg_quality=100)
+    prepare(source, Place.of(tmp_path / "raw"), image_size=72, encoding="raw")
     read = {}
     for name in ("jpeg", "raw"):
-        manifest = read_manifest(tmp_path / name)
+        manifest = read_manifest(Place.of(tmp_path / name))
         assert manifest.encoding == name
         config = checking.feed_config(manifest).changed(color_noise="none")
-        reader = TaskReader(tmp_path / name, manifest, config, 0, 1)
+        reader = TaskReader(Place.of(tmp_path / name), manifest, config, 0, 1)
         read[name] = reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
     assert read["raw"]["label"].tolist() == read["jpeg"]["label"].tolist()
     assert np.abs(read["raw"]["image"].astype(int) - read["jpeg"]["image"]).mean() < 2
-    column = pq.read_table(tmp_path / "raw" / read_manifest(tmp_path / "raw").shards[0].file)["image"]
+    column = pq.read_table(tmp_path / "raw" / read_manifest(Place.of(tmp_path / "raw")).shards[0].file)["image"]
     assert column.type == pa.binary(3 * 72 * 72)
     assert checked(tmp_path / "raw")[0].images == 32
 
@@ -85,7 +88,7 @@ def test_the_last_row_groups_are_remembered_and_no_more(digit_shards, monkeypatc
     from orchestrator import feed
 
     folder, manifest = digit_shards
-    path = str(folder / manifest.shards[0].file)
+    path = Place.of(folder / manifest.shards[0].file)
     feed._recent.clear()
     first = feed.read_row_group(path, 0)
     assert feed.read_row_group(path, 0) is first

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from orchestrator.feed import Feed, TaskReader, plan_epoch, plan_validation, worker_stretch
+from orchestrator.exits import JobError
+from orchestrator.feed import Feed, TaskReader, worker_stretch
+from orchestrator.order import plan_epoch, plan_validation
 from orchestrator.recipes import digits
+from orchestrator.storage import Place
 
 GROUPS = np.array([128, 128, 7, 128, 50, 1])
 
@@ -58,11 +61,23 @@ def test_the_workers_stretches_tile_every_batch(world, rows):
     assert seen == list(range(rows))
 
 
-def feed_for(digit_shards, config, rank, world, first_epoch=0):
+def feed_for(digit_shards, config, rank, world, first_epoch=0, first_step=0):
     folder, manifest = digit_shards
-    feed = Feed(folder, manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1)
-    feed.start(first_epoch)
+    feed = Feed(Place.of(folder), manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1)
+    feed.start(first_epoch, first_step)
+    STARTED.append(feed)
     return feed
+
+
+STARTED: list[Feed] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed():
+    """No feed outlives the Ray that it runs on."""
+    yield
+    for feed in STARTED:
+        feed.close()
 
 
 def take(feed, epochs, first_epoch=0):
@@ -74,23 +89,57 @@ def take(feed, epochs, first_epoch=0):
     }
 
 
+CONFIG = digits().changed(epochs=2, global_batch_size=60, flip=True, color_noise="paper")
+
+
+@pytest.fixture(scope="module")
+def one(digit_shards):
+    """Two epochs as a single worker gets them."""
+    return take(feed_for(digit_shards, CONFIG, 0, 1), 2)
+
+
 @pytest.mark.ray
-def test_the_batches_do_not_depend_on_the_number_of_workers_nor_on_where_a_run_resumed(digit_shards):
-    config = digits().changed(epochs=2, global_batch_size=60, flip=True, color_noise="paper")
-    one = take(feed_for(digit_shards, config, 0, 1), 2)
-    three = [take(feed_for(digit_shards, config, rank, 3), 2) for rank in range(3)]
-    resumed = take(feed_for(digit_shards, config, 0, 1, first_epoch=1), 2, first_epoch=1)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_number_of_workers_gets_the_same_bytes_in_every_step(digit_shards, one, world):
+    workers = [take(feed_for(digit_shards, CONFIG, rank, world), 2) for rank in range(world)]
     for key, batches in one.items():
         for step, batch in enumerate(batches):
-            parts = [worker[key][step] for worker in three]
+            parts = [worker[key][step] for worker in workers]
             for name, column in batch.items():
-                assert np.array_equal(np.concatenate([part[name] for part in parts]), column), (key, step, name)
-    for key, batches in resumed.items():
-        for ours, theirs in zip(batches, one[key], strict=True):
-            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
-    rows = digit_shards[1].rows
-    assert [sum(len(b["label"]) for b in one[1, split]) for split in ("train", "val")] == [rows["train"], rows["val"]]
+                assert np.concatenate([part[name] for part in parts]).tobytes() == column.tobytes(), (key, step, name)
+
+
+@pytest.mark.ray
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(digit_shards, one):
+    again = take(feed_for(digit_shards, CONFIG, 0, 1), 2)
+    ids = {key: np.concatenate([batch["id"] for batch in batches]) for key, batches in one.items()}
+    stored = {"train": set(range(1797)) - set(ids[0, "val"].tolist()), "val": set(ids[0, "val"].tolist())}
+    assert {split: len(found) for split, found in stored.items()} == digit_shards[1].rows
+    for (epoch, split), found in ids.items():
+        assert sorted(found.tolist()) == sorted(stored[split]), (epoch, split)
+        assert np.array_equal(found, np.concatenate([batch["id"] for batch in again[epoch, split]]))
+    assert not np.array_equal(ids[0, "train"], ids[1, "train"])
+    assert np.array_equal(ids[0, "val"], ids[1, "val"])
     assert not np.array_equal(one[0, "train"][0]["image"], one[1, "train"][0]["image"])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("epoch", "step"), [(0, 7), (1, 0), (1, 23)])
+def test_a_feed_that_resumes_at_a_step_goes_on_with_the_same_bytes(digit_shards, one, epoch, step):
+    feed = feed_for(digit_shards, CONFIG, 0, 1, epoch, step)
+    for ours, theirs in zip(feed.batches("train", epoch, step), one[epoch, "train"][step:], strict=True):
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+    feed.close()
+
+
+@pytest.mark.ray
+def test_a_feed_that_is_closed_in_the_middle_leaves_nothing_running(digit_shards):
+    import threading
+
+    feed = feed_for(digit_shards, CONFIG.changed(epochs=50), 0, 1)
+    next(feed.batches("train", 0))
+    feed.close()
+    assert not any(thread.name == "feed" for thread in threading.enumerate())
 
 
 @pytest.mark.ray
@@ -135,10 +184,13 @@ def test_a_feed_that_ends_early_is_an_error_not_a_wait(digit_shards):
 @pytest.mark.ray
 def test_a_shard_that_vanishes_while_training_reaches_the_consumer(digit_shards, tmp_path):
     _, manifest = digit_shards
-    feed = Feed(tmp_path, manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1)
+    feed = Feed(
+        Place.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
+    )
     feed.start(0)
-    with pytest.raises(Exception, match=r"shard-0000\d\.parquet"):
+    with pytest.raises(JobError, match=r"shard-0000\d\.parquet") as error:
         next(feed.batches("train", 0))
+    assert "\n" not in str(error.value)
 
 
 def test_the_reader_needs_no_torch():

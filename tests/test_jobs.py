@@ -74,19 +74,6 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout_as_if_it_had_never_stopped(finished, recorded, place, job, here):
-    changes = ("--epochs", "5", "--layout", "hybrid", "--workers", "4")
-    resumed = job("train", "--resume", "first", *changes, cwd=place, **here)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "layout hybrid over 4 worker(s), as asked" in resumed.stdout
-    assert "resumed after epoch 3" in resumed.stdout
-    assert "results after 5 epochs" in resumed.stdout
-    assert len(result_of(place, "first")["history"]) == 5
-    assert_same_history(result_of(place, "first")["history"], recorded)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_nan_stops_the_run_and_names_the_step(finished, job, place, here):
     done = job("train", "--epochs", "2", "--lr", "1e6", "--name", "wild", cwd=place, **here)
     assert done.returncode == 1
@@ -100,10 +87,11 @@ def test_a_nan_stops_the_run_and_names_the_step(finished, job, place, here):
     assert "step" in run.data.tags["error"]
 
 
-def start(place, *args):
+def start(place, *args, **env):
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     command = [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *args]
-    return subprocess.Popen(command, cwd=place, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=place, env=clean | env, stdout=pipe, stderr=pipe, text=True)
 
 
 def read_until(process, words):
@@ -115,63 +103,64 @@ def read_until(process, words):
     raise AssertionError(f"{words!r} never came: {''.join(seen)} {process.stderr.read()}")
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_where_it_is_and_goes_on_from_there(finished, recorded, job, here, place, signum, status):
-    name = f"stopped-{status}"
-    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", name)
-    read_until(process, "epoch 2/500  train loss")
+def stop(process, signum, place, name):
+    """Stop a run as a user or a scheduler does; returns what it printed from here on."""
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
-    assert re.search(r"a checkpoint was saved after [234] epochs and \d+ steps", out), out
+    assert process.returncode == 128 + signum, err
+    assert re.search(r"a checkpoint was saved after \d epochs and \d+ steps", out), out
     assert f"--resume {name}" in out
     result = result_of(place, name)
     assert result["status"] == "KILLED"
     run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
     assert run.info.status == "KILLED"
-    if signum == signal.SIGINT:
-        changes = ("--epochs", "5", "--layout", "single", "--workers", "1")
-        resumed = job("train", "--resume", name, *changes, cwd=place, **here)
-        assert resumed.returncode == 0, resumed.stderr
-        assert re.search(r"resumed after epoch [234] and \d+ steps", resumed.stdout)
-        assert_same_history(result_of(place, name)["history"], recorded)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_worker_is_survived_from_the_last_checkpoint(finished, place):
-    process = start(place, "--epochs", "6", "--precision", "fp64", "--name", "survivor")
-    read_until(process, "epoch 3/6  train loss")
+def test_a_run_stopped_twice_goes_on_in_other_layouts_as_if_it_had_never_stopped(finished, recorded, place, job, here):
+    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "stopped")
+    read_until(process, "epoch 2/500  train loss")
+    stop(process, signal.SIGINT, place, "stopped")
+    process = start(place, "--resume", "stopped", "--layout", "single", "--workers", "1", **here)
+    read_until(process, "resumed after epoch")
+    read_until(process, "train loss")
+    stop(process, signal.SIGTERM, place, "stopped")
+    changes = ("--epochs", "7", "--layout", "hybrid", "--workers", "4")
+    resumed = job("train", "--resume", "stopped", *changes, cwd=place, **here)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "layout hybrid over 4 worker(s), as asked" in resumed.stdout
+    assert re.search(r"resumed after epoch \d and \d+ steps", resumed.stdout)
+    assert "results after 7 epochs" in resumed.stdout
+    history = result_of(place, "stopped")["history"]
+    assert len(history) == 7
+    assert_same_history(history, recorded)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(finished, recorded, job, place, here):
+    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "survivor")
+    read_until(process, "epoch 3/500  train loss")
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[0].kill()
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "a worker was lost; going on from the last checkpoint" in out
-    history = result_of(place, "survivor")["history"]
-    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5, 6]
-    assert history[0]["train/loss"] == pytest.approx(result_of(place, "first")["history"][0]["train/loss"])
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_driver_s_run_is_resumed_under_its_mlflow_run(finished, job, place, here):
-    process = start(place, "--epochs", "4", "--name", "orphan")
-    read_until(process, "epoch 3/4  train loss")
+    read_until(process, "a worker was lost; going on from the last checkpoint")
+    read_until(process, "train loss")
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     psutil.wait_procs(family, timeout=60)
-    before = result_of(place, "orphan")
+    before = result_of(place, "survivor")
     assert before["status"] == "RUNNING"
-    done = job("train", "--resume", "orphan", cwd=place, **here)
+    epochs = len(before["history"]) + 2
+    done = job("train", "--resume", "survivor", "--epochs", epochs, cwd=place, **here)
     assert done.returncode == 0, done.stderr
-    after = result_of(place, "orphan")
+    after = result_of(place, "survivor")
     assert after["status"] == "FINISHED"
     assert after["mlflow_run_id"] == before["mlflow_run_id"]
-    assert [entry["epoch"] for entry in after["history"]] == [1, 2, 3, 4]
+    assert [entry["epoch"] for entry in after["history"]] == list(range(1, epochs + 1))
+    assert_same_history(after["history"], recorded)
 
 
 @pytest.mark.ray
@@ -238,9 +227,9 @@ def test_a_wrong_request_is_one_line_and_status_2(job, tmp_path, args, words):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--source", "nowhere", "--output", "out"], "--source nowhere: no such folder"),
+        (["--source", "nowhere", "--output", "out"], "nowhere: no such folder"),
         (["--output", "out"], "the following arguments are required: --source (or --check DIR)"),
-        (["--check", "nowhere"], "--check nowhere: no such folder"),
+        (["--check", "nowhere"], "nowhere: no such folder"),
         (["--check", "out", "--source", "digits"], "--check: takes no --source"),
         (["--source", "digits", "--output", "out", "--picture", "x.png"], "--picture: is drawn by --check only"),
         (["--source", "digits", "--output", "out", "--encoding", "png"], "invalid choice: 'png'"),

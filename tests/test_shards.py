@@ -11,7 +11,9 @@ from conftest import make_photographs, picture
 
 from orchestrator import images, shards
 from orchestrator.exits import JobError
-from orchestrator.sources import digits, image_folder, open_source
+from orchestrator.prepare import prepare
+from orchestrator.sources import digits, open_source
+from orchestrator.storage import Place
 
 
 def test_the_digits_are_all_there_once_with_balanced_classes():
@@ -23,7 +25,7 @@ def test_the_digits_are_all_there_once_with_balanced_classes():
 
 
 def test_an_image_folder_lists_every_file_once_in_order(photographs):
-    source = image_folder(photographs)
+    source = open_source(str(photographs))
     assert source.classes == ("apple", "pear")
     assert [len(source.splits[split]) for split in ("train", "val")] == [24, 8]
     assert [entry.id for split in ("train", "val") for entry in source.splits[split]] == list(range(32))
@@ -48,13 +50,13 @@ def test_a_folder_that_is_no_source_is_refused_in_one_line(tmp_path, spoil, name
 
 
 def rows_of(folder, manifest, split):
-    return [row for shard in manifest.split(split) for row in pq.read_table(folder / shard.file).to_pylist()]
+    return [row for shard in manifest.split(split) for row in pq.read_table((folder / shard.file).text).to_pylist()]
 
 
 @pytest.mark.ray
 def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, photographs, tmp_path):
-    output = tmp_path / "shards"
-    manifest = shards.prepare(image_folder(photographs), output, image_size=48, rows_per_shard=10)
+    output = Place.of(tmp_path / "shards")
+    manifest = prepare(open_source(str(photographs)), output, image_size=48, rows_per_shard=10)
     assert shards.read_manifest(output) == manifest
     assert manifest.rows == {"train": 24, "val": 8}
     assert manifest.class_rows == {"train": (12, 12), "val": (4, 4)}
@@ -65,7 +67,7 @@ def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, p
     assert ids != sorted(ids)
     assert all(row["name"].split("/")[1] == manifest.classes[row["label"]] for row in rows)
 
-    source = {entry.id: entry for entry in image_folder(photographs).splits["train"]}
+    source = {entry.id: entry for entry in open_source(str(photographs)).splits["train"]}
     pixels = []
     for row in rows:
         with open(source[row["id"]].path, "rb") as file:
@@ -83,9 +85,9 @@ def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, p
 
 @pytest.mark.ray
 def test_same_seed_same_bytes_whatever_the_parallelism(ray_here, photographs, tmp_path):
-    source = image_folder(photographs)
+    source = open_source(str(photographs))
     made = [
-        shards.prepare(source, tmp_path / str(i), image_size=48, rows_per_shard=5, parallelism=p, seed=seed)
+        prepare(source, Place.of(tmp_path / str(i)), image_size=48, rows_per_shard=5, parallelism=p, seed=seed)
         for i, (p, seed) in enumerate([(1, 0), (2, 0), (2, 1)])
     ]
     assert made[0] == made[1]
@@ -112,7 +114,7 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
         file.write(good)
     (root / "train" / "README").write_text("not in a class folder")
 
-    manifest = shards.prepare(image_folder(root), tmp_path / "out", image_size=32, max_rejected=0.5)
+    manifest = prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
     rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
     assert {row["name"].split("/")[-1] for row in rejected} == {
         "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",
@@ -123,7 +125,7 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
     assert manifest.rows == {"train": 26, "val": 8}  # the GIF and the grayscale picture among them
 
     with pytest.raises(JobError, match=r"8 of 42 .* more than --max-rejected 0\.01"):
-        shards.prepare(image_folder(root), tmp_path / "out", image_size=32)
+        prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32)
     assert not (tmp_path / "out" / shards.MANIFEST).exists()
 
 
@@ -145,23 +147,23 @@ def test_every_kind_of_damage_names_the_shard(digit_shards, tmp_path):
             data[len(data) * (number - 2) // 10] ^= 1
             path.write_bytes(data)
         with pytest.raises(shards.DamagedData, match=path.name):
-            shards.verify(folder, manifest)
+            shards.verify(Place.of(folder), manifest)
 
 
 @pytest.mark.ray
 def test_labels_beyond_the_classes_are_refused(digit_shards):
     folder, manifest = digit_shards
-    shards.check_labels(folder, manifest, 10)
+    shards.check_labels(Place.of(folder), manifest, 10)
     with pytest.raises(ValueError, match="label 9, but there are 9 classes"):
-        shards.check_labels(folder, manifest, 9)
+        shards.check_labels(Place.of(folder), manifest, 9)
 
 
 def test_a_source_given_for_shards_is_recognised(photographs):
     with pytest.raises(ValueError, match="looks like a source"):
-        shards.read_manifest(photographs)
+        shards.read_manifest(Place.of(photographs))
 
 
 def test_a_manifest_of_another_form_is_refused(tmp_path):
     (tmp_path / shards.MANIFEST).write_text('{"format": 1}')
     with pytest.raises(ValueError, match="prepare the data again"):
-        shards.read_manifest(tmp_path)
+        shards.read_manifest(Place.of(tmp_path))

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import alexnet
 from orchestrator.recipes import digits
+from orchestrator.storage import Place
 from orchestrator.tracking import Tracker, tracking_uri, ui_command, without_password
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
@@ -43,7 +44,7 @@ def test_no_password_is_shown_or_stored():
 @pytest.mark.ray
 def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, digit_shards, monkeypatch):
     tracker, said = Tracker(uri), []
-    tracker.start("flaky", digits(), digit_shards[1], digit_shards[0], warn=said.append)
+    tracker.start("flaky", digits(), digit_shards[1], Place.of(digit_shards[0]), warn=said.append)
     working = tracker.client.log_batch
 
     def down(*args, **kwargs):
@@ -73,7 +74,7 @@ def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):
 def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri, digit_shards):
     folder, manifest = digit_shards
     tracker = Tracker(uri)
-    tracker.start("one", digits(), manifest, folder)
+    tracker.start("one", digits(), manifest, Place.of(folder))
     tracker.log({"train/loss": 2.5}, step=1)
     tracker.finish("KILLED", "stopped by SIGTERM")
     client = mlflow.MlflowClient(uri)
@@ -85,7 +86,7 @@ def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri
     assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run_id)}
 
     again = Tracker(uri)
-    again.start("one", digits(), manifest, folder, run_id=tracker.run_id)
+    again.start("one", digits(), manifest, Place.of(folder), run_id=tracker.run_id)
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     again.finish("FINISHED")
     assert again.run_id == tracker.run_id
@@ -105,7 +106,7 @@ def test_the_logged_model_predicts_what_the_net_predicts(uri, digit_shards, tmp_
     build = {"preset": "paper", "num_classes": 10, "width": 0.25, "input_size": 64, "lrn": {}}
     description = {"build": build, "pixel_scale": 1 / 64, "classes": manifest.classes}
     tracker = Tracker(uri)
-    tracker.start("model", digits(), manifest, folder)
+    tracker.start("model", digits(), manifest, Place.of(folder))
     tracker.log_model(
         tmp_path / "w.safetensors", folder / manifest.mean_image_file, description, manifest.image_size, 10
     )

@@ -1,0 +1,150 @@
+"""What does it cost to make shards, and which quality and row groups are worth it?
+
+    python benchmarks/prepare.py --source IMAGEFOLDER [IMAGEFOLDER ...]
+
+For each tree of train/CLASS/IMAGE and val/CLASS/IMAGE, on one core:
+
+    rate         images a second from files to a shard, statistics included, beside torchvision's usual loop
+                 (PIL, Resize(256), CenterCrop(256), JPEG of quality 90) on the same files, turn about
+    quality      bytes an image, and the mean absolute error of its pixels in grey levels, by JPEG quality
+    row groups   images a second through the feed's reader, in training order, by rows in a row group
+"""
+
+import argparse
+import io
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import PIL.Image
+import torch
+from torchvision.transforms import v2
+
+from alexnet import keep_freed_memory
+from orchestrator import images
+from orchestrator import prepare as preparation
+from orchestrator.feed import Task, TaskReader
+from orchestrator.recipes import imagenette
+from orchestrator.shards import Manifest, Shard, schema
+from orchestrator.sources import open_source, read
+from orchestrator.storage import Place
+
+SIZE = 256
+QUALITIES = (75, 85, 90, 95, 100)
+ROW_GROUPS = (16, 64, 128, 256, 1024)
+
+
+def torchvision_loop(paths: list[str]) -> None:
+    transform = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE)])
+    for path in paths:
+        transform(PIL.Image.open(path).convert("RGB")).save(io.BytesIO(), "JPEG", quality=preparation.JPEG_QUALITY)
+
+
+def rate(entries: list[Any], folder: Path, rounds: int) -> dict[str, float]:
+    writer = preparation._ShardWriter(Place.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
+    task = {"split": "train", "file": "shard.parquet", "entries": entries}
+    paths = [entry.path for entry in entries]
+    times = measure.take_turns(
+        {"ours": lambda: writer._make(task) and None, "torchvision": lambda: torchvision_loop(paths)}, rounds
+    )
+    found = {name: len(entries) / statistics.median(seconds) for name, seconds in times.items()}
+    return found | {"ratio": measure.median_ratio(times["torchvision"], times["ours"])}
+
+
+def quality(entries: list[Any]) -> list[dict[str, float]]:
+    pixels = [images.resize_and_center(images.decode(read(entry)), SIZE) for entry in entries]
+    rows = []
+    for level in QUALITIES:
+        encoded = [images.encode(image, level) for image in pixels]
+        errors = [
+            np.abs(images.decode(data).astype(np.int16) - image).mean()
+            for data, image in zip(encoded, pixels, strict=True)
+        ]
+        size = statistics.mean(map(len, encoded))
+        error = float(np.mean(errors))
+        rows.append({"quality": level, "bytes": size, "bits_per_pixel": 8 * size / SIZE**2, "error": error})
+    return rows
+
+
+def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float]:
+    """Through TaskReader, in the order of an epoch; each turn reads all of it."""
+    readers = {}
+    data = [images.encode(images.resize_and_center(images.decode(read(entry)), SIZE), 90) for entry in entries]
+    config = imagenette().changed(color_noise="none")
+    for count in ROW_GROUPS:
+        shards = []
+        place = Place.of(folder / str(count))
+        writer = preparation._ShardWriter(place, SIZE, 90, 10)
+        preparation.ROW_GROUP_ROWS = count
+        for first in range(0, len(data), preparation.ROWS_PER_SHARD):
+            part = data[first : first + preparation.ROWS_PER_SHARD]
+            columns: dict[str, list[Any]] = {name: [0] * len(part) for name in schema("jpeg", SIZE).names}
+            columns |= {"image": part, "name": [""] * len(part), "label": np.zeros(len(part), np.int32)}
+            shard = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
+            shards.append(Shard(**shard | writer._write(place / f"train/{first}.parquet", columns)))
+        manifest = Manifest.model_construct(
+            shards=tuple(shards), rows={"train": len(data)}, image_size=SIZE,
+            eigenvalues=(1.0, 1.0, 1.0), eigenvectors=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+        )  # fmt: skip
+        readers[count] = TaskReader(place, manifest, config, 0, 1)
+
+    def read_all(reader: TaskReader) -> None:
+        steps = len(data) // config.global_batch_size
+        for first in range(0, steps, 3):
+            task = Task(0, "train", first, min(first + 3, steps))
+            positions = np.concatenate([np.arange(lo, hi) for lo, hi in reader.stretches(task)])
+            reader.read(task, positions)
+
+    times = measure.take_turns({str(n): lambda r=r: read_all(r) for n, r in readers.items()}, rounds)
+    return {count: len(data) / statistics.median(times[str(count)]) for count in ROW_GROUPS}
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--source", nargs="+", required=True, metavar="IMAGEFOLDER")
+    flags.add_argument("--json", type=Path, default=measure.RESULTS / "prepare.json", metavar="FILE")
+    flags.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    flags.add_argument("--images", type=int, default=256, help="of each tree, for rate and quality (default: 256)")
+    args = flags.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    result: dict[str, Any] = {}
+    for source in args.source:
+        every = [e for e in open_source(source).splits["train"] if is_image(e)]
+        entries = random.Random(0).sample(every, min(args.images, len(every)))
+        pixels = [images.decode(read(entry)).shape for entry in entries]
+        found: dict[str, Any] = {
+            "images": len(entries),
+            "median_pixels": statistics.median(h * w for h, w, _ in pixels),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            found["rate"] = rate(entries, Path(folder), args.rounds)
+            found["quality"] = quality(entries)
+            found["row_groups"] = row_groups((every * 8)[:4096], Path(folder), args.rounds)
+        name = Path(source).name
+        result[name] = found
+        print(f"{name}: {len(entries)} images of {found['median_pixels'] / 1e3:.0f} thousand pixels (median)")
+        print(f"  rate       ours {found['rate']['ours']:.0f} images/s, torchvision's loop "
+              f"{found['rate']['torchvision']:.0f}: {found['rate']['ratio']:.2f} times")  # fmt: skip
+        for row in found["quality"]:
+            size = f"{row['bytes'] / 1e3:6.1f} KB  {row['bits_per_pixel']:.2f} bits a pixel"
+            print(f"  quality {row['quality']:3.0f}  {size}  error {row['error']:.2f}")
+        for rows, speed in found["row_groups"].items():
+            print(f"  row groups of {rows:4d}  {speed:.0f} images/s")
+    measure.write(args.json, result)
+
+
+def is_image(entry: Any) -> bool:
+    try:
+        images.decode(read(entry))
+    except images.NotAnImage:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Sources to shards, on Ray Data.
+
+The order is drawn once, from a seed; each shard is one task over its stretch of it. A task that is done leaves a note
+of it beside the data, so that a preparation that was killed redoes only what is missing. The manifest is written last.
+"""
+
+import collections
+import functools
+import hashlib
+import io
+import json
+import pickle
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from . import images
+from .exits import JobError, last_line
+from .order import plan_epoch
+from .shards import (
+    MANIFEST,
+    MEAN_IMAGE,
+    REJECTED,
+    ROW_GROUP_ROWS,
+    Manifest,
+    Shard,
+    schema,
+    sha256,
+    verify,
+)  # fmt: skip
+from .sources import SPLITS, Entry, Source, read, version
+from .storage import Place
+
+ROWS_PER_SHARD = 1024
+JPEG_QUALITY = 90
+UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
+OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")
+READ_AHEAD = 32  # files of a remote source, while others are decoded
+READERS = 16
+BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # by JPEG quality, photographs (docs/data.md)
+SPARE = 1.1  # of disk space: photographs differ
+
+
+class Progress(BaseModel):
+    """How far a preparation is."""
+
+    images_done: int
+    images_kept: int  # of those, were there from an earlier attempt
+    images_total: int
+    rejected: int
+    elapsed_s: float
+
+
+def prepare(
+    source: Source,
+    output: Place,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    encoding: str = "jpeg",
+    jpeg_quality: int = JPEG_QUALITY,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    max_rejected: float = 0.01,
+    parallelism: int | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Read every image of the source and write the shards, the same bytes whatever the parallelism.
+
+    What an earlier attempt with the same settings has left is kept. All sums are of integers, so that they do not
+    depend on which task ends first.
+
+    Raises JobError if more than the fraction `max_rejected` of the files could not be read; the list is then in
+    output/rejected.jsonl, and there is no manifest. Ray must be connected.
+    """
+    import ray.data
+
+    size = image_size or source.image_size
+    (output / MANIFEST).remove()
+    tasks = list(_tasks(source, seed, rows_per_shard))
+    quality = jpeg_quality if encoding == "jpeg" else None
+    write = _ShardWriter(output, size, quality, len(source.classes))
+    shards: list[Shard] = []
+    rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
+    total = sum(len(entries) for entries in source.splits.values())
+    sums = np.zeros((size, size, 3), np.int64)
+    products = np.zeros((3, 3), np.int64)
+    class_rows = {split: np.zeros(len(source.classes), np.int64) for split in SPLITS}
+    start, done, kept = time.monotonic(), 0, 0
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        write, compute=ray.data.TaskPoolStrategy(size=parallelism)
+    )
+    for result in _results(dataset):
+        report = json.loads(result["report"])
+        rejected.extend(report["rejected"])
+        if report["shard"]["split"] == "train":
+            sums += result["sums"]
+            products += result["products"]
+        class_rows[report["shard"]["split"]] += np.array(report["class_rows"], np.int64)
+        if report["shard"]["rows"]:
+            shards.append(Shard(**report["shard"]))
+        done += report["images"]
+        kept += report["images"] if result["kept"] else 0
+        elapsed = time.monotonic() - start
+        on_progress(
+            Progress(images_done=done, images_kept=kept, images_total=total, rejected=len(rejected), elapsed_s=elapsed)
+        )
+    shards.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
+    rejected.sort(key=lambda row: row["name"])
+    (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in rejected).encode())
+    rows = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
+    considered = total + len(source.misplaced)
+    if len(rejected) > max_rejected * considered or not all(rows.values()):
+        raise JobError(
+            f"{len(rejected)} of {considered} files could not be read, more than --max-rejected {max_rejected:g}; "
+            f"they are listed in {output / REJECTED}"
+        )
+    counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
+    manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
+    verify(output, manifest, whole=False)  # on a cluster, an output that only one node sees would be half here
+    _remove_leftovers(output, manifest)
+    (output / MANIFEST).write((manifest.model_dump_json(indent=1) + "\n").encode())
+    (output / UNFINISHED).remove()
+    return manifest
+
+
+def forget(output: Place) -> None:
+    """Make the next preparation begin from nothing: what is there is no data set any more."""
+    (output / MANIFEST).remove()
+    (output / UNFINISHED).remove()
+
+
+def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> int:
+    """About how much disk space the shards will take."""
+    count = sum(len(entries) for entries in source.splits.values())
+    bits = 24.0
+    if jpeg_quality is not None:
+        known = sorted(BITS_PER_PIXEL)
+        bits = float(np.interp(jpeg_quality, known, [BITS_PER_PIXEL[quality] for quality in known]))
+    shards = count * image_size**2 * bits / 8
+    notes = 3 * 4 * image_size**2 * -(-count // rows_per_shard)
+    return int(SPARE * (shards + notes))
+
+
+def check_apart(source: str, output: Place) -> None:
+    """Raises ValueError where the shards would be written over, or among, the images."""
+    if "://" not in source and output.local is not None:
+        images_at, shards_at = Path(source).resolve(), output.local.resolve()
+        inside = shards_at == images_at or any(shards_at.is_relative_to(images_at / split) for split in SPLITS)
+    else:
+        images_at, shards_at = Path(source.partition("?")[0]), Path(output.text.partition("?")[0])
+        inside = images_at == shards_at
+    if inside:
+        raise ValueError(f"--output {output}: is where the images of --source are; choose another folder")
+
+
+def check_space(
+    source: Source, output: Place, image_size: int, jpeg_quality: int | None, rows_per_shard: int = ROWS_PER_SHARD
+) -> None:
+    """Raises ValueError of one line where the disk is too small for what would be written."""
+    free = output.free_bytes()
+    needed = bytes_needed(source, image_size, jpeg_quality, rows_per_shard)
+    there = 0
+    if output.local is not None and output.local.is_dir():
+        there = sum(path.stat().st_size for split in SPLITS for path in output.local.glob(f"{split}/shard-*.parquet"))
+    if free is not None and free + there < needed:
+        raise ValueError(
+            f"--output {output}: the shards need about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} "
+            "GB free; choose another disk, a smaller --image-size or a lower --jpeg-quality"
+        )
+
+
+def _results(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The tasks' reports. Raises JobError with the reason if one could not do its work, for want of space, say."""
+    rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def fetch() -> None:  # a thread, because a signal must not wait for a shard, nor come while Ray is called
+        try:
+            for row in dataset.iter_rows():
+                rows.put(row)
+            rows.put(None)
+        except BaseException as error:
+            rows.put(error)
+
+    threading.Thread(target=fetch, name="shards", daemon=True).start()
+    while (row := rows.get()) is not None:
+        failure = last_line(row) if isinstance(row, BaseException) else row["failure"]
+        if failure:
+            raise JobError(f"writing shards failed: {failure}; what is done is kept for another try")
+        yield row
+
+
+def _tasks(source: Source, seed: int, rows_per_shard: int) -> Iterator[dict[str, bytes]]:
+    """One task a shard: its name and its stretch of the shuffled listing."""
+    for number, split in enumerate(SPLITS):
+        entries = source.splits[split]
+        order = _order(source, split, [seed, number], rows_per_shard)
+        for index, first in enumerate(range(0, len(order), rows_per_shard)):
+            stretch = [entries[i] for i in order[first : first + rows_per_shard]]
+            task = {"split": split, "file": f"{split}/shard-{index:05d}.parquet", "entries": stretch}
+            yield {"task": pickle.dumps(task)}  # read again by the tasks, and by nobody else
+
+
+def _order(source: Source, split: str, seed: list[int], rows_per_shard: int) -> NDArray[np.int64]:
+    """One permutation of the listing; of tables, one that takes a shard's rows from a few row groups.
+
+    Those are drawn at random from all, and training draws its row groups at random from all shards, so that even a
+    table sorted by class is well mixed.
+    """
+    runs = source.runs[split] if source.runs else None
+    if runs is None:
+        permutation: NDArray[np.int64] = np.random.default_rng(seed).permutation(len(source.splits[split]))
+        return permutation
+    lengths = np.array(runs, np.int64)
+    order = plan_epoch(lengths, seed=seed[0], epoch=seed[1], window=rows_per_shard)
+    place: NDArray[np.int64] = (np.cumsum(lengths) - lengths)[order.group] + order.row
+    return place
+
+
+class _ShardWriter:
+    """The task that turns a stretch of entries into one Parquet file and the sums of its pixels."""
+
+    def __init__(self, output: Place, size: int, jpeg_quality: int | None, num_classes: int) -> None:
+        self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
+        """The report, the sums, and the one line of a failure, which Ray Data would bury under its own."""
+        try:
+            return self._done(pickle.loads(row["task"])) | {"failure": ""}
+        except (JobError, OSError, pa.ArrowException) as failure:
+            nothing = np.zeros(0)
+            return {"report": "", "sums": nothing, "products": nothing, "kept": False, "failure": last_line(failure)}
+
+    def _done(self, task: dict[str, Any]) -> dict[str, Any]:
+        note = self.output / UNFINISHED / (task["file"] + ".npz")
+        settings = [self.size, self.jpeg_quality, self.num_classes, ROW_GROUP_ROWS]
+        versions = [version(entry) for entry in task["entries"]]
+        fingerprint = hashlib.sha256(repr((settings, task, versions)).encode()).hexdigest()
+        kept = self._done_before(note, fingerprint)
+        if kept is not None:
+            return kept
+        result = self._make(task)
+        data = io.BytesIO()
+        arrays: dict[str, Any] = {name: np.array(value) for name, value in result.items()}
+        np.savez(data, fingerprint=np.array(fingerprint), **arrays)
+        note.write(data.getvalue())
+        return result | {"kept": False}
+
+    def _done_before(self, note: Place, fingerprint: str) -> dict[str, Any] | None:
+        """The result of the same task in an earlier attempt, if its shard is as it was then."""
+        if note.size() is None:
+            return None
+        data = note.read()
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+                if str(found["fingerprint"]) != fingerprint:
+                    return None
+                result = {"report": str(found["report"]), "sums": found["sums"], "products": found["products"]}
+            report = json.loads(result["report"])
+        except Exception:  # a note that was cut off says nothing
+            return None
+        shard = report["shard"]
+        if report["rejected"]:  # the user may have mended them
+            return None
+        place = self.output / shard["file"]
+        if shard["rows"] and (place.size() != shard["size_bytes"] or sha256(place) != shard["sha256"]):
+            return None
+        return result | {"kept": True}
+
+    def _make(self, task: dict[str, Any]) -> dict[str, Any]:
+        from .moments import Moments
+
+        moments = Moments(self.size)
+        data: list[bytes] = []
+        kept: list[Entry] = []
+        rejected = []
+        for entry, load in _ahead(task["entries"]):
+            try:
+                pixels = images.resize_and_center(images.decode(load()), self.size)
+            except images.NotAnImage as reason:
+                rejected.append({"name": entry.name, "reason": str(reason)})
+                continue
+            moments.add(pixels)
+            data.append(pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality))
+            kept.append(entry)
+        labels = np.array([entry.label for entry in kept], np.int32)
+        shard = {"file": task["file"], "split": task["split"], "rows": len(kept)}
+        if kept:
+            rest = {"id": [entry.id for entry in kept], "name": [entry.name for entry in kept]}
+            shard |= self._write(self.output / task["file"], {"image": data, "label": labels} | rest)
+        class_rows = np.bincount(labels, minlength=self.num_classes).tolist()
+        report = {"shard": shard, "rejected": rejected, "images": len(task["entries"]), "class_rows": class_rows}
+        return {"report": json.dumps(report), "sums": moments.sums, "products": moments.products}
+
+    def _write(self, place: Place, columns: dict[str, Any]) -> dict[str, Any]:
+        form = schema("raw" if self.jpeg_quality is None else "jpeg", self.size)
+        sink = pa.BufferOutputStream()
+        # compressed or dictionary-encoded images would be slower to read (docs/data.md)
+        options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        pq.write_table(pa.table(columns, schema=form), sink, row_group_size=ROW_GROUP_ROWS, **options)
+        data = sink.getvalue().to_pybytes()
+        place.write(data)
+        rows = len(columns["id"])
+        groups = [min(ROW_GROUP_ROWS, rows - first) for first in range(0, rows, ROW_GROUP_ROWS)]
+        return {"row_groups": groups, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _ahead(entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Every entry and how to get its bytes; those of object storage are under way before they are asked for."""
+    if not any(entry.path and "://" in entry.path and entry.row is None for entry in entries):
+        for entry in entries:
+            yield entry, functools.partial(read, entry)
+        return
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: collections.deque[tuple[Entry, Any]] = collections.deque()
+        for entry in entries:
+            waiting.append((entry, pool.submit(read, entry)))
+            if len(waiting) > READ_AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result
+        for first, future in waiting:
+            yield first, future.result
+
+
+def _remove_leftovers(output: Place, manifest: Manifest) -> None:
+    """Shards of an attempt with other settings, which no manifest names."""
+    named = {shard.file for shard in manifest.shards}
+    for split in SPLITS:
+        for name in (output / split).children():
+            if OURS.fullmatch(name) and f"{split}/{name}" not in named:
+                (output / split / name).remove()
+
+
+def _describe(
+    source: Source,
+    shards: list[Shard],
+    rows: dict[str, int],
+    class_rows: dict[str, tuple[int, ...]],
+    num_rejected: int,
+    size: int,
+    jpeg_quality: int | None,
+    seed: int,
+    sums: NDArray[np.int64],
+    products: NDArray[np.int64],
+    output: Place,
+) -> Manifest:
+    pixels = rows["train"] * size * size
+    mean = sums.sum(axis=(0, 1)) / pixels
+    covariance = products / pixels - np.outer(mean, mean)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
+    largest = eigenvectors[np.abs(eigenvectors).argmax(axis=0), np.arange(3)]
+    eigenvectors = eigenvectors * np.sign(largest)  # the sign is free: make it the same everywhere
+    mean_image = io.BytesIO()
+    np.save(mean_image, (sums / rows["train"]).astype(np.float32), allow_pickle=False)
+    (output / MEAN_IMAGE).write(mean_image.getvalue())
+    return Manifest(
+        source=source.name,
+        classes=source.classes,
+        class_names=source.class_names,
+        image_size=size,
+        encoding="raw" if jpeg_quality is None else "jpeg",
+        jpeg_quality=jpeg_quality,
+        seed=seed,
+        rows=rows,
+        class_rows=class_rows,
+        rejected=num_rejected,
+        mean_rgb=tuple(mean.tolist()),
+        covariance_rgb=tuple(map(tuple, covariance.tolist())),
+        eigenvalues=tuple(eigenvalues.tolist()),
+        eigenvectors=tuple(map(tuple, eigenvectors.tolist())),
+        mean_image_sha256=hashlib.sha256(mean_image.getvalue()).hexdigest(),
+        shards=tuple(shards),
+    )

@@ -1,0 +1,177 @@
+"""Parquet files with a column of image bytes and one of labels, as Hugging Face and others keep data sets."""
+
+import json
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.images import NotAnImage, decode
+from orchestrator.storage import Place
+
+from .listing import SPLITS, Entry, Say, Source, image_column, read
+
+SUFFIX = ".parquet"
+LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+NAMES = ("name", "path", "file_name", "filename")
+SMALL, STORED_SMALL = 64, 72  # pixels: smaller images than this are stored at that, which the net's 64 are cut from
+
+
+def parquet(root: Place, say: Say = lambda line: None) -> Source:
+    """Files named train* and val*, validation* or test*, in the folder or below it, or in folders of these names.
+
+    Raises ValueError naming the file and what it lacks.
+    """
+    files = split_files(root, say)
+    splits: dict[str, list[Entry]] = {}
+    runs: dict[str, list[int]] = {}
+    columns: list[Any] = []
+    first: Any = None
+    next_id = 0
+    for split in SPLITS:
+        splits[split], runs[split] = [], []
+        for name in files[split]:
+            place = root / name
+            try:
+                with place.open() as file:
+                    table = pq.ParquetFile(file)
+                    first = first or table.schema_arrow
+                    _, label, path = _columns(place, table.schema_arrow)
+                    for group in range(table.num_row_groups):
+                        wanted = [label, *([path] if path else [])]
+                        rows = table.read_row_group(group, columns=wanted).flatten()
+                        values = rows[label].to_pylist()
+                        shown = rows[path].to_pylist() if path else [None] * len(values)
+                        if any(isinstance(value, float) and not value.is_integer() for value in values):
+                            raise ValueError(f"{place}: column {label} has numbers that are not whole")
+                        columns.append((split, values))
+                        runs[split].append(len(values))
+                        for row, text in enumerate(shown):
+                            where = f"{name}, row group {group}, row {row}"
+                            said = f"{split}/{text}" if isinstance(text, str) else f"{split}/{where}"
+                            splits[split].append(Entry(next_id, -1, said, path=place.text, row_group=group, row=row))
+                            next_id += 1
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    classes, label_of = _classes(root, first, columns)
+    misplaced: list[tuple[str, str]] = []
+    for split in SPLITS:
+        values = [value for part, some in columns if part == split for value in some]
+        labelled = []
+        position = 0
+        for index, length in enumerate(runs[split]):
+            kept = 0
+            for entry, value in zip(
+                splits[split][position : position + length], values[position : position + length], strict=True
+            ):
+                label_or_none = label_of.get(value)
+                if label_or_none is None:
+                    misplaced.append((entry.name, f"its label {value!r} is not one of the {len(classes)} classes"))
+                    continue
+                labelled.append(
+                    Entry(entry.id, label_or_none, entry.name, entry.path, row_group=entry.row_group, row=entry.row)
+                )
+                kept += 1
+            position += length
+            runs[split][index] = kept
+        splits[split] = labelled
+    size = _stored_size(splits["train"], say)
+    return Source(root.name, "parquet", classes, splits, image_size=size, misplaced=misplaced, runs=runs)
+
+
+def split_files(root: Place, say: Say = lambda line: None) -> dict[str, list[str]]:
+    """The Parquet files of train and val. Raises ValueError where one of them has none."""
+    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    others: list[str] = []
+    for name in root.files():
+        if not name.endswith(SUFFIX):
+            continue
+        split = _split_of(name)
+        (found[split] if split else others).append(name)
+    if not found["val"]:
+        found["val"], found["test"] = found["test"], []
+        if found["val"]:
+            say(f"val is the test part ({len(found['val'])} file(s)): there is no other")
+    for name in (*others, *found["test"]):
+        say(f"{name}: left out, neither of train nor of val")
+    for split in SPLITS:
+        if not found[split]:
+            raise ValueError(f"--source {root}: has no Parquet file of {split}: expected {split}*.parquet or {split}/")
+    return found
+
+
+def _split_of(name: str) -> str | None:
+    for part in reversed(PurePosixPath(name).parts):
+        for word, split in (("train", "train"), ("val", "val"), ("test", "test")):
+            if part.lower().startswith(word):
+                return split
+    return None
+
+
+def _columns(place: Place, schema: Any) -> tuple[str, str, str | None]:
+    """Of image bytes, labels and names. Raises ValueError."""
+    names = set(schema.names)
+    image = image_column(schema)
+    label = next((name for name in LABELS if name in names), None)
+    for what, column in (("image bytes", image), ("labels", label)):
+        if column is None:
+            shown = ", ".join(f"{column.name} ({column.type})" for column in schema)
+            raise ValueError(f"{place}: has no column of {what}; its columns are {shown}")
+    assert image is not None and label is not None  # noqa: PT018
+    kind = schema.field(label).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    known = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+    if schema.names.count(label) > 1 or not any(is_it(kind) for is_it in known):
+        raise ValueError(f"{place}: column {label} ({kind}) is no single column of numbers or words")
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    path = next((name for name in NAMES if name in texts and name != label), None)
+    outer = image.split(".")[0]
+    if path is None and "." in image and schema.field(outer).type.get_field_index("path") >= 0:
+        path = f"{outer}.path"
+    return image, label, path
+
+
+def _classes(root: Place, schema: Any, columns: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Names of the classes, and the label of what stands in the label column. Raises ValueError."""
+    of_train = {value for split, values in columns if split == "train" for value in values if value is not None}
+    if any(isinstance(value, str) for value in of_train):
+        names = tuple(sorted(map(str, of_train)))
+        return names, {name: label for label, name in enumerate(names)}
+    numbers = sorted(int(value) for value in of_train if value >= 0 and value == int(value))
+    rows = sum(len(values) for split, values in columns if split == "train")
+    if numbers and numbers[-1] >= rows:
+        raise ValueError(f"--source {root}: has the label {numbers[-1]} among {rows} rows of train: no class's number")
+    if len(numbers) < 2:
+        raise ValueError(f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2")
+    count = numbers[-1] + 1
+    named = _named_classes(schema)
+    if len(named) < count:
+        named = tuple(str(label) for label in range(count))
+    return named, {label: label for label in range(len(named))}
+
+
+def _named_classes(schema: Any) -> tuple[str, ...]:
+    """From the schema: Hugging Face's features, or a plain list."""
+    metadata = schema.metadata or {}
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        label = next(features[name] for name in LABELS if name in features)
+        return tuple(map(str, label["names"]))
+    except (KeyError, ValueError, TypeError, StopIteration):
+        text = metadata.get(b"classes", b"").decode("utf-8", "replace")
+        return tuple(text.split(",")) if text else ()
+
+
+def _stored_size(entries: list[Entry], say: Say) -> int:
+    """What suits images as large as the first that can be read."""
+    for entry in entries[:16]:
+        try:
+            side = min(decode(read(entry)).shape[:2])
+        except NotAnImage:
+            continue
+        if side < SMALL:
+            say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+            return STORED_SMALL
+        break
+    return 256
