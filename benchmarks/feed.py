@@ -132,12 +132,12 @@ def webdataset(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]
     def decode(sample: dict[str, Any]) -> Any:
         out = np.empty((CROP, CROP, 3), np.uint8)
         crop(sample["jpg"], out)
-        return torch.from_numpy(out)
+        return (torch.from_numpy(out),)
 
     tars = sorted(map(str, folder.glob("*.tar")))
     data = wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(1000).map(decode).batched(BATCH)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
-    return lambda: (images.numpy() for _ in range(PASSES) for images in loader)
+    return lambda: (batch[0].numpy() for _ in range(PASSES) for batch in loader)
 
 
 def pyarrow(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:

@@ -4,10 +4,12 @@
 
 SHARDS are made by jobs/prepare.py, best with --encoding raw, which is large. Ray is started with an object store of a
 tenth of their size, one worker's feed runs over all of them, and every tenth of a second the memory is read that the
-process tree holds for itself (USS), what the object store holds, and what was spilled to disk.
+process tree holds for itself (USS; of the tasks, the mapped pages of the shards are counted too), what the object store
+holds, and what was spilled to disk.
 """
 
 import argparse
+import logging
 import os
 import secrets
 import threading
@@ -56,6 +58,7 @@ def main() -> None:
     manifest = read_manifest(place)
     size = sum(shard.size_bytes for shard in manifest.shards)
     store = size // FACTOR
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init(address="local", object_store_memory=store, include_dashboard=False, log_to_driver=False)
     before = private_bytes()
     peaks: dict[str, int] = {"store": 0} | dict.fromkeys(before, 0)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import TrainConfig, make_config
-from .feed import Feed
+from .feed import Feed, warm_up
 from .shards import DamagedData, Manifest, check_labels, read_manifest, read_mean_image, verify
 from .storage import Place
 
@@ -55,6 +55,7 @@ def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, in
     images = sum(manifest.rows.values())
     samples: NDArray[np.uint8] | None = None
     labels = np.empty(0, np.int64)
+    ray.get([ray.remote(num_cpus=1)(warm_up).remote() for _ in range(cpus)])  # Ray's own start is not the feed's speed
     done, start = 0, time.monotonic()
     with closing(feed):
         feed.start(0)
@@ -62,10 +63,8 @@ def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, in
             counts = np.zeros(len(manifest.classes), np.int64)
             for batch in feed.batches(split, 0):
                 if samples is None:
-                    start = time.monotonic()  # Ray's own start is not the feed's speed
                     samples, labels = batch["image"][:PICTURES].copy(), batch["label"][:PICTURES].copy()
-                else:
-                    done += len(batch["label"])
+                done += len(batch["label"])
                 counts += np.bincount(batch["label"], minlength=len(counts))
                 progress(done, images, done / max(time.monotonic() - start, 1e-9))
             if tuple(counts.tolist()) != manifest.class_rows[split]:

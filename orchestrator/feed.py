@@ -115,7 +115,8 @@ class TaskReader:
         groups: list[tuple[RowGroup, NDArray[np.int64]]] = []
         for g in np.unique(group):
             shard, index, _ = places[g]
-            found, where = read_row_group(self.folder / shards[shard].file, index), np.flatnonzero(group == g)
+            where = np.flatnonzero(group == g)
+            found = read_row_group(self.folder / shards[shard].file, index, shards[shard].pixels_at[index : index + 1])
             labels[where], ids[where] = found.labels[row[where]], found.ids[row[where]]
             groups.append((found, where))
         if task.split == "val":
@@ -141,7 +142,7 @@ class TaskReader:
 class RowGroup:
     """A row group in memory."""
 
-    images: pa.Array  # binary: JPEG; binary of a fixed size: raw pixels
+    images: pa.Array | NDArray[np.uint8]  # binary: JPEG; binary of a fixed size, or bytes from their first: raw pixels
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
     name: str  # for people
@@ -155,6 +156,10 @@ class RowGroup:
         Raw pixels are all there, as they lie in the file. JPEG is decoded a few images at a time, whose pixels stay in
         the processor's cache until they are cut.
         """
+        if isinstance(self.images, np.ndarray):
+            count = len(self.labels)
+            yield self.images[: count * 3 * size**2].reshape(count, size, size, 3), rows, place
+            return
         if pa.types.is_fixed_size_binary(self.images.type):
             pixels = np.frombuffer(self.images.buffers()[1], np.uint8).reshape(-1, size, size, 3)
             yield pixels[self.images.offset :], rows, place
@@ -174,26 +179,28 @@ class RowGroup:
 _recent: collections.OrderedDict[tuple[Place, int], RowGroup] = collections.OrderedDict()
 
 
-def read_row_group(place: Place, index: int) -> RowGroup:
+def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
     """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
 
-    A process remembers the last RECENT_BYTES of them, so each is read about once a pass and not once a task.
+    A process remembers the last RECENT_BYTES of them, so each is read about once a pass and not once a task. Raw pixels
+    of a local file whose place in it is known are not read at all, but mapped into memory.
     """
     found = _recent.pop((place, index), None)
     if found is None:
-        columns = ["image", "label", "id"]
+        mapped = bool(pixels_at) and place.local is not None
+        columns = ["label", "id"] if mapped else ["image", "label", "id"]
         try:
             table = place.attempt(lambda: _open(place).read_row_group(index, columns=columns), "read")
         except (OSError, pa.ArrowException) as error:
             text = str(error).splitlines()[0]
             raise DamagedData(f"{place}, row group {index}: cannot be read: {text}") from None
-        images = table["image"].combine_chunks()
+        images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
         labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
-        found = RowGroup(images, labels, ids, f"{place}, row group {index}", images.nbytes)
+        found = RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)
+        total = found.size + sum(group.size for group in _recent.values())
+        while _recent and total > RECENT_BYTES:
+            total -= _recent.popitem(last=False)[1].size
     _recent[place, index] = found
-    total = sum(group.size for group in _recent.values())
-    while len(_recent) > 1 and total > RECENT_BYTES:
-        total -= _recent.popitem(last=False)[1].size
     return found
 
 
@@ -392,7 +399,7 @@ class _Execution:
             batch_size=None,
             batch_format="numpy",
             num_cpus=num_cpus,
-            compute=ray.data.TaskPoolStrategy(size=num_tasks),
+            compute=ray.data.TaskPoolStrategy(size=min(num_tasks, len(items))),
         )
         self._closed = closed
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -432,6 +439,11 @@ class _Execution:
 def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window: int) -> Order:
     rows = np.array([rows for _, _, rows in row_groups(shards)], np.int64)
     return plan_validation(rows) if split == "val" else plan_epoch(rows, seed=seed, epoch=epoch, window=window)
+
+
+@lru_cache(maxsize=64)
+def _mapped(place: Place) -> NDArray[np.uint8]:
+    return np.asarray(np.memmap(place.text, np.uint8, mode="r"))
 
 
 @lru_cache(maxsize=64)

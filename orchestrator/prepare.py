@@ -98,7 +98,7 @@ def prepare(
     class_rows = {split: np.zeros(len(source.classes), np.int64) for split in SPLITS}
     start, done, kept = time.monotonic(), 0, 0
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        write, compute=ray.data.TaskPoolStrategy(size=parallelism)
+        write, compute=ray.data.TaskPoolStrategy(size=min(parallelism, len(tasks)) if parallelism else None)
     )
     for result in _results(dataset):
         report = json.loads(result["report"])
@@ -307,12 +307,30 @@ class _ShardWriter:
         sink = pa.BufferOutputStream()
         # compressed or dictionary-encoded images would be slower to read (docs/data.md)
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        if self.jpeg_quality is None:
+            options["data_page_size"] = 2 * ROW_GROUP_ROWS * 3 * self.size**2  # one page, so that the rows lie together
         pq.write_table(pa.table(columns, schema=form), sink, row_group_size=ROW_GROUP_ROWS, **options)
         data = sink.getvalue().to_pybytes()
         place.write(data)
         rows = len(columns["id"])
         groups = [min(ROW_GROUP_ROWS, rows - first) for first in range(0, rows, ROW_GROUP_ROWS)]
-        return {"row_groups": groups, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        found = {"row_groups": groups, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return found | ({"pixels_at": _pixels_at(data, columns["image"])} if self.jpeg_quality is None else {})
+
+
+def _pixels_at(data: bytes, images_of_rows: list[bytes]) -> list[int]:
+    """Where the pixels of each row group begin in a file of raw images: at the end of its one page. Empty if not so."""
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    found, first = [], 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        column, pixels = group.column(0), b"".join(images_of_rows[first : first + group.num_rows])
+        start = column.data_page_offset + column.total_compressed_size - len(pixels)
+        if data[start : start + len(pixels)] != pixels:
+            return []
+        found.append(start)
+        first += group.num_rows
+    return found
 
 
 def _ahead(entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:

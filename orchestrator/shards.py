@@ -46,6 +46,7 @@ class Shard(BaseModel):
     split: str
     rows: int
     row_groups: tuple[int, ...]  # rows of each
+    pixels_at: tuple[int, ...] = ()  # of raw images: the byte of the file where those of each row group begin
     size_bytes: int
     sha256: str
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator import checking, shards
+from orchestrator import checking, feed, shards
 from orchestrator.exits import JobError
 from orchestrator.feed import Task, TaskReader
 from orchestrator.prepare import prepare
@@ -79,14 +79,18 @@ def test_raw_shards_hold_the_pixels_themselves_and_feed_the_same_crops(photograp
         read[name] = reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
     assert read["raw"]["label"].tolist() == read["jpeg"]["label"].tolist()
     assert np.abs(read["raw"]["image"].astype(int) - read["jpeg"]["image"]).mean() < 2
+    assert all(len(shard.pixels_at) == len(shard.row_groups) for shard in manifest.shards)
+    unmapped = tuple(shard.model_copy(update={"pixels_at": ()}) for shard in manifest.shards)
+    feed._recent.clear()
+    reader = TaskReader(Place.of(tmp_path / "raw"), manifest.model_copy(update={"shards": unmapped}), config, 0, 1)
+    again = reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
+    assert again["image"].tobytes() == read["raw"]["image"].tobytes()
     column = pq.read_table(tmp_path / "raw" / read_manifest(Place.of(tmp_path / "raw")).shards[0].file)["image"]
     assert column.type == pa.binary(3 * 72 * 72)
     assert checked(tmp_path / "raw")[0].images == 32
 
 
 def test_the_last_row_groups_are_remembered_and_no_more(digit_shards, monkeypatch):
-    from orchestrator import feed
-
     folder, manifest = digit_shards
     path = Place.of(folder / manifest.shards[0].file)
     feed._recent.clear()
