@@ -19,7 +19,7 @@ setup: .venv/ready  ## make .venv with the locked packages and the project
 train: setup  ## train the embedded recipe: two workers, about a minute
 	$(BIN)/python jobs/train.py
 
-test: setup  ## all tests, about ten minutes on two cores
+test: setup  ## all tests, about fourteen minutes on two cores
 	$(BIN)/python -m pytest
 
 long: setup  ## the few tests that take several minutes each
