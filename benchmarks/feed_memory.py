@@ -2,16 +2,18 @@
 
     python benchmarks/feed_memory.py --shards SHARDS
 
-SHARDS are made by jobs/prepare.py, best with --encoding raw, which is large. Ray is started with an object store of a
-tenth of their size, one worker's feed runs over all of them, and every tenth of a second the memory is read that the
-process tree holds for itself (USS; of the tasks, the mapped pages of the shards are counted too), what the object store
-holds, and what was spilled to disk.
+SHARDS are made by jobs/prepare.py, best with --encoding raw, which is large. By links to them a set is made that has
+ten times the size of the object store that Ray takes on this machine, and one worker's feed runs over all of it. Every
+tenth of a second the memory is read that each process has for itself (anonymous pages; Linux only), what the object
+store holds, and in the end what was spilled to disk.
 """
 
 import argparse
 import logging
+import math
 import os
 import secrets
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,21 +22,44 @@ from typing import Any
 import measure
 import psutil
 
+from orchestrator.recipes import imagenette
+from orchestrator.shards import Manifest, read_manifest
+from orchestrator.storage import Place
+
 EVERY_S = 0.1
 FACTOR = 10
 
 
 def private_bytes() -> dict[str, int]:
-    """Bytes that no other process shares, of the tasks, of this process and of Ray's own."""
+    """Of this process, of those that run tasks or wait for some, and of Ray's own."""
     me = psutil.Process()
-    found = {"consumer": me.memory_full_info().uss, "tasks": 0, "ray": 0}
+    found = {"consumer": anonymous_bytes(me.pid), "tasks": 0, "ray": 0}
     for process in me.children(recursive=True):
         try:
-            name = process.cmdline()[0] if process.cmdline() else ""
-            found["tasks" if name.startswith("ray::") else "ray"] += process.memory_full_info().uss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            name = " ".join(process.cmdline())
+            kind = "tasks" if name.startswith(("ray::IDLE", "ray::Map")) else "ray"
+            found[kind] += anonymous_bytes(process.pid)
+        except (psutil.NoSuchProcess, OSError):
             continue
     return found
+
+
+def anonymous_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def linked(place: Place, manifest: Manifest, times: int, folder: Path) -> Manifest:
+    """The same shards many times over."""
+    assert place.local is not None
+    shards = []
+    for time_number in range(times):
+        for shard in manifest.shards:
+            name = f"{time_number}-{shard.file.replace('/', '-')}"
+            os.symlink(place.local / shard.file, folder / name)
+            shards.append(shard.model_copy(update={"file": name}))
+    rows = {split: times * count for split, count in manifest.rows.items()}
+    return manifest.model_copy(update={"shards": tuple(shards), "rows": rows})
 
 
 def main() -> None:
@@ -50,16 +75,16 @@ def main() -> None:
     import ray
 
     from orchestrator.feed import Feed
-    from orchestrator.recipes import imagenette
-    from orchestrator.shards import read_manifest
-    from orchestrator.storage import Place
 
-    place = Place.of(args.shards)
-    manifest = read_manifest(place)
-    size = sum(shard.size_bytes for shard in manifest.shards)
-    store = size // FACTOR
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.init(address="local", object_store_memory=store, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    store = int(ray.cluster_resources()["object_store_memory"])
+    original = Place.of(args.shards)
+    few = read_manifest(original)
+    folder = tempfile.TemporaryDirectory()
+    times = math.ceil(FACTOR * store / sum(shard.size_bytes for shard in few.shards))
+    manifest, place = linked(original, few, times, Path(folder.name)), Place.of(folder.name)
+    size = sum(shard.size_bytes for shard in manifest.shards)
     before = private_bytes()
     peaks: dict[str, int] = {"store": 0} | dict.fromkeys(before, 0)
     over = threading.Event()
@@ -93,11 +118,12 @@ def main() -> None:
         "set_bytes": size, "store_bytes": store, "images": images, "images_per_s": images / seconds,
         "tasks": args.tasks, "before": before, "peak": peaks, "spilled": spilled,
     }  # fmt: skip
-    print(f"{images} images, {size / 1e9:.2f} GB of shards through an object store of {store / 1e6:.0f} MB")
+    print(f"{images} images, {size / 1e9:.1f} GB of shards through an object store of {store / 1e9:.2f} GB")
     for name, value in peaks.items():
         print(f"  peak {name:<9} {value / 1e6:6.0f} MB")
     print(f"  spilled: {spilled or 'nothing'}; {images / seconds:.0f} images/s")
     ray.shutdown()
+    folder.cleanup()
     measure.write(args.json, result)
 
 

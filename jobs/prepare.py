@@ -25,7 +25,7 @@ from orchestrator import checking, shards
 from orchestrator.cluster import connect
 from orchestrator.exits import run_job
 from orchestrator.flags import Parser, fraction, natural, positive_int
-from orchestrator.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, forget, prepare
+from orchestrator.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, prepare
 from orchestrator.progress import CheckView, LiveLine, PrepareView
 from orchestrator.sources import FORMATS, open_source
 from orchestrator.storage import Place
@@ -62,7 +62,7 @@ def parser() -> Parser:
         "--encoding",
         choices=shards.ENCODINGS,
         default="jpeg",
-        help="jpeg: 21 KB an image of 256 pixels; raw: 197 KB, and no decoding in training (default: jpeg)",
+        help="jpeg: about 20 KB an image of 256 pixels; raw: 197 KB, and no decoding in training (default: jpeg)",
     )
     flags.add_argument("--jpeg-quality", type=positive_int, default=JPEG_QUALITY, help="1 to 100 (default: 90)")
     flags.add_argument(
@@ -110,8 +110,6 @@ def main() -> int:
         flags.error(str(error))
     view = PrepareView(source, output)
     connect()
-    if (output / shards.MANIFEST).size() is not None:  # --overwrite
-        forget(output)
     manifest = prepare(
         source,
         output,

@@ -218,8 +218,8 @@ class Feed:
         num_cpus: float,
         num_tasks: int,
     ) -> None:
-        """num_cpus a task, num_tasks of this worker's at a time: within what `placement.share_cpus` leaves it, because
-        a task that waits for its consumer keeps its CPUs, and the workers wait for each other."""
+        """num_cpus a task, num_tasks of this worker's at a time (twice as many where one execution follows another, if
+        there are CPUs): `placement.share_cpus` says what leaves every worker its part, for they wait for each other."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
         self.num_cpus, self.num_tasks = num_cpus, num_tasks

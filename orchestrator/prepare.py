@@ -28,17 +28,7 @@ from pydantic import BaseModel
 from . import images
 from .exits import JobError, last_line
 from .order import plan_epoch
-from .shards import (
-    MANIFEST,
-    MEAN_IMAGE,
-    REJECTED,
-    ROW_GROUP_ROWS,
-    Manifest,
-    Shard,
-    schema,
-    sha256,
-    verify,
-)  # fmt: skip
+from .shards import MANIFEST, MEAN_IMAGE, REJECTED, ROW_GROUP_ROWS, Manifest, Shard, schema, sha256, verify
 from .sources import SPLITS, Entry, Source, read, version
 from .storage import Place
 
@@ -134,12 +124,6 @@ def prepare(
     return manifest
 
 
-def forget(output: Place) -> None:
-    """Make the next preparation begin from nothing: what is there is no data set any more."""
-    (output / MANIFEST).remove()
-    (output / UNFINISHED).remove()
-
-
 def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> int:
     """About how much disk space the shards will take."""
     count = sum(len(entries) for entries in source.splits.values())
@@ -164,9 +148,7 @@ def check_apart(source: str, output: Place) -> None:
         raise ValueError(f"--output {output}: is where the images of --source are; choose another folder")
 
 
-def check_space(
-    source: Source, output: Place, image_size: int, jpeg_quality: int | None, rows_per_shard: int = ROWS_PER_SHARD
-) -> None:
+def check_space(source: Source, output: Place, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> None:
     """Raises ValueError of one line where the disk is too small for what would be written."""
     free = output.free_bytes()
     needed = bytes_needed(source, image_size, jpeg_quality, rows_per_shard)
@@ -278,7 +260,7 @@ class _ShardWriter:
         return result | {"kept": True}
 
     def _make(self, task: dict[str, Any]) -> dict[str, Any]:
-        from .moments import Moments
+        from .moments import Moments  # and numba, which drivers do without
 
         moments = Moments(self.size)
         data: list[bytes] = []

@@ -23,7 +23,7 @@ from .exits import JobError, last_line
 
 PAUSES_S = (2.0, 5.0)  # between attempts; pyarrow's S3 client tries for six seconds each time
 PARTIAL = ".partial"
-QUERY = ("region", "endpoint_override", "scheme", "allow_bucket_creation", "anonymous")  # none of them is a secret
+QUERY = ("region", "endpoint_override", "scheme", "allow_bucket_creation")  # none of them is a secret
 QUESTION = "%3F"  # a question mark in the name of an object
 PYARROWS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 ROOTED = ("hdfs", "viewfs", "sftp", "ssh", "local")  # their paths begin with a slash

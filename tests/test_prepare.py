@@ -112,10 +112,10 @@ def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch):
     source, output = open_source(str(many)), Place.of(tmp_path / "out")
-    preparation.check_space(source, output, 256, 90)
+    preparation.check_space(source, output, 256, 90, 1024)
     monkeypatch.setattr(Place, "free_bytes", lambda place: 1_000_000)
     with pytest.raises(ValueError, match=r"the shards need about 0\.0 GB and its disk has 0\.0 GB free"):
-        preparation.check_space(source, output, 256, 90)
+        preparation.check_space(source, output, 256, 90, 1024)
     assert preparation.bytes_needed(source, 256, None, 1024) == int(1.1 * (80 * 256**2 * 3 + 256**2 * 12))
 
 

@@ -5,6 +5,7 @@ A source is found in a folder or a URI by what lies there, or read as the format
 
 from collections.abc import Callable
 
+from orchestrator.shards import MANIFEST
 from orchestrator.storage import Place
 
 from .archives import TRAIN, ilsvrc, verify_md5
@@ -23,7 +24,6 @@ FORMATS: dict[str, Callable[[Place, Say], Source]] = {
     "parquet": parquet,
     "cifar10": cifar10,
 }
-MANIFEST = "manifest.json"  # of what jobs/prepare.py makes
 
 
 def open_source(

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.storage import Place
 
-from .devkit import DEVKIT, Synsets, find_synsets, find_truth, refuse_unsafe
+from .devkit import DEVKIT, find_synsets, find_truth, refuse_unsafe
 from .listing import Entry, Say, Source
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -48,21 +48,20 @@ def ilsvrc(root: Place, say: Say = lambda line: None) -> Source:
             shown = f"train/{classes[label]}/{PurePosixPath(member.name).name}"
             entry = Entry(len(splits["train"]), label, shown, path=train.text, start=at, length=member.size)
             splits["train"].append(entry)
-    truth = find_truth(root, {name: label for label, name in enumerate(classes)})
-    there = sorted(members(val), key=lambda each: PurePosixPath(each[0].name).name)
-    stems = {PurePosixPath(member.name).stem for member, _ in there}
-    _refuse_twice(val, [PurePosixPath(member.name).name for member, _ in there])
-    for member, at in there:
-        name = PurePosixPath(member.name).name
+    synsets = find_synsets(root)
+    truth = find_truth(root, {name: label for label, name in enumerate(classes)}, synsets)
+    there = sorted((PurePosixPath(member.name).name, start, member.size) for member, start in members(val))
+    names = [name for name, _, _ in there]
+    _refuse_twice(val, names)
+    for name, start, length in there:
         label_or_none = truth.label(name)
         if label_or_none is None:
-            misplaced.append((f"val/{name}", f"has no label in {truth.where}"))
+            misplaced.append(truth.why_not(name))
             continue
         number = len(splits["train"]) + len(splits["val"])
-        splits["val"].append(Entry(number, label_or_none, f"val/{name}", path=val.text, start=at, length=member.size))
-    absent = sorted(truth.label_of.keys() - stems)
-    misplaced += [(f"val/{stem}", f"not in {VAL}, though {truth.where} names it") for stem in absent]
-    words = (find_synsets(root) or Synsets({})).in_words(classes)
+        splits["val"].append(Entry(number, label_or_none, f"val/{name}", path=val.text, start=start, length=length))
+    misplaced += truth.absent(names)
+    words = synsets.in_words(classes)
     return Source(root.name, "ilsvrc", classes, splits, class_names=words, misplaced=misplaced)
 
 
@@ -96,23 +95,22 @@ def members(
     """
     shown = shown or str(archive)
     window = _Window(archive, start, (archive.size() or 0) - start if length is None else length)
-    if window.length >= 0:
-        try:
-            with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
-                for member in tar:
-                    refuse_unsafe(member, shown)
-                    if member.offset_data + member.size > window.length:
-                        raise ValueError(f"{shown}: cut off within member {member.name!r}; download it again")
-                    if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's notes
-                        yield member, start + member.offset_data
-                # tarfile takes a damaged header for the end; the real end is a block of zeros
-                window.seek(tar.offset)  # type: ignore[attr-defined]
-                end = window.read(BLOCK)
-        except tarfile.TarError as error:
-            raise ValueError(f"{shown}: damaged: {error}; download it again") from None
-        if len(end) < BLOCK or end.strip(b"\0"):
-            what = "cut off" if len(end) < BLOCK else "damaged: no header of a member"
-            raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
+    try:
+        with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                refuse_unsafe(member, shown)
+                if member.offset_data + member.size > window.length:
+                    raise ValueError(f"{shown}: cut off within member {member.name!r}; download it again")
+                if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's notes
+                    yield member, start + member.offset_data
+            # tarfile takes a damaged header for the end; the real end is a block of zeros
+            window.seek(tar.offset)  # type: ignore[attr-defined]
+            end = window.read(BLOCK)
+    except tarfile.TarError as error:
+        raise ValueError(f"{shown}: damaged: {error}; download it again") from None
+    if len(end) < BLOCK or end.strip(b"\0"):
+        what = "cut off" if len(end) < BLOCK else "damaged: no header of a member"
+        raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
 
 
 def verify_md5(root: Place, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""CIFAR-10 in the form that its page calls the python version: pickled batches, read here without running a pickle."""
+"""CIFAR-10 in the form that its page calls the python version: pickles, read by an unpickler that knows arrays only."""
 
 import io
 import pickle

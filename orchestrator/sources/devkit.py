@@ -46,9 +46,18 @@ class Truth:
     def label(self, name: str) -> int | None:
         return self.label_of.get(PurePosixPath(name).stem)
 
+    def why_not(self, name: str) -> tuple[str, str]:
+        """What is said of an image that has no label."""
+        return f"val/{name}", f"has no label in {self.where}"
 
-def find_synsets(root: Place) -> Synsets | None:
-    """From the devkit, or a list of words; None where there is neither. Raises ValueError where one is damaged."""
+    def absent(self, names: list[str]) -> list[tuple[str, str]]:
+        """What is said of the images that have labels and are not among these."""
+        missing = sorted(self.label_of.keys() - {PurePosixPath(name).stem for name in names})
+        return [(f"val/{stem}", f"not there, though {self.where} names it") for stem in missing]
+
+
+def find_synsets(root: Place) -> Synsets:
+    """From the devkit, or a list of words; none where there is neither. Raises ValueError where one is damaged."""
     found = _devkit_file(root, META)
     if found is not None:
         return read_meta(found[1], found[0])
@@ -57,10 +66,10 @@ def find_synsets(root: Place) -> Synsets | None:
         if place.size():
             lines = [line.split(None, 1) for line in place.read().decode("utf-8", "replace").splitlines()]
             return Synsets({wnid: words.strip() for wnid, words in (line for line in lines if len(line) == 2)})
-    return None
+    return Synsets({})
 
 
-def find_truth(root: Place, label_of_class: dict[str, int]) -> Truth:
+def find_truth(root: Place, label_of_class: dict[str, int], synsets: Synsets) -> Truth:
     """Raises ValueError of one line where there is none, or one that does not fit the classes."""
     solution = root / SOLUTION
     if solution.size():
@@ -69,8 +78,7 @@ def find_truth(root: Place, label_of_class: dict[str, int]) -> Truth:
         named = {row[0]: (row[1].split() or [""])[0] for row in rows}
         return _truth(solution, named, label_of_class)
     found = _devkit_file(root, GROUND_TRUTH)
-    synsets = find_synsets(root)
-    if found is None or synsets is None or not synsets.ids:
+    if found is None or not synsets.ids:
         raise ValueError(
             f"--source {root}: val/ is flat, so its labels must come from {DEVKIT} or {SOLUTION} in that folder; "
             "neither is there"

@@ -2,7 +2,7 @@
 
 from orchestrator.storage import Place
 
-from .devkit import Synsets, find_synsets, find_truth
+from .devkit import find_synsets, find_truth
 from .listing import SPLITS, Entry, Say, Source
 
 BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where train/ and val/ are; Kaggle's archive has the long ones
@@ -39,7 +39,7 @@ def image_folder(root: Place, say: Say = lambda line: None) -> Source:
     unknown = sorted(set(in_val) - set(classes))
     if unknown:
         raise ValueError(f"--source {base / 'val'}: class {unknown[0]!r} is not in train/, so no net could learn it")
-    label_of = {name: label for label, name in enumerate(classes)}
+    label_of, synsets = {name: label for label, name in enumerate(classes)}, find_synsets(root)
     splits: dict[str, list[Entry]] = {}
     misplaced: list[tuple[str, str]] = []
     next_id = 0
@@ -47,10 +47,9 @@ def image_folder(root: Place, say: Say = lambda line: None) -> Source:
         files = _files(base / split)
         truth = None
         if split == "val" and not in_val and files:
-            truth = find_truth(root, label_of)
+            truth = find_truth(root, label_of, synsets)
             say(f"val/ is flat; its labels are from {truth.where}")
-            absent = sorted(truth.label_of.keys() - {name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for name in files})
-            misplaced += [(f"val/{stem}", f"not there, though {truth.where} names it") for stem in absent]
+            misplaced += truth.absent(files)
         else:  # class by class, as the labels go
             files.sort(key=lambda name: name.split("/"))
         entries = splits[split] = []
@@ -61,14 +60,12 @@ def image_folder(root: Place, say: Say = lambda line: None) -> Source:
             folder, _, below = name.partition("/")
             label = truth.label(name) if truth else label_of.get(folder) if below else None
             if label is None:
-                reason = f"has no label in {truth.where}" if truth else "not in a class folder"
-                misplaced.append((f"{split}/{name}", reason))
+                misplaced.append(truth.why_not(name) if truth else (f"{split}/{name}", "not in a class folder"))
                 continue
             entries.append(Entry(next_id, label, f"{split}/{name}", path=(base / split / name).text))
             next_id += 1
         if not entries:
             raise ValueError(f"--source {base / split}: holds no files; expected {base / split}/CLASS/IMAGE")
-    synsets = find_synsets(root) or Synsets({})
     words = synsets.in_words(classes)
     return Source(root.name, "imagefolder", classes, splits, class_names=words, misplaced=misplaced)
 

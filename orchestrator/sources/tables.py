@@ -1,6 +1,8 @@
 """Parquet files with a column of image bytes and one of labels, as Hugging Face and others keep data sets."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,60 +26,57 @@ def parquet(root: Place, say: Say = lambda line: None) -> Source:
     Raises ValueError naming the file and what it lacks.
     """
     files = split_files(root, say)
+    groups = {split: [group for name in files[split] for group in _row_groups(root, name)] for split in SPLITS}
+    classes, label_of = _classes(root, groups["train"])
     splits: dict[str, list[Entry]] = {}
     runs: dict[str, list[int]] = {}
-    columns: list[Any] = []
-    first: Any = None
+    misplaced: list[tuple[str, str]] = []
     next_id = 0
     for split in SPLITS:
-        splits[split], runs[split] = [], []
-        for name in files[split]:
-            place = root / name
-            try:
-                with place.open() as file:
-                    table = pq.ParquetFile(file)
-                    first = first or table.schema_arrow
-                    _, label, path = _columns(place, table.schema_arrow)
-                    for group in range(table.num_row_groups):
-                        wanted = [label, *([path] if path else [])]
-                        rows = table.read_row_group(group, columns=wanted).flatten()
-                        values = rows[label].to_pylist()
-                        shown = rows[path].to_pylist() if path else [None] * len(values)
-                        if any(isinstance(value, float) and not value.is_integer() for value in values):
-                            raise ValueError(f"{place}: column {label} has numbers that are not whole")
-                        columns.append((split, values))
-                        runs[split].append(len(values))
-                        for row, text in enumerate(shown):
-                            where = f"{name}, row group {group}, row {row}"
-                            said = f"{split}/{text}" if isinstance(text, str) else f"{split}/{where}"
-                            splits[split].append(Entry(next_id, -1, said, path=place.text, row_group=group, row=row))
-                            next_id += 1
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    classes, label_of = _classes(root, first, columns)
-    misplaced: list[tuple[str, str]] = []
-    for split in SPLITS:
-        values = [value for part, some in columns if part == split for value in some]
-        labelled = []
-        position = 0
-        for index, length in enumerate(runs[split]):
-            kept = 0
-            for entry, value in zip(
-                splits[split][position : position + length], values[position : position + length], strict=True
-            ):
-                label_or_none = label_of.get(value)
-                if label_or_none is None:
-                    misplaced.append((entry.name, f"its label {value!r} is not one of the {len(classes)} classes"))
-                    continue
-                labelled.append(
-                    Entry(entry.id, label_or_none, entry.name, entry.path, row_group=entry.row_group, row=entry.row)
-                )
-                kept += 1
-            position += length
-            runs[split][index] = kept
-        splits[split] = labelled
+        entries = splits[split] = []
+        runs[split] = []
+        for group in groups[split]:
+            before = len(entries)
+            for row, (value, text) in enumerate(zip(group.labels, group.names, strict=True)):
+                name = f"{split}/" + (text or f"{group.file}, row group {group.index}, row {row}")
+                label = label_of.get(value)
+                if label is None:
+                    misplaced.append((name, f"its label {value!r} is not one of the {len(classes)} classes"))
+                else:
+                    place = (root / group.file).text
+                    entries.append(Entry(next_id, label, name, path=place, row_group=group.index, row=row))
+                next_id += 1
+            runs[split].append(len(entries) - before)
     size = _stored_size(splits["train"], say)
     return Source(root.name, "parquet", classes, splits, image_size=size, misplaced=misplaced, runs=runs)
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """What is known of the rows of a row group without reading its images."""
+
+    file: str
+    index: int
+    labels: list[Any]  # as they stand there
+    names: list[str | None]
+    schema: Any
+
+
+def _row_groups(root: Place, name: str) -> Iterator[_RowGroup]:
+    place = root / name
+    try:
+        with place.open() as file:
+            table = pq.ParquetFile(file)
+            label, path = _columns(place, table.schema_arrow)
+            for index in range(table.num_row_groups):
+                rows = table.read_row_group(index, columns=[label, *([path] if path else [])]).flatten()
+                labels = rows[label].to_pylist()
+                if any(isinstance(value, float) and not value.is_integer() for value in labels):
+                    raise ValueError(f"{place}: column {label} has numbers that are not whole")
+                names = rows[path].to_pylist() if path else [None] * len(labels)
+                yield _RowGroup(name, index, labels, names, table.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
 def split_files(root: Place, say: Say = lambda line: None) -> dict[str, list[str]]:
@@ -109,8 +108,8 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _columns(place: Place, schema: Any) -> tuple[str, str, str | None]:
-    """Of image bytes, labels and names. Raises ValueError."""
+def _columns(place: Place, schema: Any) -> tuple[str, str | None]:
+    """Of labels, and of names if there are any. Raises ValueError, also where there are no image bytes."""
     names = set(schema.names)
     image = image_column(schema)
     label = next((name for name in LABELS if name in names), None)
@@ -129,23 +128,23 @@ def _columns(place: Place, schema: Any) -> tuple[str, str, str | None]:
     outer = image.split(".")[0]
     if path is None and "." in image and schema.field(outer).type.get_field_index("path") >= 0:
         path = f"{outer}.path"
-    return image, label, path
+    return label, path
 
 
-def _classes(root: Place, schema: Any, columns: list[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+def _classes(root: Place, train: list[_RowGroup]) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of the classes, and the label of what stands in the label column. Raises ValueError."""
-    of_train = {value for split, values in columns if split == "train" for value in values if value is not None}
+    of_train = {value for group in train for value in group.labels if value is not None}
     if any(isinstance(value, str) for value in of_train):
         names = tuple(sorted(map(str, of_train)))
         return names, {name: label for label, name in enumerate(names)}
     numbers = sorted(int(value) for value in of_train if value >= 0 and value == int(value))
-    rows = sum(len(values) for split, values in columns if split == "train")
+    rows = sum(len(group.labels) for group in train)
     if numbers and numbers[-1] >= rows:
         raise ValueError(f"--source {root}: has the label {numbers[-1]} among {rows} rows of train: no class's number")
     if len(numbers) < 2:
         raise ValueError(f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2")
     count = numbers[-1] + 1
-    named = _named_classes(schema)
+    named = _named_classes(train[0].schema)
     if len(named) < count:
         named = tuple(str(label) for label in range(count))
     return named, {label: label for label in range(len(named))}
