@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test quick long check bench clean help
+.PHONY: setup train tune test quick long check bench clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,10 +19,13 @@ setup: .venv/ready  ## make .venv with the locked packages and the project
 train: setup  ## train the embedded recipe: two workers, about a minute
 	$(BIN)/python jobs/train.py
 
-test: setup  ## all tests, about fourteen minutes on two cores
+tune: setup  ## search the embedded recipe's settings: 16 trials, about three minutes
+	$(BIN)/python jobs/tune.py
+
+test: setup  ## the tests but those of make long, about fourteen minutes on two cores
 	$(BIN)/python -m pytest
 
-long: setup  ## the few tests that take several minutes each
+long: setup  ## the tests of faults that take minutes each, half an hour in all
 	$(BIN)/python -m pytest -m long
 
 quick: setup  ## the tests that start no Ray and need no patience

@@ -24,6 +24,11 @@ VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
 
 
+def checkpoint_name(epoch: int, step: int = 0) -> str:
+    """Of a folder: after so many whole epochs, and steps of the next."""
+    return f"checkpoint-epoch-{epoch:04d}" + (f"-step-{step:06d}" if step else "")
+
+
 class State(BaseModel):
     """Where a run is. Order, augmentation and dropout are functions of it and of the seed: there is no other state."""
 
@@ -75,6 +80,13 @@ def load(folder: Path, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceL
         group["lr"] = lr
     schedule.load_state_dict(rest["schedule"])
     return State(**rest["state"])
+
+
+def scale_rate(factor: float, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> None:
+    """Move the rate and the floor of its drops, for a run that goes on from another's checkpoint at its own rate."""
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    schedule.min_lrs = [lr * factor for lr in schedule.min_lrs]
 
 
 def _write(path: Path | None, placed: PlacedNet, parts: dict[str, Tensor]) -> None:

@@ -50,8 +50,8 @@ def connect() -> None:
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         where = "a private Ray" if private else f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
-    for library in ("ray.data", "ray.train"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # its controller, in this process, logs what we report
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class NetSettings(BaseModel):
@@ -75,6 +77,9 @@ class WorkerSettings(BaseModel):
         description="of the arithmetic; auto: bf16 where the hardware is fast at it, else fp32; "
         "fp64: slow, and the same losses in every layout to many digits",
     )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each worker; automatic is an equal share of its machine's"
+    )
     max_failures: int = Field(
         2, ge=0, description="crashed workers to survive, from the last checkpoint; a lost node does not count"
     )
@@ -117,8 +122,13 @@ def parse_workers(text: str | int) -> tuple[int, int]:
 
 def make_config(**fields: Any) -> TrainConfig:
     """Raises ValueError of one line that names the field, its value and what is wrong with it."""
+    return make_model(TrainConfig, **fields)
+
+
+def make_model(model: type[Settings], **fields: Any) -> Settings:
+    """A model of settings. Raises ValueError of one line that names the field, its value and what is wrong with it."""
     try:
-        return TrainConfig(**fields)
+        return model(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
@@ -131,14 +141,14 @@ def make_config(**fields: Any) -> TrainConfig:
         raise ValueError(message) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, not validated yet. Raises ValueError where it is no mapping."""
+def read_yaml(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """The settings in a YAML file, not validated yet. Raises ValueError, naming the flag, where it is no mapping."""
     try:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{flag} {path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"--config {path}: expected lines of the form 'setting: value'")
+        raise ValueError(f"{flag} {path}: expected lines of the form 'setting: value'")
     return fields

@@ -16,6 +16,7 @@ LINKS = {"loopback": 0.5e9, "10 GbE": 1.25e9, "100 GbE": 12.5e9, "PCIe 3.0 x16":
 # What a worker computes and moves, to one digit: enough to rank layouts that differ by factors.
 CPU_FLOPS, CPU_MEMORY_BYTES_PER_S = 70e9, 10e9  # a core in float32 (docs of benchmarks/step.py); two of them share
 GPU_FLOPS, GPU_MEMORY_BYTES_PER_S = 10e12, 500e9
+OVERSEER_CPUS = 0.001  # of the process that follows one of several runs: Ray Tune wants something to reserve
 UPDATE_PASSES = 7  # over the weights: the paper's rule reads gradient, weight and velocity and writes two of them
 OVERLAP = 0.6  # of the arithmetic is backward, during which gradients are already being summed
 GPU_MEMORY_GB = {
@@ -123,14 +124,19 @@ def worker_counts(config: TrainConfig) -> list[int]:
     return found
 
 
-def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan | None:
+def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_side: int = 0) -> Plan | None:
     """The best plan for these nodes, or None where an elastic run finds too little.
+
+    Of so many runs side by side, each with a process that follows it, each gets an equal part of the cluster; 0 is a
+    run that has the cluster for itself.
 
     Raises JobError where a fixed number of workers does not fit.
     """
     low, high = config.worker_range
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     use_gpu = config.device == "gpu" or (config.device == "auto" and total_gpus > 0)
+    if side_by_side:
+        total_cpus = total_cpus / side_by_side - OVERSEER_CPUS
     for workers in worker_counts(config):
         elastic = low != high
         if elastic and workers > sum(_slots(node, use_gpu) for node in nodes):
@@ -146,7 +152,7 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan 
             resources = replace(resources, worker_cpus=_down(min(resources.worker_cpus, beside)))
         layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
         plan = Plan(layout, resources, reason)
-        if len(nodes) == 1 or layout.kind != "columns":
+        if len(nodes) == 1 or layout.kind != "columns" or side_by_side > 1:  # then Ray packs them where there is room
             return plan
         places = place_groups(nodes, resources, layout, use_gpu, elastic)
         if places:
@@ -158,6 +164,40 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int) -> Plan 
                 f"group on one node; ask for fewer workers, or say --layout data"
             )
     return None
+
+
+def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int | None = None) -> int:
+    """How many runs of these settings the cluster takes side by side: `wanted`, or as many as there is room for.
+
+    On CPUs a run takes one for each worker, unless `at_most` says that more runs are to share them; a GPU is not
+    shared. Raises JobError where not even one fits, or `at_most` is more than there are GPUs for.
+    """
+    workers = config.worker_range[1]
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    if config.device == "gpu" or (config.device == "auto" and gpus > 0):
+        # the columns of a net stay on one node
+        together = 2 if config.layout == "columns" else 1
+        room = sum(int(node.gpus) // together for node in nodes) * together // workers
+        if not room:
+            raise JobError(
+                f"a trial of {workers} worker(s) needs as many GPUs"
+                + (", two at a time on one node," if together > 1 else "")
+                + f" and the cluster has {gpus:g} on {len(nodes)} node(s); ask for fewer --workers, or say --device cpu"
+            )
+        if at_most and at_most > room:
+            raise JobError(f"max_concurrent = {at_most}: the cluster's {gpus:g} GPU(s) have room for {room} trial(s)")
+    else:
+        if cpus <= 0:
+            raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
+        room = at_most or max(1, int(cpus) // workers)
+    return min(wanted, room, at_most or room)
+
+
+def threads_for(config: TrainConfig, nodes: list[Node], side_by_side: int, cpus_here: int) -> int:
+    """CPU threads of a worker, so that those of all runs together are as many as there are CPUs."""
+    on_a_node = -(-side_by_side * config.worker_range[1] // max(1, len([node for node in nodes if node.cpus])))
+    least = min((node.cpus for node in nodes if node.cpus), default=1)
+    return config.threads or max(1, int(min(least, cpus_here)) // on_a_node)
 
 
 def place_groups(

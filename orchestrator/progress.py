@@ -1,6 +1,7 @@
 """What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
 
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,39 @@ class LiveLine:
         print(text, file=self.stream, flush=True)
 
 
+class LiveBlock:
+    """Lines that rewrite themselves on a terminal, as many as fit on it, and repeat themselves, seldom, elsewhere."""
+
+    def __init__(self, every_s: float, stream: TextIO | None = None) -> None:
+        self.stream, self.every_s = stream or sys.stdout, every_s
+        self.live = self.stream.isatty()
+        self._last = -every_s
+        self._shown = 0
+
+    def update(self, lines: list[str]) -> None:
+        now = time.monotonic()
+        if self.live:
+            width, height = shutil.get_terminal_size()
+            shown = [line[: width - 1] for line in lines[: height - 1]]
+            self._clear()
+            self.stream.write("\n".join(shown) + "\n")
+            self.stream.flush()
+            self._shown = len(shown)
+        elif now - self._last >= self.every_s:
+            self._last = now
+            print("\n".join(lines), file=self.stream, flush=True)
+
+    def print(self, text: str = "") -> None:
+        """Lines that stay, above the others."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self.stream.write(f"\x1b[{self._shown}F\x1b[J")
+            self._shown = 0
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -53,6 +87,15 @@ def bar(done: float, width: int = 20) -> str:
     """A fraction from 0 to 1, for eyes."""
     full = int(done * width)
     return "[" + "#" * full + "." * (width - full) + "]"
+
+
+def columns(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns under their titles."""
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [titles, *rows]
+    ]
 
 
 def table(rows: list[tuple[str, str]]) -> str:

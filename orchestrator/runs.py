@@ -10,6 +10,7 @@ from .config import TrainConfig, make_config, read_yaml
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
+KEPT = "kept"  # beside the runs of a population: checkpoints that others may go on from
 
 
 class RunFolder:
@@ -23,7 +24,7 @@ class RunFolder:
             )
         self.output, self.name, self.path = output.absolute(), name, output.absolute() / name
 
-    def create(self, config: TrainConfig) -> None:
+    def make(self) -> None:
         """Raises ValueError where the name is taken, because Ray Train would resume that run unasked."""
         if self.path.exists():
             raise ValueError(
@@ -33,6 +34,10 @@ class RunFolder:
             self.path.mkdir(parents=True)
         except OSError as error:
             raise ValueError(f"--output {self.output}: cannot be written: {error.strerror}") from None
+
+    def create(self, config: TrainConfig) -> None:
+        """Raises ValueError where the name is taken."""
+        self.make()
         (self.path / CONFIG).write_text(config.to_yaml())
 
     def config(self) -> TrainConfig:

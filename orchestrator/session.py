@@ -1,6 +1,5 @@
 """A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -13,28 +12,19 @@ import torch
 from alexnet import pictures
 from alexnet.cost import estimate
 
-from . import checkpoints, shards
+from . import checkpoints
 from .cluster import connect
 from .config import TrainConfig
+from .dataset import Dataset
 from .exits import Interrupted, JobError, signals_deferred
 from .mailbox import Event
-from .placement import Node, choose_layout, ledger, make_plan, worker_counts
-from .prepare import prepare
+from .placement import CPU_FLOPS, Node, choose_layout, ledger, make_plan, worker_counts
 from .progress import TrainView, duration, percent, table
 from .runs import RESULT, RunFolder
-from .shards import Manifest, read_manifest
-from .sources import open_source
-from .storage import Place
 from .tracking import Tracker, tracking_uri, ui_command, without_password
 from .trainer import Training
 
-EMBEDDED = "digits"
-MAY_CHANGE = ("epochs", "workers", "layout", "device", "precision", "data", "max_failures")  # of a run that goes on
-
-
-def data_folder(config: TrainConfig, output: Path) -> Place:
-    """Where the run's shards are; the embedded digits are kept with the runs. Raises ValueError for an odd URI."""
-    return Place.of(output.absolute() / "_data" / EMBEDDED if config.data == EMBEDDED else config.data)
+MAY_CHANGE = ("epochs", "workers", "layout", "device", "precision", "threads", "data", "max_failures")  # on resuming
 
 
 def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
@@ -46,47 +36,10 @@ def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return config.changed(**changes)
 
 
-def check_data(config: TrainConfig, folder: Place, manifest: Manifest) -> None:
-    """Hold the settings against the data. Raises ValueError of one line."""
-    shards.check_labels(folder, manifest, config.num_classes or len(manifest.classes))
-    check_size(config, f"the images in {folder}", manifest.image_size, manifest.rows["train"])
-
-
-def check_embedded(config: TrainConfig) -> None:
-    """The same for the digits before they are prepared."""
-    source = open_source(EMBEDDED)
-    if config.num_classes is not None and config.num_classes < len(source.classes):
-        raise ValueError(f"num_classes = {config.num_classes}: the {EMBEDDED} have {len(source.classes)} classes")
-    check_size(config, f"the {EMBEDDED}", source.image_size, len(source.splits["train"]))
-
-
-def check_size(config: TrainConfig, images: str, image_size: int, num_train: int) -> None:
-    """Raises ValueError of one line where these images cannot be cut so, or the net not be laid over the workers."""
-    if config.input_size > image_size:
-        raise ValueError(
-            f"input_size = {config.input_size}: above the {image_size} pixels of {images}; "
-            f"choose at most {image_size}, or prepare the data with --image-size {config.input_size} or more"
-        )
-    if config.global_batch_size > num_train:
-        raise ValueError(
-            f"global_batch_size = {config.global_batch_size}: more than the {num_train} training images among {images}"
-        )
-    worker_counts(config)
-
-
 def describe(config: TrainConfig, output: Path) -> str:
     """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
-    folder = data_folder(config, output)
-    if config.data == EMBEDDED and (folder / shards.MANIFEST).size() is None:
-        check_embedded(config)
-        source = open_source(EMBEDDED)
-        rows = {split: len(entries) for split, entries in source.splits.items()}
-        classes, where = len(source.classes), "embedded, prepared at the first run"
-    else:
-        manifest = read_manifest(folder)
-        check_data(config, folder, manifest)
-        rows, classes, where = manifest.rows, len(manifest.classes), f"{folder}, digest {manifest.digest}"
-    num_classes = config.num_classes or classes
+    data = Dataset(config, output, verify=False)
+    num_classes = data.num_classes(config)
     here = [Node("here", os.cpu_count() or 1, torch.cuda.device_count())]
     try:
         plan = make_plan(config, here, num_classes)
@@ -99,14 +52,14 @@ def describe(config: TrainConfig, output: Path) -> str:
         num_classes=num_classes, input_size=config.input_size, width=config.width,
         global_batch_size=config.global_batch_size, layout=layout,
     )  # fmt: skip
-    steps = -(-rows["train"] // config.global_batch_size)
+    steps = -(-data.rows["train"] // config.global_batch_size)
     facts = [
-        ("data", f"{config.data}: {rows['train']} train, {rows['val']} val, {classes} classes ({where})"),
+        ("data", f"{config.data}: {data}"),
         ("parameters", f"{cost.num_parameters:,}"),
         ("steps", f"{steps} an epoch, {steps * config.epochs} in all"),
         (
             "arithmetic",
-            f"{cost.training_flops * rows['train'] / 1e9:,.0f} GFLOP an epoch, "
+            f"{cost.training_flops * data.rows['train'] / 1e9:,.0f} GFLOP an epoch, "
             f"{cost.training_flops / 1e9:.2f} an image",
         ),
         (
@@ -121,14 +74,14 @@ def describe(config: TrainConfig, output: Path) -> str:
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
 
 
-def _prepare_embedded(folder: Path) -> Manifest:
-    """Make the digits beside their place and move them there whole; another run may be doing the same."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-        prepare(open_source(EMBEDDED), Place.of(Path(making, EMBEDDED)))
-        with contextlib.suppress(OSError):  # it is there already
-            os.rename(Path(making, EMBEDDED), folder)
-    return read_manifest(Place.of(folder))
+def hours_of(config: TrainConfig, data: Dataset, epochs: int, cpus: int) -> str:
+    """The time that the arithmetic of so many epochs takes on CPUs, to one digit; data and start-up not counted."""
+    cost = estimate(
+        num_classes=data.num_classes(config), input_size=config.input_size, width=config.width,
+        global_batch_size=config.global_batch_size,
+    )  # fmt: skip
+    images = data.rows["train"] + data.rows["val"] / 3  # a forward pass is a third of a step
+    return duration(epochs * images * cost.training_flops / (CPU_FLOPS * cpus))
 
 
 class Session:
@@ -140,15 +93,7 @@ class Session:
     def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
         self.view = TrainView()
-        self.folder = data_folder(config, run.output)
-        self.embed = config.data == EMBEDDED and (self.folder / shards.MANIFEST).size() is None
-        if not self.embed:
-            self.manifest = read_manifest(self.folder)
-            # of a remote one only names and sizes: its bytes are read once an epoch, not once more before the first
-            shards.verify(self.folder, self.manifest, whole=self.folder.local is not None)
-            check_data(config, self.folder, self.manifest)
-        else:
-            check_embedded(config)
+        self.data = Dataset(config, run.output)
         if run.path.exists() and not resume:
             run.create(config)  # says why not
         self.tracker = Tracker(tracking_uri())
@@ -179,25 +124,21 @@ class Session:
         """Ray, the embedded data if it is asked for, the workers, the MLflow run, the first result."""
         say = self.view.line.print
         connect()
-        if self.embed:
-            say(f"preparing the embedded digits in {self.folder}")
-            assert self.folder.local is not None
-            self.manifest = _prepare_embedded(self.folder.local)
-            check_data(self.config, self.folder, self.manifest)
+        self.data.prepare(self.config, say)
+        manifest = self.data.manifest
         say(
-            f"run {self.run.name}: {self.manifest.source}, {len(self.manifest.classes)} classes, "
-            f"{self.manifest.rows['train']} train and {self.manifest.rows['val']} val images; "
+            f"run {self.run.name}: {manifest.source}, {len(manifest.classes)} classes, "
+            f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
         # the workers start while MLflow does; should that fail, they end with Ray
         with signals_deferred():
-            num_classes = self.config.num_classes or len(self.manifest.classes)
-            training = Training(self.config, self.folder, self.run, num_classes)
+            training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
         self.tracker.start(
             self.run.name,
             self.config,
-            self.manifest,
-            self.folder,
+            manifest,
+            self.data.folder,
             run_id=self.result.get("mlflow_run_id"),
             warn=lambda text: self.view.event({"kind": "warning", "text": text}),
         )
@@ -256,8 +197,8 @@ class Session:
         figure = pictures.learning_curves(history, self.run.name)
         figure.savefig(self.run.path / "learning_curves.png", dpi=120)
         self.tracker.log_picture(figure, "learning_curves.png")
-        config, manifest = self.config, self.manifest
-        num_classes = config.num_classes or len(manifest.classes)
+        config, manifest = self.config, self.data.manifest
+        num_classes = self.data.num_classes(config)
         build = {
             "preset": config.preset,
             "num_classes": num_classes,
@@ -270,7 +211,7 @@ class Session:
         weights = Path(self.result["best_checkpoint"] or self.result["checkpoint"], checkpoints.WEIGHTS)
         with tempfile.TemporaryDirectory() as temporary:
             mean_image = Path(temporary, manifest.mean_image_file)
-            mean_image.write_bytes((self.folder / manifest.mean_image_file).read())
+            mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
             self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
 
     def _end(self, status: str, error: str | None = None) -> None:

@@ -3,6 +3,7 @@
 (orchestrator/served_model.py is not imported: MLflow stores its text with a model and runs it where the model is used.)
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -44,8 +45,8 @@ def without_password(uri: str) -> str:
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else uri
 
 
-class Tracker:
-    """The MLflow run of a training run."""
+class Store:
+    """Where runs are kept: a server or a database, and an experiment in it."""
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
@@ -54,10 +55,7 @@ class Tracker:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.uri, self.run_id = uri, ""
-        self._monitor: Any = None
-        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms) that the server did not take
-        self._warn: Callable[[str], None] = lambda text: None
+        self.uri = uri
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self.client = mlflow.MlflowClient(uri)
@@ -83,41 +81,62 @@ class Tracker:
                 f"{experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME to another"
             )
 
-    def start(
+    def exists(self, run_id: str) -> bool:
+        """False for a run that was deleted, or belongs to another store."""
+        import mlflow
+
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+
+class Run:
+    """One MLflow run. Once it is begun, a server that fails is no reason to stop: `warn` is told."""
+
+    def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
+        self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
+        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms) that the server did not take
+
+    def begin(
         self,
         name: str,
-        config: TrainConfig,
-        manifest: Manifest,
-        data: Place,
+        script: str,
+        params: dict[str, Any],
         *,
         run_id: str | None = None,
-        warn: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """Begin a run, or go on with an earlier one; log what is known at the start.
+        parent: str | None = None,
+        look_for: bool = False,
+    ) -> bool:
+        """A new run, or an earlier one that goes on; returns whether it is new. script: that it comes from.
 
-        From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
+        look_for: there may be one of this name and parent whose id was not written down before a crash.
         """
         import mlflow
 
-        self._warn = warn
-        if run_id and self._exists(run_id):
+        if not run_id and look_for:
+            condition = f"attributes.run_name = '{name}' and tags.mlflow.source.name = '{script}'"
+            if parent:
+                condition += f" and tags.mlflow.parentRunId = '{parent}'"
+            found = self.client.search_runs([self.store.experiment_id], condition, max_results=1)
+            run_id = found[0].info.run_id if found else None
+        if run_id and self.store.exists(run_id):
             self.run_id = run_id
             self.client.update_run(run_id, "RUNNING")
-            self.client.set_tag(run_id, "resumed.epochs", str(config.epochs))
-        else:
-            tags = {"mlflow.runName": name, "mlflow.source.name": "jobs/train.py", "mlflow.source.type": "LOCAL"}
-            if commit := _git_commit():
-                tags["mlflow.source.git.commit"] = commit
-            self.run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
-            params = [mlflow.entities.Param(key, str(value)) for key, value in config.model_dump().items()]
-            self.client.log_batch(self.run_id, params=params)
-            self._log_dataset(manifest, data)
-        self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
-        self.client.log_text(self.run_id, manifest.model_dump_json(indent=1), "manifest.json")
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
-        self._monitor.start()
+            if "error" in self.client.get_run(run_id).data.tags:
+                self.client.delete_tag(run_id, "error")
+            return False
+        tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL"}
+        if commit := _git_commit():
+            tags["mlflow.source.git.commit"] = commit
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
+        entities = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
+        self.client.log_batch(self.run_id, params=entities)
+        return True
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Metrics at an update; kept and sent with the next ones while the server does not answer."""
@@ -134,7 +153,7 @@ class Tracker:
                 self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
         except Exception as error:  # training is worth more than its log
             if len(self._unsent) == 1:
-                self._warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
+                self.warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
             return
         self._unsent.clear()
 
@@ -143,7 +162,78 @@ class Tracker:
         try:
             self.client.log_figure(self.run_id, figure, name)
         except Exception as error:
-            self._warn(f"{name} did not reach MLflow: {last_line(error)}")
+            self.warn(f"{name} did not reach MLflow: {last_line(error)}")
+
+    def log_text(self, text: str, name: str) -> None:
+        """A small file as an artifact."""
+        try:
+            self.client.log_text(self.run_id, text, name)
+        except Exception as error:
+            self.warn(f"{name} did not reach MLflow: {last_line(error)}")
+
+    def steps_of(self, metric: str) -> set[int]:
+        """At which a metric was logged."""
+        return {point.step for point in self.client.get_metric_history(self.run_id, metric)}
+
+    @property
+    def is_open(self) -> bool:
+        return str(self.client.get_run(self.run_id).info.status) == "RUNNING"
+
+    def tag(self, **tags: str) -> None:
+        try:
+            for key, value in tags.items():
+                self.client.set_tag(self.run_id, key, value[:5000])
+        except Exception as error:
+            self.warn(f"tags did not reach MLflow: {last_line(error)}")
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
+        if not self.run_id:
+            return
+        try:
+            if self._unsent:
+                self.log({}, step=0)
+            if error:
+                self.client.set_tag(self.run_id, "error", error[:5000])
+            self.client.set_terminated(self.run_id, status)
+        except Exception as trouble:
+            self.warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
+
+
+class Tracker(Run):
+    """The MLflow run of a training run."""
+
+    def __init__(self, uri: str) -> None:
+        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
+        super().__init__(Store(uri))
+        self.uri = uri
+        self._monitor: Any = None
+
+    def start(
+        self,
+        name: str,
+        config: TrainConfig,
+        manifest: Manifest,
+        data: Place,
+        *,
+        run_id: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Begin a run, or go on with an earlier one; log what is known at the start.
+
+        From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
+        """
+        self.warn = warn
+        if self.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
+            self._log_dataset(manifest, data)
+        else:
+            self.client.set_tag(self.run_id, "resumed.epochs", str(config.epochs))
+        self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
+        self.client.log_text(self.run_id, manifest.model_dump_json(indent=1), "manifest.json")
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
+        self._monitor.start()
 
     def log_model(
         self, weights: Path, mean_image: Path, description: dict[str, Any], image_size: int, num_classes: int
@@ -178,33 +268,13 @@ class Tracker:
                         pip_requirements=["torch", "numpy", "numba", "safetensors"],
                     )
             except Exception as error:
-                self._warn(f"the model did not reach MLflow; its weights are in {weights}: {last_line(error)}")
+                self.warn(f"the model did not reach MLflow; its weights are in {weights}: {last_line(error)}")
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
-        if not self.run_id:
-            return
-        try:
-            if self._monitor is not None:
+        if self._monitor is not None:
+            with contextlib.suppress(Exception):  # the run's status is worth more
                 self._monitor.finish()
-            if self._unsent:
-                self.log({}, step=0)
-            if error:
-                self.client.set_tag(self.run_id, "error", error[:5000])
-            self.client.set_terminated(self.run_id, status)
-        except Exception as trouble:
-            self._warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
-
-    def _exists(self, run_id: str) -> bool:
-        """False for a run that was deleted, or belongs to another store."""
-        import mlflow
-
-        try:
-            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
+        super().finish(status, error)
 
     def _log_dataset(self, manifest: Manifest, data: Place) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource

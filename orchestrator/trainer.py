@@ -8,12 +8,14 @@ the shape that the cluster then allows. Ray Train itself replaces a crashed work
 import contextlib
 import math
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
+from .checkpoints import checkpoint_name
 from .config import TrainConfig
 from .exits import Interrupted, JobError, last_line, signals_deferred
-from .mailbox import Event, Mailbox
+from .mailbox import DROP, SAVE, Event, Mailbox
 from .placement import Plan, alive, make_plan
 from .runs import RunFolder
 from .storage import Place
@@ -23,26 +25,41 @@ NODES_EVERY_S = 2.0
 SETTLED_S = 5.0  # a cluster that could take more workers is given this long to change its mind
 START_PATIENCE_S = 90.0
 STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
+DROP_PATIENCE_S = 15.0  # for workers that might be used again; starting new ones costs about as much
 LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers are
 
 
 class Training:
     """A run under way. Ray must be connected. A run folder that holds checkpoints goes on from the latest."""
 
-    def __init__(self, config: TrainConfig, data: Place, run: RunFolder, num_classes: int) -> None:
-        """Start the workers. Raises JobError where they do not fit."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Place,
+        run: RunFolder,
+        num_classes: int,
+        *,
+        side_by_side: int = 0,
+        mailbox: Any = None,
+        start: Event | None = None,
+        team: Any = None,
+        keep_team: bool = False,
+    ) -> None:
+        """Start the workers. Raises JobError where they do not fit.
 
+        side_by_side: of make_plan. mailbox: an actor to use, else one is made. start: another
+        run's checkpoint, as {"checkpoint": path, "lr": its initial rate}, for a run that has none of its own. team:
+        workers that an earlier run left, to be used if they will do. keep_team: leave such a team at the end, if the
+        workers come to theirs.
+        """
         self.config, self.data, self.run, self.num_classes = config, data, run, num_classes
-        here = ray.get_runtime_context().get_node_id()
-        self._here = NodeAffinitySchedulingStrategy(here, soft=False)  # what serves the driver lives where it does
-        self._fit: Any = None  # Ray Train's controller
-        self._done: Any = None  # what it will have returned
-        self._mailbox: Any = None  # a new one for every fit: no news comes from the one before
+        self.side_by_side, self.start, self.team, self._keep_team = side_by_side, start, team, keep_team
+        self._fit: Any = None  # fit.Fit
+        self._mailbox = mailbox or make_mailbox()
+        self._topic = ""  # a new one for every fit: no news comes from the one before
+        self._cancelled: str | None = None
         self._counted: set[str] = set()  # the nodes that the plan was made from
         self._nodes: list[str] = []  # of its workers, once they have started
-        self._others: set[str] = set()  # this job's placement groups that were there before it
         self._plan = self._make_plan()
         if self._plan is not None:  # what began on GPUs does not go on without them
             self.config = config.changed(device="gpu" if self._plan.resources.use_gpu else "cpu")
@@ -60,61 +77,69 @@ class Training:
                 with signals_deferred():
                     self._begin(plan)
         except Interrupted:
-            self._stop(on_event)
+            self._stop(on_event, SAVE)
             raise
+        except _Cancelled:
+            if self._cancelled == SAVE or self._keep_team:
+                self._stop(on_event, self._cancelled or DROP)
         finally:
             self.end()
 
+    def cancel(self, *, save: bool) -> None:
+        """Make `follow`, in another thread, return soon; with a last checkpoint, if that is wished."""
+        self._cancelled = SAVE if save else DROP
+
+    def checkpoint_after(self, epoch: int) -> str | None:
+        """Where the checkpoint of an epoch is, if it is complete and still there."""
+        return self._fit.checkpoint(checkpoint_name(epoch)) if self._fit is not None else None
+
     def end(self) -> None:
         """End the fit, whatever its workers do."""
-        import ray
-        from ray.util import remove_placement_group
-        from ray.util.placement_group import PlacementGroup
-
-        if self._fit is None:
-            return
-        ray.kill(self._fit)
-        self._fit = None
-        # the workers' placement group would stay reserved when their controller is killed; with it go the workers
-        for name in _placement_groups() - self._others:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+        if self._fit is not None:
+            self._fit.kill()
+            self.team, self._fit = self._fit.team, None
 
     def _make_plan(self) -> Plan | None:
         import ray
 
         nodes = alive(ray.nodes())
         self._counted = {node.id for node in nodes if node.cpus or node.gpus}
-        return make_plan(self.config, nodes, self.num_classes)
+        return make_plan(self.config, nodes, self.num_classes, self.side_by_side)
 
     def _begin(self, plan: Plan) -> None:
         """Start a fit."""
-        import ray
-
-        self._plan, self._nodes, self._others = plan, [], _placement_groups()
-        self._mailbox = ray.remote(num_cpus=0, scheduling_strategy=self._here)(Mailbox).remote()
+        self._plan, self._nodes, self._topic = plan, [], uuid.uuid4().hex
         loop = {
             "config": self.config.model_dump(),
             "data": self.data.text,
             "layout": plan.layout.kind,
             "mailbox": self._mailbox,
+            "topic": self._topic,
+            "start": self.start,
             "feed_cpus": plan.resources.feed_cpus,
             "feed_tasks": plan.resources.feed_tasks,
         }
-        from . import fit  # imports Ray, which may not be imported before connect()
+        from .fit import Fit  # imports Ray, which may not be imported before connect()
 
-        self._fit, self._done = fit.start(loop, plan, self.run.name, str(self.run.output), self.config.max_failures)
+        team, self.team = self.team, None
+        self._fit = Fit(
+            loop, plan, self.run.name, str(self.run.output), self.config.max_failures, team, self._keep_team
+        )
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
-        import ray
 
         on_event({"kind": "note", "text": plan.reason})
         patience, look_at, could_grow_since = time.monotonic() + START_PATIENCE_S, 0.0, math.inf
-        asked = False
+        asked, room = False, None
         while True:
             with signals_deferred():
-                over = bool(ray.wait([self._done], timeout=POLL_S)[0])
+                over = self._fit.wait(POLL_S)
+                if self._fit.room not in (room, None):
+                    room = self._fit.room
+                    on_event({"kind": "room", "id": room})
                 ends = self._deliver(on_event)
+            self._end_if_cancelled()
             if over or ends:
                 break
             now = time.monotonic()
@@ -134,18 +159,17 @@ class Training:
                 if now - could_grow_since >= SETTLED_S:
                     text = "the cluster has room for more workers; saving a checkpoint to grow"
                     on_event({"kind": "note", "text": text})
-                    self._mailbox.ask_to_stop.remote()
+                    self._mailbox.ask_to_stop.remote(self._topic, SAVE)
                     asked = True
         with signals_deferred():
             return self._fit_is_over(plan, ends, on_event)
 
     def _fit_is_over(self, plan: Plan, ends: dict[str, Event], on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end, too. Raises JobError if it failed."""
-        import ray
 
         if "failed" in ends:  # one worker says why; the others may wait for it in a collective
-            ray.wait([self._done], timeout=STOP_PATIENCE_S / 10)
-            raise JobError(ends["failed"]["text"])
+            self._fit.wait(STOP_PATIENCE_S / 10)
+            raise TrainingFailed(ends["failed"]["text"])
         outcome = self._outcome()
         if "error" in outcome:
             deadline = time.monotonic() + LOST_PATIENCE_S
@@ -165,7 +189,7 @@ class Training:
         import ray
 
         ends = {}
-        for event in ray.get(self._mailbox.drain.remote()):
+        for event in ray.get(self._mailbox.drain.remote(self._topic)):
             if event["kind"] == "started":
                 crashed = bool(self._nodes)  # it is not the first start of this fit
                 self._nodes = event["nodes"]
@@ -177,13 +201,11 @@ class Training:
         return ends
 
     def _outcome(self) -> dict[str, Any]:
-        import ray
-
-        ray.wait([self._done], timeout=STOP_PATIENCE_S)
+        if not self._fit.wait(STOP_PATIENCE_S):
+            return {"error": f"the workers did not end in {STOP_PATIENCE_S:.0f} s"}
         try:
-            ray.get(self._done, timeout=0)
-            result = ray.get(self._fit.get_result.remote(), timeout=STOP_PATIENCE_S)
-        except Exception as error:  # the controller itself died
+            result = self._fit.result()
+        except Exception as error:  # the controller itself failed
             return {"error": last_line(error)}
         return {"error": _one_line(result.error)} if result.error else _kept_checkpoints(result)
 
@@ -197,7 +219,7 @@ class Training:
             return False
         if self._nodes and not lost & {*self._nodes, *plan.node_of_worker}:
             with contextlib.suppress(JobError):
-                if make_plan(self.config, nodes, self.num_classes) == plan:  # the rest will do
+                if make_plan(self.config, nodes, self.num_classes, self.side_by_side) == plan:  # the rest will do
                     self._counted -= lost
                     return False
         on_event({"kind": "note", "text": f"{len(lost)} node(s) were lost; going on from the last checkpoint"})
@@ -222,6 +244,7 @@ class Training:
         """The next fit's plan, as soon as the cluster has room for one."""
         said = -math.inf
         while True:
+            self._end_if_cancelled()
             with signals_deferred(), contextlib.suppress(JobError):  # there was room before, and will be again
                 plan = self._make_plan()
                 if plan is not None:
@@ -232,20 +255,24 @@ class Training:
                 on_event({"kind": "warning", "text": text})
             time.sleep(NODES_EVERY_S)
 
-    def _stop(self, on_event: Callable[[Event], None]) -> None:
-        """Let the workers save where they are."""
+    def _stop(self, on_event: Callable[[Event], None], how: str) -> None:
+        """Let the workers come to an end by themselves, and SAVE where they are, or DROP it."""
         import ray
 
-        if self._fit is None or not self._nodes:
+        if self._fit is None or not self._nodes or self._fit.wait(0):
             return
         with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is not
-            self._mailbox.ask_to_stop.remote()
-            ray.wait([self._done], timeout=STOP_PATIENCE_S)
-            if "stopped" not in self._deliver(on_event):
+            self._mailbox.ask_to_stop.remote(self._topic, how)
+            self._fit.wait(STOP_PATIENCE_S if how == SAVE else DROP_PATIENCE_S)
+            if how == SAVE and "stopped" not in self._deliver(on_event):
                 text = (
                     f"the workers did not stop in {STOP_PATIENCE_S:.0f} s; what came after the last checkpoint is lost"
                 )
                 on_event({"kind": "warning", "text": text})
+
+    def _end_if_cancelled(self) -> None:
+        if self._cancelled:
+            raise _Cancelled
 
     def _why_waiting(self, plan: Plan) -> str:
         import ray
@@ -258,15 +285,21 @@ class Training:
         )
 
 
-def _placement_groups() -> set[str]:
-    """Of this Ray job, whose id their ids end with, and not gone."""
-    import ray
-    from ray.util import placement_group_table
+class TrainingFailed(JobError):
+    """As the workers say themselves, and would again: a diverged net, damaged data, impossible settings."""
 
-    job = ray.get_runtime_context().get_job_id()
-    return {
-        name for name, group in placement_group_table().items() if group["state"] != "REMOVED" and name.endswith(job)
-    }
+
+class _Cancelled(Exception):
+    """`Training.cancel` was called."""
+
+
+def make_mailbox() -> Any:
+    """An actor beside this process, for as long as somebody holds it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
 
 
 def _kept_checkpoints(result: Any) -> Event:

@@ -24,6 +24,7 @@ from alexnet.layouts import Layout, PlacedNet
 from . import checkpoints
 from .config import TrainConfig, make_config
 from .feed import Batch, Feed
+from .mailbox import DROP, SAVE
 from .shards import DamagedData, Manifest, read_manifest, read_mean_image
 from .storage import Place
 
@@ -32,6 +33,7 @@ LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how o
 STUCK_STEPS = 50  # from then on a loss that is not below ln(classes) is worth a word
 STUCK_MARGIN = 0.01
 NEVER_BEST = 2.0  # error of a checkpoint without validation; infinity would become null on Ray's disk
+TOLD = {SAVE: 1.0, DROP: 2.0}  # about stopping, as a number that travels with the losses; 0: nothing
 CUT = ("top", "left", "flip", "label")  # what travels beside an image's pixels
 
 
@@ -40,7 +42,7 @@ class Diverged(Exception):
 
 
 class Stopped(Exception):
-    """The driver asked all workers to stop; a checkpoint has been saved."""
+    """The driver asked all workers to stop; a checkpoint has been saved, if it wished one."""
 
 
 def train_worker(loop: dict[str, Any]) -> None:
@@ -52,7 +54,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     try:
         worker = Worker(make_config(**loop["config"]), Place(loop["data"]), loop)
     except (DamagedData, ValueError) as error:
-        ray.get(loop["mailbox"].put.remote({"kind": "failed", "text": str(error)}))
+        ray.get(loop["mailbox"].put.remote(loop["topic"], {"kind": "failed", "text": str(error)}))
         return
     try:
         worker.run()
@@ -74,16 +76,17 @@ class Worker:
         self.layout = Layout(loop["layout"], self.world_size)
         self.manifest: Manifest = read_manifest(folder)
         self.num_classes = config.num_classes or len(self.manifest.classes)
-        self.mailbox, self._sent, self.said_stuck, self.told_to_stop = loop["mailbox"], None, False, False
+        self.mailbox, self.topic = loop["mailbox"], loop["topic"]
+        self._sent, self.said_stuck, self.told_to_stop = None, False, 0.0
         self.feed = Feed(
             folder, self.manifest, config, rank=self.rank, world_size=self.world_size,
             num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"],
         )  # fmt: skip
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint, start = ray.train.get_checkpoint(), loop["start"]
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             alexnet.keep_freed_memory()
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.nodes = self._meet()
 
         mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
@@ -97,6 +100,9 @@ class Worker:
         if checkpoint:
             with checkpoint.as_directory() as path:
                 self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
+        elif start:  # another run's weights under this run's settings
+            self.state = checkpoints.load(Path(start["checkpoint"]), self.placed, self.optimizer, self.schedule)
+            checkpoints.scale_rate(config.lr / start["lr"], self.optimizer, self.schedule)
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
                 f"the checkpoint lies within epoch {self.state.epoch + 1} on data {self.state.digest}, and --data "
@@ -177,8 +183,7 @@ class Worker:
                         total_step=self.state.step, loss=sum(recent) / len(recent), lr=lr,
                         images_per_s=(step + 1 - first) * global_size / (shown - start),
                     )  # fmt: skip
-                if stop:
-                    self.stop()
+                self.stop(stop)
         sizes = [self.size_of("train", step) for step in range(steps)]
         assert len(losses) == steps, f"epoch {epoch + 1}: {len(losses)} of {steps} steps were made"
         mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
@@ -193,7 +198,7 @@ class Worker:
         torch.autograd.backward(loss_sum / self.size_of("train", step))
         self.optimizer.step()
         self.placed.zero_grad()
-        mine = torch.tensor([float(len(labels)) * self.placed.speaks, float(self.is_told_to_stop())])
+        mine = torch.tensor([float(len(labels)) * self.placed.speaks, self.is_told_to_stop()])
         return torch.cat([loss_sum.detach()[None].double() * self.placed.speaks, mine.to(self.device)])
 
     @torch.no_grad()
@@ -205,8 +210,8 @@ class Worker:
         self.placed.eval()
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss sum, top-1 wrong, top-5 wrong, images
         for step, batch in enumerate(self.feed.batches("val", epoch)):
-            if step % LOG_EVERY_STEPS == 0 and self.anyone_is_told_to_stop():
-                self.stop()
+            if step % LOG_EVERY_STEPS == 0:
+                self.stop(self.what_all_are_told())
             scores, labels = self.scores("val", step, batch)
             if self.placed.speaks:
                 loss_sum = F.cross_entropy(scores, labels, reduction="sum")
@@ -243,10 +248,10 @@ class Worker:
         """Images of a global batch; the last of a pass may be smaller."""
         return min(self.config.global_batch_size, self.manifest.rows[split] - step * self.config.global_batch_size)
 
-    def look(self, pending: list[Tensor], *, epoch: int) -> bool:
+    def look(self, pending: list[Tensor], *, epoch: int) -> float:
         """Add up the pending steps over all workers and append their mean losses to the state's.
 
-        Returns whether any worker was told to stop. Raises Diverged on all of them alike.
+        Returns what the workers were told about stopping. Raises Diverged on all of them alike.
         """
         sums = torch.stack(pending)
         self.add_up(sums)
@@ -257,22 +262,25 @@ class Worker:
             if not math.isfinite(loss_sum):
                 raise Diverged(f"loss is {loss_sum / count} at step {number} (epoch {epoch + 1}): {self._advice()}")
             self.state.losses.append(loss_sum / count)
-        return bool(sums[:, 2].any().item())
+        return float(sums[:, 2].max())
 
-    def stop(self) -> None:
-        """Save where the run is, within an epoch or before its validation, and raise Stopped."""
-        self.save({"val/top1_error": NEVER_BEST})
-        raise Stopped
+    def stop(self, told: float) -> None:
+        """Where all are told to, save where the run is, within an epoch or before its validation; and raise Stopped."""
+        if told == TOLD[SAVE]:
+            self.save({"val/top1_error": NEVER_BEST})
+        if told:
+            raise Stopped
 
-    def anyone_is_told_to_stop(self) -> bool:
-        told = torch.tensor([float(self.is_told_to_stop())], device=self.device)
+    def what_all_are_told(self) -> float:
+        told = torch.tensor([self.is_told_to_stop()], device=self.device)
         self.add_up(told)
-        return bool(told.item())
+        return float(told.item())
 
-    def is_told_to_stop(self) -> bool:
-        """Whether the driver has asked for it, as far as rank 0 knows from the answer to its last news."""
+    def is_told_to_stop(self) -> float:
+        """What the driver has asked for, of TOLD, as far as rank 0 knows from the answer to its last news; 0 on others,
+        so that a sum over all is what one was told."""
         if self._sent is not None and not self.told_to_stop and ray.wait([self._sent], timeout=0)[0]:
-            self.told_to_stop = ray.get(self._sent)
+            self.told_to_stop = TOLD.get(ray.get(self._sent), 0.0)
         return self.told_to_stop
 
     def watch_for_a_stuck_net(self, losses: list[float]) -> None:
@@ -299,13 +307,10 @@ class Worker:
         if folder is None:
             ray.train.report(metrics)
             return
-        name = f"checkpoint-epoch-{self.state.epoch:04d}"
-        if self.state.losses:
-            name += f"-step-{len(self.state.losses):06d}"
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
+            checkpoint_dir_name=checkpoints.checkpoint_name(self.state.epoch, len(self.state.losses)),
             delete_local_checkpoint_after_upload=True,
         )
 
@@ -313,7 +318,7 @@ class Worker:
         """Send an event to the driver, from rank 0 alone, without waiting."""
         if self.rank == 0:
             self.is_told_to_stop()  # the answer to the last is not lost
-            self._sent = self.mailbox.put.remote({"kind": kind} | fields)
+            self._sent = self.mailbox.put.remote(self.topic, {"kind": kind} | fields)
 
     def flush(self) -> None:
         """Wait until the last event has arrived."""

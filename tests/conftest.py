@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import runpy
 import secrets
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -68,6 +70,26 @@ def job(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused job prints."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    return lines[0]
+
+
+def refused(name: str, args: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    """The one line of a job that is refused with status 2: in this process, which has imported all that it needs."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return str(lines[0])
 
 
 @pytest.fixture(scope="session")

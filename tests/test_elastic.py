@@ -60,11 +60,11 @@ class Job:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("cpus", "few", "many", "layout"),
-    [(1, 1, 2, "data"), pytest.param(2, 2, 4, "columns", marks=pytest.mark.long)],
+    [(1, 1, 2, "data"), (2, 2, 4, "columns")],
 )
 def test_a_run_shrinks_with_a_lost_node_and_grows_with_a_new_one_and_its_losses_do_not_change(
     cluster, tmp_path, recorded, cpus, few, many, layout

@@ -12,17 +12,9 @@ import time
 import mlflow
 import psutil
 import pytest
-from conftest import ROOT, assert_same_history
+from conftest import ROOT, assert_same_history, error_of, refused
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-def error_of(done):
-    """The one line that a refused job prints."""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stdout
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +109,7 @@ def stop(process, signum, place, name):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_stopped_twice_goes_on_in_other_layouts_as_if_it_had_never_stopped(finished, recorded, place, job, here):
     process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "stopped")
     read_until(process, "epoch 2/500  train loss")
@@ -196,7 +188,7 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train", "prepare"])
+@pytest.mark.parametrize("name", ["train", "prepare", "tune"])
 def test_help_teaches(job, name):
     done = job(name, "--help")
     assert done.returncode == 0
@@ -217,10 +209,8 @@ def test_help_teaches(job, name):
         (["imagenette"], "no such folder"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_status_2(job, tmp_path, args, words):
-    done = job("train", *args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in error_of(done)
+def test_a_wrong_request_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
+    assert words in refused("train", args, tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,10 +227,8 @@ def test_a_wrong_request_is_one_line_and_status_2(job, tmp_path, args, words):
         (["--source", "digits", "--output", "out", "--jpeg-quality", "101"], "must be between 1 and 100"),
     ],
 )
-def test_a_wrong_preparation_is_one_line_and_status_2(job, tmp_path, args, words):
-    done = job("prepare", *args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in error_of(done)
+def test_a_wrong_preparation_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
+    assert words in refused("prepare", args, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.ray

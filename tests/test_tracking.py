@@ -65,7 +65,7 @@ def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, di
 def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
     tracker = Tracker(uri)
-    tracker.client.delete_experiment(tracker.experiment_id)
+    tracker.client.delete_experiment(tracker.store.experiment_id)
     with pytest.raises(ValueError, match="'gone' was deleted: restore it"):
         Tracker(uri)
 

@@ -1,0 +1,139 @@
+"""What does a search cost beside the arithmetic of its trials?
+
+    python benchmarks/search_overhead.py
+
+Eight trials on the embedded digits, trained to the end: once as a search, jobs/tune.py with its two trials at a time of
+a thread each, and once as plain loops in this process, one after the other, with all threads: the same nets on the same
+batches, read by the same code, without Ray. The loops' errors are held against the trials'. Goal: the search takes at
+most 1.25 times as long. What a trial's start-up takes is read from the search's journal.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import alexnet
+from alexnet.dropout import Where
+from alexnet.layouts import Layout, PlacedNet
+from orchestrator.config import TrainConfig, make_config, read_yaml
+from orchestrator.feed import Task, TaskReader, worker_stretch
+from orchestrator.journal import Journal
+from orchestrator.shards import Manifest, read_manifest, read_mean_image
+from orchestrator.storage import Place
+from orchestrator.worker import build_net
+
+ROOT = Path(__file__).parent.parent
+
+
+def plain_loop(config: TrainConfig, folder: Place, manifest: Manifest) -> float:
+    """Train to the end in this process; returns the last validation error."""
+    reader = TaskReader(folder, manifest, config, 0, 1)
+    mean = torch.from_numpy(read_mean_image(folder, manifest))
+    subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
+    placed = PlacedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
+    optimizer = alexnet.PaperSGD(placed.parameters(), config.lr, config.momentum, config.weight_decay)
+    schedule = alexnet.plateau_schedule(optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
+    updates, error = 0, 1.0
+
+    def scores(split: str, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lo, hi = worker_stretch(step, manifest.rows[split], config.global_batch_size, 0, 1)
+        batch = reader.read(Task(epoch, split, step, step + 1), np.arange(lo, hi))
+        cut = [torch.from_numpy(batch[name]) for name in ("top", "left", "flip")]
+        x = subtract_mean(torch.from_numpy(batch["image"]), cut[0], cut[1], cut[2].bool())
+        where = Where(config.seed, updates, torch.arange(hi - lo))
+        return placed(x, where, [hi - lo]), torch.from_numpy(batch["label"])
+
+    for epoch in range(config.epochs):
+        placed.train()
+        for step in range(-(-manifest.rows["train"] // config.global_batch_size)):
+            found, labels = scores("train", epoch, step)
+            torch.autograd.backward(F.cross_entropy(found, labels))
+            optimizer.step()
+            placed.zero_grad()
+            updates += 1
+        placed.eval()
+        wrong = 0.0
+        with torch.no_grad():
+            for step in range(-(-manifest.rows["val"] // config.global_batch_size)):
+                found, labels = scores("val", epoch, step)
+                wrong += float(alexnet.count_errors(found, labels)[0])
+        error = wrong / manifest.rows["val"]
+        schedule.step(error)
+    return error
+
+
+def start_up(journal: Path) -> dict[str, Any]:
+    """Seconds, from the journal's times."""
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    asked = {e["number"]: e["at_s"] for e in events if e["event"] == "trial"}
+    ready = {e["number"]: e["at_s"] for e in events if e["event"] == "run" and "number" in e}
+    workers = {e["number"]: e["after_s"] for e in events if e["event"] == "started"}
+    epochs: dict[int, list[float]] = {}
+    for e in events:
+        if e["event"] == "epoch":
+            epochs.setdefault(e["number"], []).append(e["at_s"])
+    first = sorted(asked, key=lambda number: asked[number])
+    until = {n: times[0] - asked[n] - statistics.median(np.diff(times)) for n, times in epochs.items()}
+    cold, warm = first[:2], first[2:]
+    return {
+        "ray_and_data": asked[first[0]],
+        "cold": {
+            "trial_s_process": statistics.median(ready[n] - asked[n] for n in cold),
+            "workers": statistics.median(workers[n] for n in cold),
+            "in_all": statistics.median(until[n] for n in cold),
+        },
+        "warm": {
+            "trial_s_process": statistics.median(ready[n] - asked[n] for n in warm),
+            "workers": statistics.median(workers[n] for n in warm),
+            "in_all": statistics.median(until[n] for n in warm),
+        },
+    }
+
+
+def main() -> None:
+    flags = measure.parser(__doc__, "search_overhead")
+    flags.add_argument("--trials", type=int, default=8)
+    flags.add_argument("--epochs", type=int, default=30)
+    args = flags.parse_args()
+    torch.set_num_threads(args.threads)
+    alexnet.keep_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--scheduler", "fifo", "--name", "search"]
+        command += ["--num-samples", str(args.trials), "--epochs", str(args.epochs)]
+        begin = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, env={k: v for k, v in os.environ.items() if "MLFLOW" not in k})
+        search_s = time.perf_counter() - begin
+        run = folder / "runs" / "search"
+        parts, trials = start_up(run / "journal.jsonl"), Journal(run / "journal.jsonl").trials
+        train = read_yaml(run / "search.yaml")["train"]
+        place = Place.of(folder / "runs" / "_data" / "digits")
+        manifest = read_manifest(place)
+        plain_loop(make_config(**train | {"epochs": 1}), place, manifest)  # warm-up
+        loops = []
+        for record in trials.values():
+            begin = time.perf_counter()
+            error = plain_loop(make_config(**train | record.values), place, manifest)
+            loops.append(time.perf_counter() - begin)
+            theirs = record.history[-1]["val/top1_error"]
+            print(f"trial {record.number}: {loops[-1]:.1f} s, error {error:.4f}, in the search {theirs:.4f}")
+            assert abs(error - theirs) < 0.03, "not the same training"
+    ratio = search_s / sum(loops)
+    print(f"search {search_s:.0f} s, loops one after the other {sum(loops):.0f} s: {ratio:.2f} times")
+    print(json.dumps(parts, indent=1))
+    measure.write(args.json, {"search_s": search_s, "loops_s": loops, "ratio": ratio, "start_up_s": parts})
+
+
+if __name__ == "__main__":
+    main()

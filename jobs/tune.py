@@ -1,0 +1,100 @@
+"""Search for better settings than the paper's: trials are whole training runs, Ray Tune runs them side by side.
+
+    python jobs/tune.py                                       learning rate, decay and LRN on the embedded digits
+    python jobs/tune.py imagenette --data SHARDS --num-samples 32 --time-budget 8h
+    python jobs/tune.py --space space.yaml --scheduler fifo   a space of your own (lr: {loguniform: [0.001, 0.1]})
+    python jobs/tune.py --resume NAME                         go on with an interrupted search
+
+The first trial has the paper's constants, so that every search says whether it found better ones. It leaves best.yaml,
+for jobs/train.py --config, a table of the best, and pictures of what it learned.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from orchestrator import search
+from orchestrator.config import TrainConfig, read_yaml
+from orchestrator.exits import run_job
+from orchestrator.flags import Parser, add_fields, given_fields
+from orchestrator.recipes import SEARCHES
+from orchestrator.search_config import SearchConfig, SearchSettings, make_search
+
+MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that goes on
+
+
+def parser(recipe: str) -> Parser:
+    flags = Parser("tune.py", __doc__)
+    flags.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help=f"{', '.join(SEARCHES)} (default: digits); its defaults are shown below",
+    )
+    place = flags.add_argument_group("the search as a whole")
+    place.add_argument(
+        "--output", type=Path, default=Path("runs"), metavar="DIR", help="where searches live (default: runs)"
+    )
+    place.add_argument("--name", help="of the search: its folder in --output (default: tune, the recipe and the time)")
+    place.add_argument("--resume", metavar="NAME", help="go on with this search: ended trials are not run again")
+    place.add_argument(
+        "--space",
+        type=Path,
+        metavar="FILE",
+        help="YAML of the settings that vary: choice, uniform, loguniform, randint or grid (default: the recipe's)",
+    )
+    place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost; start nothing")
+    defaults = SEARCHES[recipe]()
+    add_fields(flags, SearchSettings, defaults)
+    add_fields(flags, TrainConfig, defaults.train)
+    return flags
+
+
+def main() -> int:
+    first = next((word for word in sys.argv[1:] if word in SEARCHES), "digits")  # its defaults are what --help shows
+    flags = parser(first)
+    args = flags.parse_args()
+    try:
+        folder, config, resume = resolve(args)
+        if args.dry_run:
+            print(search.describe(config, args.output))
+            return 0
+        prepared = search.Search(folder, config, resume=resume)
+    except ValueError as error:
+        flags.error(str(error))
+    prepared.run()
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[search.SearchFolder, SearchConfig, bool]:
+    """The search's folder and settings, and whether it goes on. Raises ValueError of one line."""
+    recipe = args.recipe or "digits"
+    if recipe not in SEARCHES:
+        raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(SEARCHES)}")
+    training, settings = given_fields(args, TrainConfig), given_fields(args, SearchSettings)
+    if args.resume:
+        for flag in ("recipe", "space", "name"):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--resume {args.resume}: has settings; leave out {'RECIPE' if flag == 'recipe' else '--' + flag}"
+                )
+        if wrong := [*training, *(name for name in settings if name not in MAY_CHANGE)]:
+            allowed = ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
+            raise ValueError(f"--{wrong[0].replace('_', '-')}: cannot change when a search is resumed, only {allowed}")
+        folder = search.SearchFolder(args.output, args.resume)
+        config = folder.search()
+        config = make_search(config.settings() | settings, config.train, config.space.to_dict())
+        return folder, config, True
+    defaults = SEARCHES[recipe]()
+    space = read_yaml(args.space, "--space") if args.space else defaults.space.to_dict()
+    if both := [name for name in training if name in space]:
+        raise ValueError(f"--{both[0].replace('_', '-')}: {both[0]} varies in this search; leave out the flag")
+    config = make_search(defaults.settings() | settings, defaults.train.changed(**training), space)
+    folder = search.SearchFolder(args.output, args.name or f"tune-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return folder, config, False
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,452 @@
+"""A search from its settings to what it learned: Ray Tune over training runs, all of it in a journal.
+
+Ray Tune runs the trials, chooses with its schedulers and holds the resources; which trials there are, what came of them
+and what follows after an interruption is decided here, from the journal alone.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .cluster import connect
+from .config import TrainConfig
+from .dataset import Dataset
+from .exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
+from .findings import as_result, expected_epochs, rungs
+from .journal import JOURNAL, PAPERS, Journal, TrialRecord
+from .mailbox import SAVE, Event
+from .placement import OVERSEER_CPUS, alive, room_for, threads_for
+from .progress import duration, table
+from .runs import KEPT, RunFolder
+from .search_config import SearchConfig, read_search
+from .search_pictures import all_pictures
+from .search_view import SearchView
+from .tracking import Run, Store, tracking_uri, ui_command, without_password
+
+SEARCH_YAML, BEST_YAML = "search.yaml", "best.yaml"
+# folders: the trials' runs; what Ray Tune keeps, of which nothing is needed
+TRIALS, TUNES_OWN = "trials", "_tune"
+RETRIES = 2  # of a trial whose own process died
+DRAIN_EVERY_S = 0.5
+SETTLED_S = 120.0  # after its end a trial's workers may still be putting a checkpoint away
+TUNES_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no metric
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state: the journal has it
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "120",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # which prints even when told not to
+}
+ENDS = {"FINISHED": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}  # of a trial, in MLflow's words
+
+
+class SearchFolder(RunFolder):
+    """OUTPUT/NAME of a search."""
+
+    def search(self) -> SearchConfig:
+        """Of a search that was created before. Raises ValueError where there is none."""
+        if not (self.path / SEARCH_YAML).is_file():
+            found = sorted(path.parent.name for path in self.output.glob(f"*/{SEARCH_YAML}"))
+            raise ValueError(
+                f"--resume {self.name}: no search of that name in {self.output}; "
+                + (f"it has: {', '.join(found[-5:])}" if found else "it has none")
+            )
+        return read_search(self.path / SEARCH_YAML)
+
+    def create_search(self, config: SearchConfig) -> None:
+        """Raises ValueError where the name is taken."""
+        self.make()
+        self.change_search(config)
+
+    def change_search(self, config: SearchConfig) -> None:
+        partial = self.path / (SEARCH_YAML + ".partial")
+        partial.write_text(config.to_yaml())
+        os.replace(partial, self.path / SEARCH_YAML)
+
+
+def describe(config: SearchConfig, output: Path) -> str:
+    """What a search would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
+    from .session import hours_of
+
+    data = Dataset(config.train, output, verify=False)
+    check_all(config, data)
+    epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
+    stages = ", ".join(map(str, rungs(config)))
+    judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
+    here = os.cpu_count() or 1
+    facts = [
+        ("data", f"{config.train.data}: {data}"),
+        ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
+        ("number 0", ", ".join(f"{name} {value}" for name, value in config.papers.items()) + ": the paper's constants"),
+        *((d.name, str(d)) for d in config.space.dimensions),
+        ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
+        ("time", f"about {hours_of(config.train, data, epochs, here)} of arithmetic on this machine's {here} CPUs"),
+    ]
+    return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
+
+
+def check_all(config: SearchConfig, data: Dataset) -> None:
+    """Hold the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
+    data.check(config.train)
+    config.trial(config.papers)
+    for dimension in config.space.dimensions:
+        for value in dimension.values:
+            data.check(config.train.changed(**{dimension.name: value}))
+
+
+def _logged(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "step"}
+
+
+class Search:
+    """One search of jobs/tune.py. What the user can have wrong is found when it is made."""
+
+    def __init__(self, folder: SearchFolder, config: SearchConfig, *, resume: bool) -> None:
+        """Raises ValueError of one line, or DamagedData."""
+        self.folder, self.config, self.resume = folder, config, resume
+        self.data = Dataset(config.train, folder.output)
+        check_all(config, self.data)
+        if folder.path.exists() and not resume:
+            folder.create_search(config)  # says why not
+        self.store = Store(tracking_uri())
+        if not resume:
+            folder.create_search(config)
+        self.journal = Journal(folder.path / JOURNAL)
+        if resume:
+            folder.change_search(config)
+        self.view = SearchView(config, self.journal)
+        self.parent = Run(self.store, self._warn)
+        self.children: dict[int, Run] = {}
+        self.rooms: dict[int, str] = {}  # placement groups of the trials' workers
+        self.stop: int | str | None = None  # a signal's number, or why else the search is to end
+        self.deadline = time.monotonic() + (config.time_budget_s or float("inf"))
+        self._told, self._drained = False, 0.0
+        self._ended_at: dict[int, float] = {}
+
+    def run(self) -> None:
+        """Raises JobError or Interrupted; the MLflow runs and the result then say FAILED or KILLED."""
+        try:
+            self._search()
+        except Interrupted as stop:  # before or after the trials
+            self._wrap_up("KILLED", f"stopped by {stop}")
+            self.view.say(f"stopped; go on with: {self._command()}")
+            raise
+        except BaseException as error:
+            text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+            self._wrap_up("FAILED", text)
+            raise
+        finally:
+            self.journal.close()
+        if isinstance(self.stop, int):
+            raise Interrupted(self.stop)
+
+    def _search(self) -> None:
+        """Ray, the data, the runs of MLflow, the trials, and what came of them."""
+        connect()
+        self.data.prepare(self.config.train, self.view.say)
+        import ray
+
+        with signals_deferred():
+            nodes = alive(ray.nodes())
+            begun = [record for record in self.journal.trials.values() if not record.ended]
+            left = len(begun) + max(0, self.config.num_trials - len(self.journal.trials))
+            at_once = room_for(self.config.most_workers, nodes, max(1, left), self.config.max_concurrent)
+            threads = threads_for(self.config.most_workers, nodes, at_once, os.cpu_count() or 1)
+        if self.config.scheduler == "pbt" and at_once < left:
+            raise JobError(
+                f"scheduler = pbt: trains its trials side by side, and there is room for {at_once} of {left}; "
+                f"choose --num-samples {at_once}, or --max-concurrent {left} to share the CPUs"
+            )
+        if self.config.train.threads is None:  # what the trials' numbers depend on is kept with them
+            self.config = self.config.model_copy(update={"train": self.config.train.changed(threads=threads)})
+            self.folder.change_search(self.config)
+        self.view.config = self.config
+        self._begin_parent()
+        manifest, train = self.data.manifest, self.config.train
+        self.view.say(
+            f"search {self.folder.name}: {left} of {self.config.num_trials} trials of {train.epochs} epochs to go, "
+            f"{at_once} at a time, {train.workers} worker(s) of {train.threads} thread(s) each; "
+            f"{self.config.searcher}, {self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
+            f"{manifest.rows['val']} val images"
+        )
+        if left:
+            self._tune(at_once)
+        unfinished = [record for record in self.journal.trials.values() if not record.ended]
+        if self.stop is None and not self.journal.results:
+            errors = [f"trial {record.number}: {record.error}" for record in self.journal.trials.values()]
+            raise JobError(f"no trial finished an epoch; {errors[0] if errors else 'there was none'}")
+        if isinstance(self.stop, int):
+            self._wrap_up("KILLED", f"stopped by {signal.Signals(self.stop).name}")
+        else:
+            self._wrap_up("FINISHED")
+        if self.stop is not None:
+            why = "the time budget is used up" if self.stop == "budget" else "stopped"
+            self.view.say(f"{why}; {len(unfinished)} trial(s) have saved checkpoints; go on with: {self._command()}")
+
+    def _tune(self, at_once: int) -> None:
+        """Hand the trials to Ray Tune, and stay until the last one ends."""
+        os.environ |= TUNES_SETTINGS | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
+        from ray import tune
+
+        from .judge import Judge, Watch
+        from .proposals import Proposals
+        from .trainer import make_mailbox
+        from .trial import Trial
+
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        trials = self.folder.path / TRIALS
+        trials.mkdir(exist_ok=True)
+        shutil.rmtree(self.folder.path / TUNES_OWN, ignore_errors=True)
+        with signals_deferred():
+            self.mailbox = make_mailbox()
+            self.proposals = Proposals(self.config, self.journal, at_once)
+            self.judge = Judge(self.config, self.journal, trials, self)
+            common = {
+                "train": self.config.train.model_dump(),
+                "data": self.data.folder.text,
+                "output": str(trials),
+                "num_classes": self.data.num_classes(self.config.train),
+                "side_by_side": at_once,
+                "mailbox": self.mailbox,
+                "keep_every": self.config.grace_epochs if self.config.scheduler == "pbt" else None,
+            }
+            trainable = tune.with_resources(tune.with_parameters(Trial, **common), {"CPU": OVERSEER_CPUS})
+            tuner = tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    search_alg=self.proposals, scheduler=self.judge, num_samples=self.config.num_trials,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name=TUNES_OWN, storage_path=str(self.folder.path), verbose=0,
+                    callbacks=[Watch(self.judge, self, self.proposals.again)],
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                ),
+            )  # fmt: skip
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            tuner.fit()
+        finally:
+            catch_signals()
+            self._keep_the_best(ended_before=time.monotonic())
+            if all(record.ended for record in self.journal.trials.values()):
+                shutil.rmtree(self.folder.path / TRIALS / KEPT, ignore_errors=True)
+            shutil.rmtree(self.folder.path / TUNES_OWN, ignore_errors=True)
+
+    # what the judge and Ray Tune tell
+
+    def on_begin(self, record: TrialRecord) -> None:
+        self.view.begun(record)
+        if record.number in self.children:
+            return
+        run = self.children[record.number] = Run(self.store, self._warn)
+        try:
+            params = self.config.trial(record.values).model_dump()
+            new = run.begin(
+                f"{self.folder.name}-{record.number:04d}", "jobs/tune.py", params, run_id=record.run_id,
+                parent=self.parent.run_id, look_for=self.resume,
+            )  # fmt: skip
+            if run.run_id != record.run_id:
+                self.journal.write("run", number=record.number, run_id=run.run_id)
+            if not new:
+                self._complete(run, record)
+        except Exception as error:
+            self._warn(f"MLflow takes no run for trial {record.number}: {last_line(error)}")
+            self.children.pop(record.number)
+
+    def on_epoch(self, record: TrialRecord, metrics: dict[str, Any]) -> None:
+        if run := self.children.get(record.number):
+            run.log(_logged(metrics), step=metrics["step"])
+        self._drop_kept()
+        ranked = self.journal.ranked(self.config.metric)
+        best = ranked[0].best(self.config.metric) if ranked else None
+        if best:
+            self.parent.log({f"best/{self.config.metric.split('/')[1]}": best[self.config.metric]},
+                            step=len(self.journal.results))  # fmt: skip
+
+    def on_exploit(self, record: TrialRecord, donor: int) -> None:
+        self.view.exploited(record, donor)
+        if run := self.children.get(record.number):
+            values = ", ".join(f"{name} {value}" for name, value in record.values.items())
+            run.tag(**{f"exploit.{len(self.journal.results):06d}": f"from trial {donor}: {values}"})
+
+    def on_end(self, record: TrialRecord) -> None:
+        self.view.ended(record)
+        if run := self.children.pop(record.number, None):
+            run.finish(ENDS[record.status], record.error)
+        self._ended_at[record.number] = time.monotonic()
+        self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
+
+    def on_process_lost(self, number: int) -> None:
+        """Of a trial. Its workers die with it; the room they had would stay reserved."""
+        from ray import PlacementGroupID
+        from ray.util import remove_placement_group
+        from ray.util.placement_group import PlacementGroup
+
+        if room := self.rooms.pop(number, None):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
+
+    def on_turn(self) -> None:
+        """Ten times a second, in the loop of Ray Tune."""
+        now = time.monotonic()
+        if self.stop is None and now > self.deadline:
+            self.stop = "budget"
+        if self.stop is not None and not self._told:
+            self._told = True
+            self.view.say("stopping: the trials save their checkpoints (again to end at once)")
+            self.proposals.close()
+            from .trial import SEARCH
+
+            self.mailbox.ask_to_stop.remote(SEARCH, SAVE)
+        if now - self._drained >= DRAIN_EVERY_S:
+            self._drained = now
+            self._drain()
+            self.view.refresh()
+
+    def _drain(self) -> None:
+        import ray
+
+        from .trial import SEARCH
+
+        events: list[Event] = ray.get(self.mailbox.drain.remote(SEARCH))
+        for event in events:
+            if event["kind"] == "room":
+                self.rooms[event["number"]] = event["id"]
+                continue
+            self.view.event(event)
+            if event["kind"] == "started" and not self.journal.trials[event["number"]].ended:
+                self.journal.write("started", number=event["number"], after_s=round(event["after_s"], 3))
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Nothing but a note: Ray may be in the midst of something."""
+        self.stop = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    # around the trials
+
+    def _begin_parent(self) -> None:
+        settings = self.config.settings() | {f"space.{d.name}": str(d) for d in self.config.space.dimensions}
+        settings |= {f"train.{name}": value for name, value in self.config.train.model_dump().items()}
+        known = self.journal.parent_run_id
+        self.parent.begin(self.folder.name, "jobs/tune.py", settings, run_id=known, look_for=self.resume)
+        if self.parent.run_id != known:
+            self.journal.write("search", run_id=self.parent.run_id)
+        self.parent.log_text(self.config.to_yaml(), SEARCH_YAML)
+        for record in self.journal.trials.values():
+            if record.ended and (run := self._run_of(record)) and run.is_open:  # a killed driver left it so
+                self._complete(run, record)
+                run.finish(ENDS[record.status], record.error)
+
+    def _run_of(self, record: TrialRecord) -> Run | None:
+        """Its run in MLflow, if it has one that is still there."""
+        if not record.run_id or not self.store.exists(record.run_id):
+            return None
+        run = Run(self.store, self._warn)
+        run.run_id = record.run_id
+        return run
+
+    def _complete(self, run: Run, record: TrialRecord) -> None:
+        """Log what was written into the journal, and not to MLflow before a crash."""
+        there = run.steps_of(self.config.metric)
+        for metrics in record.history:
+            if metrics["step"] not in there:
+                run.log(_logged(metrics), step=metrics["step"])
+
+    def _wrap_up(self, status: str, error: str | None = None) -> None:
+        """Whatever came of it: result, pictures, the best settings; and every MLflow run at its end."""
+        for record in self.journal.trials.values():
+            run = self.children.pop(record.number, None)
+            if run is None and not record.ended and self.parent.run_id:
+                run = self._run_of(record)
+            if run is not None:
+                run.finish("KILLED", "the search was stopped before the trial's end; it can go on")
+        result = as_result(self.config, self.journal, self.data.rows["val"])
+        result |= {"name": self.folder.name, "status": status, "error": error}
+        result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": without_password(self.store.uri)}
+        pictures = {}
+        if result["best"] is not None:
+            pictures = all_pictures(self.config, self.journal)
+            for name, figure in pictures.items():
+                figure.savefig(self.folder.path / name, dpi=110)
+            best = self.best_settings()
+            (self.folder.path / BEST_YAML).write_text(best.to_yaml())
+            result["command"] = f"python jobs/train.py --config {self.folder.path / BEST_YAML}"
+        self.folder.write_result(result)
+        if self.parent.run_id:
+            for name, figure in pictures.items():
+                self.parent.log_picture(figure, name)
+            if result["best"] is not None:
+                self.parent.log_text(best.to_yaml(), BEST_YAML)
+                self.parent.tag(command=result["command"], best_trial=str(result["best"]),
+                                against_the_paper=str(result["against_the_paper"]))  # fmt: skip
+                for record in self.journal.trials.values():
+                    is_best = record.number == result["best"]
+                    if (is_best or self.resume) and (run := self._run_of(record)):  # another may have been, before
+                        run.tag(best="true" if is_best else "false")
+            self.parent.finish(status, error)
+        if result["best"] is not None:
+            self._show(result, list(pictures))
+
+    def best_settings(self) -> TrainConfig:
+        """Of the best trial, whole: `jobs/train.py --config` of them comes to the same numbers."""
+        return self.config.trial(self.journal.ranked(self.config.metric)[0].values)
+
+    def _show(self, result: dict[str, Any], pictures: list[str]) -> None:
+        whole = self.config.train.epochs * len(self.journal.trials)
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items())
+        changed = " (its settings changed on the way)" if self.journal.trials[result["best"]].start else ""
+        rows = [
+            ("epochs", f"{result['epochs_used']}, where all trials to the end would be {whole}"),
+            ("time", duration(result["elapsed_s"])),
+            ("importance", shares or "too few trials to say"),
+            ("pictures", f"{', '.join(pictures)} in {self.folder.path}"),
+            ("train the best", result["command"] + changed),
+            ("result", str(self.folder.path / "result.json")),
+            ("MLflow run", result["mlflow_run_id"] or "none"),
+            ("see it", ui_command(self.store.uri)),
+        ]
+        self.view.say("\n".join(["", *self.view.findings(self.data.rows["val"]), "", table(rows)]))
+        sys.stdout.flush()
+
+    def _keep_the_best(self, ended_before: float) -> None:
+        """Of trials that are over, and whose workers are too, the checkpoints of the best and of the paper's are kept;
+        a population's are wanted by others."""
+        if self.config.scheduler == "pbt" and any(not record.ended for record in self.journal.trials.values()):
+            return
+        keep = [record.folder for record in self.journal.ranked(self.config.metric)[:1]]
+        keep += [record.folder for record in self.journal.trials.values() if record.number == PAPERS]
+        for record in self.journal.trials.values():
+            if record.ended and self._ended_at.get(record.number, 0.0) <= ended_before:
+                for folder in (self.folder.path / TRIALS).glob(f"{record.number:04d}*/checkpoint-epoch-*"):
+                    if folder.parent.name not in keep:
+                        shutil.rmtree(folder, ignore_errors=True)
+
+    def _drop_kept(self) -> None:
+        """Of the checkpoints that a population has set aside, all but each trial's last two and those that somebody
+        goes on from."""
+        kept = self.folder.path / TRIALS / KEPT
+        if self.config.scheduler != "pbt" or not kept.is_dir():
+            return
+        wanted = {Path(record.start["checkpoint"]).name for record in self.journal.trials.values()
+                  if record.start and not record.ended}  # fmt: skip
+        for record in self.journal.trials.values():
+            mine = [path for path in kept.glob(f"{record.number:04d}-*") if path.suffix != ".partial"]
+            for path in sorted(mine, key=lambda path: path.stat().st_mtime)[:-2]:
+                if path.name not in wanted:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _command(self) -> str:
+        where = "" if self.folder.output == Path("runs").absolute() else f" --output {self.folder.output}"
+        return f"python jobs/tune.py{where} --resume {self.folder.name}"
+
+    def _warn(self, text: str) -> None:
+        self.view.say(f"warning: {text}")
