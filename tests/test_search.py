@@ -224,7 +224,7 @@ def test_a_worker_and_a_trial_s_process_are_killed_and_a_trial_diverges(job, pla
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_exploited_trial_starts_from_the_better_one_s_weights(job, place, here, digit_shards):
     (place / "two.yaml").write_text("lr: {choice: [1.0e-6, 0.01]}\n")
     done = job(
