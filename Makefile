@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train tune test quick long check bench clean help
+.PHONY: setup train tune token ui test cluster quick long check bench clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -11,7 +11,7 @@ setup: .venv/ready  ## make .venv with the locked packages and the project
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch .venv/ready
@@ -22,11 +22,22 @@ train: setup  ## train the embedded recipe: two workers, about a minute
 tune: setup  ## search the embedded recipe's settings: 16 trials, about three minutes
 	$(BIN)/python jobs/tune.py
 
+token: .ray-token  ## make the token of your clusters, which only you may read
+
+.ray-token:
+	@umask 077 && $(PYTHON) -c 'import secrets; print(secrets.token_hex(32))' > .ray-token
+
+ui: setup  ## tunnels to a cluster's dashboard and MLflow: make ui CLUSTER=cluster.yaml
+	@$(BIN)/python jobs/ui.py $(or $(CLUSTER),cluster.yaml)
+
 test: setup  ## the tests but those of make long, about fourteen minutes on two cores
 	$(BIN)/python -m pytest
 
 long: setup  ## the tests of faults that take minutes each, half an hour in all
 	$(BIN)/python -m pytest -m long
+
+cluster: setup  ## a cluster of several hosts in namespaces, as root: four minutes; FAULTS=1 adds faults, half an hour
+	$(BIN)/python -m pytest tests/test_cluster.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
 
 quick: setup  ## the tests that start no Ray and need no patience
 	$(BIN)/python -m pytest -m "not ray and not slow"

@@ -12,27 +12,36 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 import argparse
 import sys
 import time
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from orchestrator import session
 from orchestrator.config import TrainConfig, make_config, read_yaml
 from orchestrator.exits import run_job
-from orchestrator.flags import Parser, add_fields, given_fields
+from orchestrator.flags import (
+    Parser,
+    add_fields,
+    add_recipe,
+    given_fields,
+    only_resume,
+    positive,
+    recipe_of,
+    shown_recipe,
+)
+from orchestrator.forecast import describe
 from orchestrator.recipes import RECIPES
-from orchestrator.runs import RunFolder
+from orchestrator.runs import RunFolder, default_output
+from orchestrator.storage import Place
 
 
 def parser(recipe: str) -> Parser:
     flags = Parser("train.py", __doc__)
-    flags.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE",
-        help=f"{', '.join(RECIPES)} (default: digits); its defaults are shown below",
-    )
+    add_recipe(flags, RECIPES)
     place = flags.add_argument_group("the run")
     place.add_argument(
-        "--output", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs)"
+        "--output",
+        default=default_output(),
+        metavar="DIR",
+        help="where runs live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
     place.add_argument("--name", help="of the run: its folder in --output (default: the recipe and the time)")
     place.add_argument(
@@ -40,20 +49,20 @@ def parser(recipe: str) -> Parser:
         metavar="NAME",
         help="go on with this run from its last checkpoint",
     )
-    place.add_argument("--config", type=Path, metavar="FILE", help="YAML of settings, such as a run's config.yaml")
+    place.add_argument("--config", metavar="FILE", help="YAML of settings, such as a run's config.yaml")
     place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost; start nothing")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="a speed that --dry-run counts with")
     add_fields(flags, TrainConfig, RECIPES[recipe]())
     return flags
 
 
 def main() -> int:
-    first = next((word for word in sys.argv[1:] if word in RECIPES), "digits")  # its defaults are what --help shows
-    flags = parser(first)
+    flags = parser(shown_recipe(RECIPES))
     args = flags.parse_args()
     try:
         run, config, resume = resolve(args)
         if args.dry_run:
-            print(session.describe(config, args.output))
+            print(describe(config, Place.of(args.output), args.images_per_s))
             return 0
         prepared = session.Session(
             run, config, resume=resume, recipe=None if args.config and not args.recipe else args.recipe or "digits"
@@ -67,21 +76,15 @@ def main() -> int:
 def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
     """The run's folder and settings, and whether it goes on. Raises ValueError of one line."""
     changes = given_fields(args, TrainConfig)
-    recipe = args.recipe or "digits"
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(RECIPES)}")
+    recipe = recipe_of(args, RECIPES)
     if args.resume:
-        for flag in ("recipe", "config", "name"):
-            if getattr(args, flag):
-                raise ValueError(
-                    f"--resume {args.resume}: has settings; leave out {'RECIPE' if flag == 'recipe' else '--' + flag}"
-                )
+        only_resume(args, "config", "name")
         run = RunFolder(args.output, args.resume)
         return run, session.resumed(run.config(), changes), True
     fields = RECIPES[recipe]().model_dump()
     if args.config:
         fields |= read_yaml(args.config)
-    kind = args.config.stem if args.config and not args.recipe else recipe
+    kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
     run = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     return run, make_config(**fields | changes), False
 

@@ -18,24 +18,33 @@ from pathlib import Path
 from orchestrator import search
 from orchestrator.config import TrainConfig, read_yaml
 from orchestrator.exits import run_job
-from orchestrator.flags import Parser, add_fields, given_fields
+from orchestrator.flags import (
+    Parser,
+    add_fields,
+    add_recipe,
+    given_fields,
+    only_resume,
+    positive,
+    recipe_of,
+    shown_recipe,
+)
 from orchestrator.recipes import SEARCHES
+from orchestrator.runs import default_output
 from orchestrator.search_config import SearchConfig, SearchSettings, make_search
+from orchestrator.storage import Place
 
 MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that goes on
 
 
 def parser(recipe: str) -> Parser:
     flags = Parser("tune.py", __doc__)
-    flags.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE",
-        help=f"{', '.join(SEARCHES)} (default: digits); its defaults are shown below",
-    )
+    add_recipe(flags, SEARCHES)
     place = flags.add_argument_group("the search as a whole")
     place.add_argument(
-        "--output", type=Path, default=Path("runs"), metavar="DIR", help="where searches live (default: runs)"
+        "--output",
+        default=default_output(),
+        metavar="DIR",
+        help="where searches live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
     place.add_argument("--name", help="of the search: its folder in --output (default: tune, the recipe and the time)")
     place.add_argument("--resume", metavar="NAME", help="go on with this search: ended trials are not run again")
@@ -46,6 +55,7 @@ def parser(recipe: str) -> Parser:
         help="YAML of the settings that vary: choice, uniform, loguniform, randint or grid (default: the recipe's)",
     )
     place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost; start nothing")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="of a trial, that --dry-run counts with")
     defaults = SEARCHES[recipe]()
     add_fields(flags, SearchSettings, defaults)
     add_fields(flags, TrainConfig, defaults.train)
@@ -53,13 +63,12 @@ def parser(recipe: str) -> Parser:
 
 
 def main() -> int:
-    first = next((word for word in sys.argv[1:] if word in SEARCHES), "digits")  # its defaults are what --help shows
-    flags = parser(first)
+    flags = parser(shown_recipe(SEARCHES))
     args = flags.parse_args()
     try:
         folder, config, resume = resolve(args)
         if args.dry_run:
-            print(search.describe(config, args.output))
+            print(search.describe(config, Place.of(args.output), args.images_per_s))
             return 0
         prepared = search.Search(folder, config, resume=resume)
     except ValueError as error:
@@ -70,16 +79,10 @@ def main() -> int:
 
 def resolve(args: argparse.Namespace) -> tuple[search.SearchFolder, SearchConfig, bool]:
     """The search's folder and settings, and whether it goes on. Raises ValueError of one line."""
-    recipe = args.recipe or "digits"
-    if recipe not in SEARCHES:
-        raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(SEARCHES)}")
+    recipe = recipe_of(args, SEARCHES)
     training, settings = given_fields(args, TrainConfig), given_fields(args, SearchSettings)
     if args.resume:
-        for flag in ("recipe", "space", "name"):
-            if getattr(args, flag):
-                raise ValueError(
-                    f"--resume {args.resume}: has settings; leave out {'RECIPE' if flag == 'recipe' else '--' + flag}"
-                )
+        only_resume(args, "space", "name")
         if wrong := [*training, *(name for name in settings if name not in MAY_CHANGE)]:
             allowed = ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
             raise ValueError(f"--{wrong[0].replace('_', '-')}: cannot change when a search is resumed, only {allowed}")

@@ -1,11 +1,21 @@
-"""Connecting to Ray: a private instance on this machine, or the cluster that RAY_ADDRESS names."""
+"""Ray: a private instance on this machine, or the cluster that RAY_ADDRESS names, and what is different there."""
 
+import json
 import logging
 import os
 import secrets
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
+from .config import TrainConfig
+from .costs import Meter, node_types, would_start
 from .exits import JobError, catch_signals, last_line, signals_deferred
+from .placement import alive
+from .runs import OUTPUT
+from .storage import Place
+from .tracking_server import CLIENT, FOLDER, read_settings
 
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
@@ -14,7 +24,136 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next look: 2 s by default
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    "RAY_DATA_USAGE_DISABLED": "1",  # else a process more, for the rest of the cluster's life, counts uses of Ray Data
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # trainer.py watches for lost nodes itself
 }  # the same in every process: Ray starts a new one where an idle one's environment differs
+
+SAY_EVERY_S = 30.0
+HEAD = "node:__internal_head__"  # a resource that the head alone has
+
+
+def on_cluster() -> bool:
+    """Whether this job is one of a cluster: submitted to it, or told its address."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def job_id() -> str | None:
+    """Of `ray job submit`, under which the cluster keeps this job's log and status."""
+    found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    name: str | None = found.get("metadata", {}).get("job_submission_id")
+    return name
+
+
+def join(output: Place) -> None:
+    """Connect to the cluster that the job is one of, if any, and see that all nodes see where it writes.
+
+    Takes the address of the cluster's tracking server where the environment names none. Raises JobError.
+    """
+    if not on_cluster():
+        return
+    connect()
+    _check_shared(output)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ |= ask_the_head()
+
+
+def _check_shared(output: Place) -> None:
+    """Every node must see what another wrote: checkpoints above all."""
+    import ray
+
+    others = [node for node in alive(ray.nodes()) if node.id != ray.get_runtime_context().get_node_id()]
+    if output.local is None or not others:
+        return
+    marker = output / f".seen-{secrets.token_hex(8)}"
+    try:
+        marker.write(b"")
+    except OSError as error:
+        raise JobError(f"--output {output}: cannot be written: {error.strerror}") from None
+    try:
+        seen = {node.id: on_node(node.id, _sees).remote(str(marker)) for node in others}
+        blind = [node for node, ref in seen.items() if not ray.get(ref)]
+    finally:
+        marker.remove()
+    if blind:
+        name = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == blind[0])
+        raise JobError(
+            f"--output {output}: node {name} does not see this folder of {ray.util.get_node_ip_address()}; with "
+            f"several nodes give one that all share, such as s3://BUCKET/runs, or set {OUTPUT} in the cluster's yaml"
+        )
+
+
+def on_node(node_id: str, function: Callable[..., Any]) -> Any:
+    """A task that runs on this node and takes nothing of it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+
+
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def ask_the_head() -> dict[str, str]:
+    """Address and password of the tracking server that the cluster's yaml started there, if it did. They travel as the
+    cluster's other objects do, for which the token is needed, and are in no log."""
+    import ray
+
+    if HEAD not in ray.cluster_resources():
+        return {}
+    found: dict[str, str] = ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(_read_client_settings).remote())
+    return found
+
+
+def _read_client_settings() -> dict[str, str]:
+    return read_settings((FOLDER / CLIENT).expanduser())
+
+
+def wait_for_nodes(config: TrainConfig, side_by_side: int, say: Callable[[str], None]) -> None:
+    """On a cluster that grows when asked: ask for nodes, and wait until they are there.
+
+    The wish is a placement group, which ends with this process whatever becomes of it: nobody pays for nodes that
+    nobody waits for. side_by_side: so many runs at once, or as many as it can grow to. Raises JobError where it cannot
+    grow so far.
+    """
+    types = node_types()
+    if not on_cluster() or not types:
+        return
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    workers = config.worker_range[0]
+    wanted = would_start(config, types, side_by_side)
+    if wanted is None:
+        has = "; ".join(f"{kind.at_most} {kind}" for kind in types)
+        raise JobError(f"--workers {config.workers}: more than this cluster can grow to: {has}")
+    kind, _, runs = wanted
+    unit = {"GPU": 1.0, "CPU": 1.0} if kind.gpus and config.device != "cpu" else {"CPU": 1.0}
+    pairs = 2 if config.layout == "columns" and workers % 2 == 0 else 1
+    bundle = {name: amount * pairs for name, amount in unit.items()}
+    bundles = [bundle] * (workers // pairs) * runs + ([{"CPU": 1.0}] if "GPU" not in unit else [])
+    group = placement_group(bundles)
+    try:
+        began, said = time.monotonic(), 0.0
+        while not group.wait(1.0):
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                here = len([node for node in alive(ray.nodes()) if node.cpus or node.gpus])
+                waited = said - began
+                say(f"waiting for nodes such as {kind.name}: {here} node(s) here, {waited:.0f} s so far")
+    finally:
+        remove_placement_group(group)
+
+
+def cost_so_far(meter: Meter) -> float | None:
+    """Dollars, of all nodes; None where they have no price."""
+    if not on_cluster():
+        return None
+    import ray
+
+    with signals_deferred():
+        return meter.read(ray.nodes())
 
 
 def connect() -> None:
@@ -32,11 +171,11 @@ def connect() -> None:
     assert not private or os.environ.get("RAY_AUTH_MODE"), (
         "connect before Ray is imported, or set RAY_AUTH_MODE yourself"
     )
-    # on a private Ray a process less to start: nobody reclaims this machine with a warning
-    settings = QUIET | ({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if private else {})
-    for name, value in settings.items():
+    if private:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that lives as long as a job reports to nobody
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    environment = {name: os.environ[name] for name in settings}
+    environment = {name: os.environ[name] for name in QUIET}
 
     import ray
     import ray.data  # sets up its logging, which is then quietened

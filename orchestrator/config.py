@@ -7,6 +7,8 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .storage import Place
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -80,6 +82,9 @@ class WorkerSettings(BaseModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of each worker; automatic is an equal share of its machine's"
     )
+    spread: bool = Field(
+        False, description="a worker a node, for machines with one GPU each: columns then speak over the network"
+    )
     max_failures: int = Field(
         2, ge=0, description="crashed workers to survive, from the last checkpoint; a lost node does not count"
     )
@@ -141,14 +146,22 @@ def make_model(model: type[Settings], **fields: Any) -> Settings:
         raise ValueError(message) from None
 
 
-def read_yaml(path: Path, flag: str = "--config") -> dict[str, Any]:
-    """The settings in a YAML file, not validated yet. Raises ValueError, naming the flag, where it is no mapping."""
+def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
+    """The settings in a YAML file, not validated yet; a path or a URI. Raises ValueError, naming the flag, where it is
+    no mapping, StorageError where object storage does not answer."""
     try:
-        fields = yaml.safe_load(path.read_text())
+        text = Place.of(path).read().decode()
     except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+        raise ValueError(f"{flag} {path}: {error.strerror or 'no such file'}") from None
+    return parse_yaml(text, f"{flag} {path}")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The settings in a YAML text. Raises ValueError where it is no mapping."""
+    try:
+        fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{flag} {path}: not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{flag} {path}: expected lines of the form 'setting: value'")
+        raise ValueError(f"{where}: expected lines of the form 'setting: value'")
     return fields

@@ -20,10 +20,10 @@ EMBEDDED = "digits"
 class Dataset:
     """The shards that the settings name; the embedded digits are kept with the runs, and made when they are needed."""
 
-    def __init__(self, config: TrainConfig, output: Path, *, verify: bool = True) -> None:
+    def __init__(self, config: TrainConfig, output: Place, *, verify: bool = True) -> None:
         """Raises ValueError of one line where they are not there, or do not fit; DamagedData where they are broken."""
         embedded = config.data == EMBEDDED
-        self.folder = Place.of(output.absolute() / "_data" / EMBEDDED if embedded else config.data)
+        self.folder = output / "_data" / EMBEDDED if embedded else Place.of(config.data)
         self.to_prepare = embedded and (self.folder / shards.MANIFEST).size() is None
         if self.to_prepare:
             source = open_source(EMBEDDED)
@@ -63,8 +63,7 @@ class Dataset:
         """Make the embedded digits, if they are not there. Ray must be connected."""
         if self.to_prepare:
             say(f"preparing the embedded digits in {self.folder}")
-            assert self.folder.local is not None
-            _make_whole(self.folder.local)
+            _make_whole(self.folder)
             self.to_prepare = False
             self._take(read_manifest(self.folder))
             self.check(config)
@@ -80,8 +79,13 @@ class Dataset:
         self.name, self.image_size = f"the images in {self.folder}", manifest.image_size
 
 
-def _make_whole(folder: Path) -> None:
-    """Make the digits beside their place and move them there whole; another run may be doing the same."""
+def _make_whole(place: Place) -> None:
+    """Make the digits beside their place and move them there whole; another run may be doing the same. In object
+    storage the manifest comes last, and says that they are whole."""
+    if place.local is None:
+        prepare(open_source(EMBEDDED), place)
+        return
+    folder = place.local
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
         prepare(open_source(EMBEDDED), Place.of(Path(making, EMBEDDED)))

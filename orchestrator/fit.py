@@ -32,6 +32,7 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 
 from .feed import warm_up
 from .placement import Plan
+from .runs import RunFolder
 from .worker import train_worker
 
 WARM = 4  # processes for the feed that start while the workers do
@@ -46,13 +47,13 @@ class Fit:
         self,
         loop: dict[str, Any],
         plan: Plan,
-        name: str,
-        storage_path: str,
+        run: RunFolder,
         max_failures: int,
         team: "Team | None" = None,
         keep_team: bool = False,
     ) -> None:
-        """Start it. A run of this name in storage_path goes on from its latest checkpoint. team: workers to use."""
+        """Start it. A run whose folder has checkpoints goes on from the latest. team: workers to use."""
+        storage, folder = run.output.opened()
         places = [{"ray.io/node-id": node} for node in plan.node_of_worker]
         trainer = _Trainer(
             train_worker,
@@ -63,8 +64,9 @@ class Fit:
                 label_selector=places or None,
             ),
             run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=storage_path,
+                name=run.name,
+                storage_path=folder,
+                storage_filesystem=storage,
                 failure_config=ray.train.FailureConfig(max_failures=max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
                     num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
@@ -110,10 +112,10 @@ class Fit:
         begun = self._controller.begun
         return begun.room.placement_group.id.hex() if begun is not None and begun.room is not None else None
 
-    def checkpoint(self, name: str) -> str | None:
-        """Where the checkpoint of this name is, if Ray Train has it whole."""
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether Ray Train has the checkpoint of this name whole."""
         found = [entry.checkpoint.path for entry in list(self._controller._checkpoint_manager._checkpoint_results)]
-        return next((path for path in found if path.rstrip("/").endswith(f"/{name}")), None)
+        return any(path.rstrip("/").endswith(f"/{name}") for path in found)
 
     def kill(self) -> None:
         """End the workers, whatever they do, and give back what they held."""

@@ -7,12 +7,15 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .exits import USAGE
+
+DEFAULT_RECIPE = "digits"
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +61,33 @@ def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> No
         )
 
 
+def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
+    """The positional argument; `recipe_of` reads it."""
+    shown = f"{', '.join(recipes)} (default: {DEFAULT_RECIPE}); its defaults are shown below"
+    flags.add_argument("recipe", nargs="?", metavar="RECIPE", help=shown)
+
+
+def shown_recipe(recipes: Collection[str]) -> str:
+    """The one whose defaults --help shows: as the command line has it, before it is parsed."""
+    return next((word for word in sys.argv[1:] if word in recipes), DEFAULT_RECIPE)
+
+
+def recipe_of(args: argparse.Namespace, recipes: Collection[str]) -> str:
+    """Raises ValueError of one line."""
+    recipe: str = args.recipe or DEFAULT_RECIPE
+    if recipe not in recipes:
+        raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(recipes)}")
+    return recipe
+
+
+def only_resume(args: argparse.Namespace, *others: str) -> None:
+    """Raises ValueError of one line where --resume is not the only word on what is to be done."""
+    for flag in ("recipe", *others):
+        if getattr(args, flag):
+            shown = "RECIPE" if flag == "recipe" else f"--{flag}"
+            raise ValueError(f"--resume {args.resume}: has settings; leave out {shown}")
+
+
 def given_fields(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
     """The fields that the command line named, and only those."""
     return {name: value for name, value in vars(args).items() if name in model.model_fields}
@@ -67,6 +97,13 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
 
 

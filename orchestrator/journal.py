@@ -4,17 +4,22 @@ It is the search's only memory. A search that goes on, after whatever end, is a 
 have been told all that is written here; nothing is pickled.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .space import Values
+from .storage import Place, StorageError
 
 JOURNAL = "journal.jsonl"
+UPLOAD_EVERY_S = 1.0
 PAPERS = 0  # the number of the trial that has the paper's constants
 
 Status = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
@@ -58,8 +63,17 @@ class TrialRecord:
 class Journal:
     """The records of all trials, by number, and the file that they come from."""
 
-    def __init__(self, path: Path) -> None:
-        """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage."""
+    def __init__(self, place: Path | Place) -> None:
+        """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage.
+
+        In object storage, where nothing can be appended, the whole file is written again a second after a change at the
+        latest. What a killed process had not written is made again from the trials' checkpoints.
+        """
+        self._place = Place.of(place)
+        self._copy = None if self._place.local is not None else tempfile.TemporaryDirectory(prefix="journal-")
+        path = self._place.local or Path(self._copy.name if self._copy else "", JOURNAL)
+        if self._copy and self._place.size() is not None:
+            path.write_bytes(self._place.read())
         self.path, self.trials, self.parent_run_id = path, dict[int, TrialRecord](), None
         self.results: list[tuple[int, Metrics]] = []  # of all trials, as they came
         self.elapsed_s = 0.0  # of earlier sessions
@@ -80,6 +94,11 @@ class Journal:
             pass
         if len(whole) < len(data):
             os.truncate(path, len(whole))
+        self._changed, self._closed = threading.Event(), False
+        self._uploader: threading.Thread | None = None
+        if self._copy:
+            self._uploader = threading.Thread(target=self._upload, name="journal", daemon=True)
+            self._uploader.start()
 
     def write(self, event: str, **fields: Any) -> None:
         """Append, and bring the records up to it. A line is there whole or not at all."""
@@ -87,10 +106,28 @@ class Journal:
         entry = {"event": event, **fields, "at_s": round(now, 3)}
         self._file.write((json.dumps(entry) + "\n").encode())
         self._file.flush()
+        self._changed.set()
         self._apply(entry)
 
     def close(self) -> None:
+        """Raises StorageError where the last of it could not be written."""
+        if self._closed:
+            return
+        self._closed = True
+        self._changed.set()
         self._file.close()
+        if self._copy and self._uploader:
+            self._uploader.join()
+            self._place.write(self.path.read_bytes())
+            self._copy.cleanup()
+
+    def _upload(self) -> None:
+        while not self._closed:
+            self._changed.wait()
+            self._changed.clear()
+            with contextlib.suppress(StorageError):  # it is tried again with the next change, and at the end aloud
+                self._place.write(self.path.read_bytes())
+            time.sleep(UPLOAD_EVERY_S)
 
     def ranked(self, metric: str) -> list[TrialRecord]:
         """Trials that have an epoch, the best first; of equals the one with the smaller loss, then the earlier. Those

@@ -15,6 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 from .journal import PAPERS, Journal, TrialRecord
 from .proposals import Unstored, trial_config, trial_id
 from .search_config import SearchConfig
+from .storage import Place
 from .trial import kept_checkpoint
 
 BRACKETS = 3  # of hyperband: first rungs at the grace, and at one and two factors more
@@ -35,7 +36,7 @@ class Listener(Protocol):
 class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
     """Ray Tune's own scheduler behind a desk: results come to it once, in order, and its decisions are kept."""
 
-    def __init__(self, config: SearchConfig, journal: Journal, trials: Path, listener: Listener) -> None:
+    def __init__(self, config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> None:
         """trials: where their runs are."""
         super().__init__()
         self.config, self.journal, self.listener = config, journal, listener
@@ -127,7 +128,7 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
 class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Population-based training (Jaderberg et al., 2017) whose weights travel as checkpoints of our own."""
 
-    def __init__(self, config: SearchConfig, journal: Journal, trials: Path, listener: Listener) -> None:
+    def __init__(self, config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> None:
         super().__init__(
             time_attr="epoch", metric=config.metric, mode="min", perturbation_interval=config.grace_epochs,
             quantile_fraction=QUANTILE, custom_explore_fn=lambda values: values, log_config=False,
@@ -161,7 +162,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         # where both have been: what the donor learned since is not this trial's
         epoch = min(int(self._trial_state[source].last_train_time), int(state.last_train_time))
         checkpoint = kept_checkpoint(self.trials, donor.folder, epoch)
-        if not checkpoint.is_dir():
+        if not checkpoint.is_folder():
             return
         values = self.config.space.mutate(donor.values, seed)
         try:
@@ -207,7 +208,7 @@ class Watch(Unstored, Callback):  # type: ignore[misc]
 _GROUPS = ("train/", "val/")
 
 
-def _scheduler(config: SearchConfig, journal: Journal, trials: Path, listener: Listener) -> TrialScheduler:
+def _scheduler(config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> TrialScheduler:
     if config.scheduler == "fifo":
         return FIFOScheduler()
     if config.scheduler == "pbt":

@@ -71,9 +71,12 @@ class Plan:
     resources: Resources
     reason: str  # of the layout, one line
     node_of_worker: tuple[str, ...] = field(default=())  # empty: Ray chooses
+    spread: bool = False  # a worker a node
 
     def strategy(self) -> str:
         """Ray's word for how the workers lie over nodes; a lone group of columns stays together whatever comes."""
+        if self.spread:
+            return "STRICT_SPREAD"
         return "STRICT_PACK" if self.layout.kind == "columns" and self.layout.replicas == 1 else "PACK"
 
 
@@ -151,7 +154,17 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
             beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
             resources = replace(resources, worker_cpus=_down(min(resources.worker_cpus, beside)))
         layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
-        plan = Plan(layout, resources, reason)
+        plan = Plan(layout, resources, reason, spread=config.spread)
+        if config.spread:
+            able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
+            if able >= workers * max(1, side_by_side):
+                return plan
+            if elastic:
+                continue
+            raise JobError(
+                f"--workers {workers} --spread: a node for each is asked for, and the cluster has {able} node(s) "
+                f"with {'GPUs' if use_gpu else 'CPUs'}; ask for fewer workers, or say --no-spread"
+            )
         if len(nodes) == 1 or layout.kind != "columns" or side_by_side > 1:  # then Ray packs them where there is room
             return plan
         places = place_groups(nodes, resources, layout, use_gpu, elastic)

@@ -1,71 +1,102 @@
 """A run's folder, OUTPUT/NAME: its resolved config, its result, and the checkpoints that Ray Train keeps there."""
 
+import io
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, make_config, read_yaml
+from .config import TrainConfig, make_config, parse_yaml
+from .storage import Place
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
 KEPT = "kept"  # beside the runs of a population: checkpoints that others may go on from
 
 
-class RunFolder:
-    """OUTPUT/NAME, absolute."""
+OUTPUT = (
+    "ALEXNET_OUTPUT"  # in the environment: where runs live unless --output says otherwise; a cluster's yaml sets it
+)
 
-    def __init__(self, output: Path, name: str) -> None:
-        """Raises ValueError for a name that is no plain folder name."""
+
+def default_output() -> str:
+    return os.environ.get(OUTPUT) or "runs"
+
+
+class RunFolder:
+    """OUTPUT/NAME, on disk or in object storage."""
+
+    def __init__(self, output: str | Path | Place, name: str) -> None:
+        """Raises ValueError for a name that is no plain folder name, or a URI that cannot be opened."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
                 f"--name {name!r}: use letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
             )
-        self.output, self.name, self.path = output.absolute(), name, output.absolute() / name
+        self.output, self.name = Place.of(output), name
+        self.path = self.output / name
+
+    def exists(self) -> bool:
+        return self.path.is_folder()
 
     def make(self) -> None:
         """Raises ValueError where the name is taken, because Ray Train would resume that run unasked."""
-        if self.path.exists():
+        if self.exists():
             raise ValueError(
                 f"--name {self.name}: {self.path} exists; choose another name, or go on with: --resume {self.name}"
             )
         try:
-            self.path.mkdir(parents=True)
+            if self.path.local is not None:
+                self.path.local.mkdir(parents=True)
         except OSError as error:
             raise ValueError(f"--output {self.output}: cannot be written: {error.strerror}") from None
 
     def create(self, config: TrainConfig) -> None:
         """Raises ValueError where the name is taken."""
         self.make()
-        (self.path / CONFIG).write_text(config.to_yaml())
+        self.change(config)
 
     def config(self) -> TrainConfig:
         """The config of a run that was created before. Raises ValueError where there is none."""
-        if not (self.path / CONFIG).is_file():
-            raise ValueError(f"--resume {self.name}: no run of that name in {self.output}; {_listing(self.output)}")
-        return make_config(**read_yaml(self.path / CONFIG))
+        return make_config(**self.settings(CONFIG, "run"))
+
+    def settings(self, file: str, what: str) -> dict[str, Any]:
+        """What a YAML file of the folder says. Raises ValueError where there is no such folder."""
+        if (self.path / file).size() is None:
+            found = [name for name, is_folder in self.output.children().items()
+                     if is_folder and (self.output / name / file).size() is not None]  # fmt: skip
+            names = f"it has: {', '.join(found[-5:])}" if found else "it has none"
+            raise ValueError(f"--resume {self.name}: no {what} of that name in {self.output}; {names}")
+        return parse_yaml((self.path / file).read().decode(), str(self.path / file))
 
     def change(self, config: TrainConfig) -> None:
-        (self.path / CONFIG).write_text(config.to_yaml())
+        self.write(CONFIG, config.to_yaml())
 
     def latest_checkpoint(self) -> str | None:
         """The last epoch's checkpoint, as Ray Train stored it."""
-        found = sorted(self.path.glob("checkpoint-epoch-*"))
-        return str(found[-1]) if found else None
+        found = [name for name in self.path.children() if name.startswith("checkpoint-epoch-")]
+        return str(self.path / found[-1]) if found else None
 
     def result(self) -> dict[str, Any]:
         """What `write_result` wrote last, or nothing."""
-        path = self.path / RESULT
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        there = (self.path / RESULT).size() is not None
+        found: dict[str, Any] = json.loads((self.path / RESULT).read()) if there else {}
         return found
 
     def write_result(self, result: dict[str, Any]) -> None:
-        partial = self.path / (RESULT + ".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, self.path / RESULT)
+        self.write(RESULT, json.dumps(result, indent=1) + "\n")
 
+    def write(self, name: str, text: str) -> None:
+        (self.path / name).write(text.encode())
 
-def _listing(output: Path) -> str:
-    names = sorted(path.parent.name for path in output.glob(f"*/{CONFIG}")) if output.is_dir() else []
-    return f"it has: {', '.join(names[-5:])}" if names else "it has none"
+    def write_picture(self, name: str, figure: Any, dpi: int) -> None:
+        """A matplotlib figure as PNG."""
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=dpi)
+        (self.path / name).write(png.getvalue())
+
+    @property
+    def flag(self) -> str:
+        """The --output that a command needs which goes on here; empty where it is the default."""
+        return "" if self.output == Place.of(default_output()) else f" --output {shlex.quote(str(self.output))}"

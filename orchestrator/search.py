@@ -6,16 +6,19 @@ and what follows after an interruption is decided here, from the journal alone.
 
 import logging
 import os
-import shutil
+import re
 import signal
 import sys
 import time
-from pathlib import Path
+from pathlib import PurePosixPath
 from types import FrameType
 from typing import Any
 
-from .cluster import connect
+from alexnet.cost import estimate
+
+from .cluster import connect, cost_so_far, join, wait_for_nodes
 from .config import TrainConfig
+from .costs import Meter
 from .dataset import Dataset
 from .exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
 from .findings import as_result, expected_epochs, rungs
@@ -24,9 +27,10 @@ from .mailbox import SAVE, Event
 from .placement import OVERSEER_CPUS, alive, room_for, threads_for
 from .progress import duration, table
 from .runs import KEPT, RunFolder
-from .search_config import SearchConfig, read_search
+from .search_config import SearchConfig, search_of
 from .search_pictures import all_pictures
 from .search_view import SearchView
+from .storage import PARTIAL, Place
 from .tracking import Run, Store, tracking_uri, ui_command, without_password
 
 SEARCH_YAML, BEST_YAML = "search.yaml", "best.yaml"
@@ -52,13 +56,7 @@ class SearchFolder(RunFolder):
 
     def search(self) -> SearchConfig:
         """Of a search that was created before. Raises ValueError where there is none."""
-        if not (self.path / SEARCH_YAML).is_file():
-            found = sorted(path.parent.name for path in self.output.glob(f"*/{SEARCH_YAML}"))
-            raise ValueError(
-                f"--resume {self.name}: no search of that name in {self.output}; "
-                + (f"it has: {', '.join(found[-5:])}" if found else "it has none")
-            )
-        return read_search(self.path / SEARCH_YAML)
+        return search_of(self.settings(SEARCH_YAML, "search"), str(self.path / SEARCH_YAML))
 
     def create_search(self, config: SearchConfig) -> None:
         """Raises ValueError where the name is taken."""
@@ -66,28 +64,36 @@ class SearchFolder(RunFolder):
         self.change_search(config)
 
     def change_search(self, config: SearchConfig) -> None:
-        partial = self.path / (SEARCH_YAML + ".partial")
-        partial.write_text(config.to_yaml())
-        os.replace(partial, self.path / SEARCH_YAML)
+        self.write(SEARCH_YAML, config.to_yaml())
 
 
-def describe(config: SearchConfig, output: Path) -> str:
-    """What a search would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
-    from .session import hours_of
+def describe(config: SearchConfig, output: Place, images_per_s: float | None) -> str:
+    """What a search would be, for --dry-run; images_per_s: of a trial, as the user states. Raises ValueError of one
+    line."""
+    from .forecast import Machines, time_and_cost
 
     data = Dataset(config.train, output, verify=False)
     check_all(config, data)
     epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
     stages = ", ".join(map(str, rungs(config)))
     judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
-    here = os.cpu_count() or 1
+    machines, workers = Machines.of(config.most_workers, config.max_concurrent), config.most_workers.worker_range[1]
+    at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
+    cost = estimate(
+        num_classes=data.num_classes(config.train), input_size=config.train.input_size, width=config.train.width,
+        global_batch_size=config.train.global_batch_size,
+    )  # fmt: skip
+    rate = images_per_s and images_per_s * at_once
     facts = [
         ("data", f"{config.train.data}: {data}"),
         ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
         ("number 0", ", ".join(f"{name} {value}" for name, value in config.papers.items()) + ": the paper's constants"),
         *((d.name, str(d)) for d in config.space.dimensions),
         ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
-        ("time", f"about {hours_of(config.train, data, epochs, here)} of arithmetic on this machine's {here} CPUs"),
+        ("nodes", machines.text),
+        *([("would start", f"{machines.started[1]} of {machines.started[0]}")] if machines.started else []),
+        ("at once", f"{at_once} trial(s)"),
+        *time_and_cost(config.train, output, data, epochs, machines, cost, workers * at_once, rate),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
 
@@ -101,6 +107,12 @@ def check_all(config: SearchConfig, data: Dataset) -> None:
             data.check(config.train.changed(**{dimension.name: value}))
 
 
+def age_of_kept(name: str) -> tuple[int, int]:
+    """Sorts what a trial has set aside: how often its weights had been replaced, and the epoch."""
+    exploits = re.match(r"\d+-(\d+)-from", name)
+    return int(exploits[1]) if exploits else 0, int(name.rpartition("-")[2])
+
+
 def _logged(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name != "step"}
 
@@ -111,9 +123,10 @@ class Search:
     def __init__(self, folder: SearchFolder, config: SearchConfig, *, resume: bool) -> None:
         """Raises ValueError of one line, or DamagedData."""
         self.folder, self.config, self.resume = folder, config, resume
+        join(folder.output)
         self.data = Dataset(config.train, folder.output)
         check_all(config, self.data)
-        if folder.path.exists() and not resume:
+        if folder.exists() and not resume:
             folder.create_search(config)  # says why not
         self.store = Store(tracking_uri())
         if not resume:
@@ -128,6 +141,8 @@ class Search:
         self.stop: int | str | None = None  # a signal's number, or why else the search is to end
         self.deadline = time.monotonic() + (config.time_budget_s or float("inf"))
         self._told, self._drained = False, 0.0
+        self.meter = Meter(folder.result().get("cost_usd") or 0.0)
+        self.usd: float | None = None  # so far, of all nodes
         self._ended_at: dict[int, float] = {}
 
     def run(self) -> None:
@@ -153,6 +168,7 @@ class Search:
         self.data.prepare(self.config.train, self.view.say)
         import ray
 
+        wait_for_nodes(self.config.most_workers, self.config.max_concurrent or self.config.num_trials, self.view.say)
         with signals_deferred():
             nodes = alive(ray.nodes())
             begun = [record for record in self.journal.trials.values() if not record.ended]
@@ -202,8 +218,8 @@ class Search:
 
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         trials = self.folder.path / TRIALS
-        trials.mkdir(exist_ok=True)
-        shutil.rmtree(self.folder.path / TUNES_OWN, ignore_errors=True)
+        (self.folder.path / TUNES_OWN).remove()
+        storage, folder = self.folder.path.opened()
         with signals_deferred():
             self.mailbox = make_mailbox()
             self.proposals = Proposals(self.config, self.journal, at_once)
@@ -225,7 +241,7 @@ class Search:
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
-                    name=TUNES_OWN, storage_path=str(self.folder.path), verbose=0,
+                    name=TUNES_OWN, storage_path=folder, storage_filesystem=storage, verbose=0,
                     callbacks=[Watch(self.judge, self, self.proposals.again)],
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -239,8 +255,8 @@ class Search:
             catch_signals()
             self._keep_the_best(ended_before=time.monotonic())
             if all(record.ended for record in self.journal.trials.values()):
-                shutil.rmtree(self.folder.path / TRIALS / KEPT, ignore_errors=True)
-            shutil.rmtree(self.folder.path / TUNES_OWN, ignore_errors=True)
+                (trials / KEPT).remove()
+            (self.folder.path / TUNES_OWN).remove()
 
     # what the judge and Ray Tune tell
 
@@ -270,7 +286,8 @@ class Search:
         ranked = self.journal.ranked(self.config.metric)
         best = ranked[0].best(self.config.metric) if ranked else None
         if best:
-            self.parent.log({f"best/{self.config.metric.split('/')[1]}": best[self.config.metric]},
+            cost = {} if self.usd is None else {"cost/usd": self.usd}
+            self.parent.log({f"best/{self.config.metric.split('/')[1]}": best[self.config.metric]} | cost,
                             step=len(self.journal.results))  # fmt: skip
 
     def on_exploit(self, record: TrialRecord, donor: int) -> None:
@@ -310,6 +327,7 @@ class Search:
         if now - self._drained >= DRAIN_EVERY_S:
             self._drained = now
             self._drain()
+            self.usd = cost_so_far(self.meter)
             self.view.refresh()
 
     def _drain(self) -> None:
@@ -372,13 +390,14 @@ class Search:
         result = as_result(self.config, self.journal, self.data.rows["val"])
         result |= {"name": self.folder.name, "status": status, "error": error}
         result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": without_password(self.store.uri)}
+        result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
         pictures = {}
         if result["best"] is not None:
             pictures = all_pictures(self.config, self.journal)
             for name, figure in pictures.items():
-                figure.savefig(self.folder.path / name, dpi=110)
+                self.folder.write_picture(name, figure, dpi=110)
             best = self.best_settings()
-            (self.folder.path / BEST_YAML).write_text(best.to_yaml())
+            self.folder.write(BEST_YAML, best.to_yaml())
             result["command"] = f"python jobs/train.py --config {self.folder.path / BEST_YAML}"
         self.folder.write_result(result)
         if self.parent.run_id:
@@ -407,6 +426,7 @@ class Search:
         rows = [
             ("epochs", f"{result['epochs_used']}, where all trials to the end would be {whole}"),
             ("time", duration(result["elapsed_s"])),
+            *([("cost", f"${result['cost_usd']:.2f} for all nodes")] if "cost_usd" in result else []),
             ("importance", shares or "too few trials to say"),
             ("pictures", f"{', '.join(pictures)} in {self.folder.path}"),
             ("train the best", result["command"] + changed),
@@ -424,29 +444,33 @@ class Search:
             return
         keep = [record.folder for record in self.journal.ranked(self.config.metric)[:1]]
         keep += [record.folder for record in self.journal.trials.values() if record.number == PAPERS]
+        trials = self.folder.path / TRIALS
+        there = list(trials.children())
         for record in self.journal.trials.values():
             if record.ended and self._ended_at.get(record.number, 0.0) <= ended_before:
-                for folder in (self.folder.path / TRIALS).glob(f"{record.number:04d}*/checkpoint-epoch-*"):
-                    if folder.parent.name not in keep:
-                        shutil.rmtree(folder, ignore_errors=True)
+                mine = [name for name in there if name.startswith(f"{record.number:04d}") and name not in keep]
+                for run in mine:
+                    for name in (trials / run).children():
+                        if name.startswith("checkpoint-epoch-"):
+                            (trials / run / name).remove()
 
     def _drop_kept(self) -> None:
         """Of the checkpoints that a population has set aside, all but each trial's last two and those that somebody
         goes on from."""
         kept = self.folder.path / TRIALS / KEPT
-        if self.config.scheduler != "pbt" or not kept.is_dir():
+        if self.config.scheduler != "pbt":
             return
-        wanted = {Path(record.start["checkpoint"]).name for record in self.journal.trials.values()
+        there = [name for name in kept.children() if not name.endswith(PARTIAL)]
+        wanted = {PurePosixPath(record.start["checkpoint"]).name for record in self.journal.trials.values()
                   if record.start and not record.ended}  # fmt: skip
         for record in self.journal.trials.values():
-            mine = [path for path in kept.glob(f"{record.number:04d}-*") if path.suffix != ".partial"]
-            for path in sorted(mine, key=lambda path: path.stat().st_mtime)[:-2]:
-                if path.name not in wanted:
-                    shutil.rmtree(path, ignore_errors=True)
+            mine = [name for name in there if name.startswith(f"{record.number:04d}-")]
+            for name in sorted(mine, key=age_of_kept)[:-2]:
+                if name not in wanted:
+                    (kept / name).remove()
 
     def _command(self) -> str:
-        where = "" if self.folder.output == Path("runs").absolute() else f" --output {self.folder.output}"
-        return f"python jobs/tune.py{where} --resume {self.folder.name}"
+        return f"python jobs/tune.py{self.folder.flag} --resume {self.folder.name}"
 
     def _warn(self, text: str) -> None:
         self.view.say(f"warning: {text}")

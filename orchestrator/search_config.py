@@ -1,13 +1,12 @@
 """Every setting of a search: how it chooses and judges trials, the training settings they share, and their space."""
 
 import re
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .config import TrainConfig, make_config, make_model, read_yaml
+from .config import TrainConfig, make_config, make_model
 from .placement import worker_counts
 from .space import Space, Values, make_space
 
@@ -126,11 +125,10 @@ def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, A
     return config
 
 
-def read_search(path: Path) -> SearchConfig:
-    """What `to_yaml` wrote. Raises ValueError of one line."""
-    parts = read_yaml(path, "--resume")
+def search_of(parts: dict[str, Any], where: str) -> SearchConfig:
+    """From what `to_yaml` wrote. Raises ValueError of one line."""
     if set(parts) != {"search", "space", "train"}:
-        raise ValueError(f"--resume {path}: expected search, space and train, found {', '.join(parts) or 'nothing'}")
+        raise ValueError(f"{where}: expected search, space and train, found {', '.join(parts) or 'nothing'}")
     return make_search(parts["search"], make_config(**parts["train"]), parts["space"])
 
 

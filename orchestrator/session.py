@@ -1,30 +1,37 @@
 """A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
 
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alexnet import pictures
-from alexnet.cost import estimate
 
 from . import checkpoints
-from .cluster import connect
+from .cluster import connect, cost_so_far, join, wait_for_nodes
 from .config import TrainConfig
+from .costs import Meter
 from .dataset import Dataset
 from .exits import Interrupted, JobError, signals_deferred
 from .mailbox import Event
-from .placement import CPU_FLOPS, Node, choose_layout, ledger, make_plan, worker_counts
 from .progress import TrainView, duration, percent, table
 from .runs import RESULT, RunFolder
+from .storage import Place
 from .tracking import Tracker, tracking_uri, ui_command, without_password
 from .trainer import Training
 
-MAY_CHANGE = ("epochs", "workers", "layout", "device", "precision", "threads", "data", "max_failures")  # on resuming
+MAY_CHANGE = (
+    "epochs",
+    "workers",
+    "layout",
+    "device",
+    "precision",
+    "threads",
+    "spread",
+    "data",
+    "max_failures",
+)  # on resuming
 
 
 def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
@@ -36,54 +43,6 @@ def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return config.changed(**changes)
 
 
-def describe(config: TrainConfig, output: Path) -> str:
-    """What a run would be, for --dry-run. Starts neither Ray nor MLflow. Raises ValueError of one line."""
-    data = Dataset(config, output, verify=False)
-    num_classes = data.num_classes(config)
-    here = [Node("here", os.cpu_count() or 1, torch.cuda.device_count())]
-    try:
-        plan = make_plan(config, here, num_classes)
-        reason = plan.reason if plan else f"no: too small for {config.workers} workers"
-    except JobError as error:
-        plan, reason = None, f"no: {error}"
-    use_gpu = config.device == "gpu" or (config.device == "auto" and torch.cuda.is_available())
-    layout = plan.layout if plan else choose_layout(config, worker_counts(config)[0], num_classes, here, use_gpu)[0]
-    cost = estimate(
-        num_classes=num_classes, input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size, layout=layout,
-    )  # fmt: skip
-    steps = -(-data.rows["train"] // config.global_batch_size)
-    facts = [
-        ("data", f"{config.data}: {data}"),
-        ("parameters", f"{cost.num_parameters:,}"),
-        ("steps", f"{steps} an epoch, {steps * config.epochs} in all"),
-        (
-            "arithmetic",
-            f"{cost.training_flops * data.rows['train'] / 1e9:,.0f} GFLOP an epoch, "
-            f"{cost.training_flops / 1e9:.2f} an image",
-        ),
-        (
-            "memory",
-            f"{cost.memory_bytes / 1e9:.2f} GB a worker: weights, gradients and velocities of "
-            f"{cost.part_parameters:,} parameters, and activations",
-        ),
-        ("on this machine", reason),
-        *ledger(config, layout.workers, num_classes),
-        ("checkpoint", f"{2 * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
-    ]
-    return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
-
-
-def hours_of(config: TrainConfig, data: Dataset, epochs: int, cpus: int) -> str:
-    """The time that the arithmetic of so many epochs takes on CPUs, to one digit; data and start-up not counted."""
-    cost = estimate(
-        num_classes=data.num_classes(config), input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size,
-    )  # fmt: skip
-    images = data.rows["train"] + data.rows["val"] / 3  # a forward pass is a third of a step
-    return duration(epochs * images * cost.training_flops / (CPU_FLOPS * cpus))
-
-
 class Session:
     """One run of jobs/train.py. What the user can have wrong is found when it is made.
 
@@ -93,8 +52,9 @@ class Session:
     def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
         self.view = TrainView()
+        join(run.output)
         self.data = Dataset(config, run.output)
-        if run.path.exists() and not resume:
+        if run.exists() and not resume:
             run.create(config)  # says why not
         self.tracker = Tracker(tracking_uri())
         if resume:
@@ -111,8 +71,7 @@ class Session:
             self._log_what_came_of_it()
         except Interrupted as stop:
             self._end("KILLED", f"stopped by {stop}")
-            where = "" if self.run.output == Path("runs").absolute() else f" --output {self.run.output}"
-            self.view.line.print(f"stopped; go on with: python jobs/train.py{where} --resume {self.run.name}")
+            self.view.line.print(f"stopped; go on with: python jobs/train.py{self.run.flag} --resume {self.run.name}")
             raise
         except BaseException as error:
             self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
@@ -131,6 +90,8 @@ class Session:
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
+        wait_for_nodes(self.config, 1, say)
+        self.meter = Meter(self.result.get("cost_usd") or 0.0)
         # the workers start while MLflow does; should that fail, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
@@ -148,19 +109,21 @@ class Session:
             "recipe": self.recipe or self.result.get("recipe"),
             "config": self.config.model_dump(),
             "mlflow_run_id": self.tracker.run_id,
-            "mlflow_tracking_uri": without_password(self.tracker.uri),
+            "mlflow_tracking_uri": without_password(self.tracker.store.uri),
         }
         self.run.write_result(self.result)
         return training
 
     def on_event(self, event: Event) -> None:
+        usd = self._cost()
         if event["kind"] == "started":
             self._on_start(event)
         elif event["kind"] == "step" and event["log"]:
             self.tracker.log({"train/step_loss": event["loss"]}, step=event["total_step"])
         elif event["kind"] == "epoch":
             metrics = event["metrics"]
-            self.tracker.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+            cost = {} if usd is None else {"cost/usd": usd}
+            self.tracker.log({k: v for k, v in metrics.items() if k != "step"} | cost, step=metrics["step"])
             self._keep(event["history"])
         elif event["kind"] == "stopped":
             where = f"{event['epoch']} epochs and {event['step']} steps"
@@ -168,6 +131,13 @@ class Session:
         elif event["kind"] == "finished":
             self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
         self.view.event(event)
+
+    def _cost(self) -> float | None:
+        """Dollars so far, kept for the result."""
+        usd = cost_so_far(self.meter)
+        if usd is not None:
+            self.result["cost_usd"] = round(usd, 4)
+        return usd
 
     def _keep(self, history: list[dict[str, float]]) -> None:
         """What is known after each epoch, into the result."""
@@ -195,7 +165,7 @@ class Session:
         if not history:
             return
         figure = pictures.learning_curves(history, self.run.name)
-        figure.savefig(self.run.path / "learning_curves.png", dpi=120)
+        self.run.write_picture("learning_curves.png", figure, dpi=120)
         self.tracker.log_picture(figure, "learning_curves.png")
         config, manifest = self.config, self.data.manifest
         num_classes = self.data.num_classes(config)
@@ -208,8 +178,9 @@ class Session:
             "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
         }
         description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
-        weights = Path(self.result["best_checkpoint"] or self.result["checkpoint"], checkpoints.WEIGHTS)
-        with tempfile.TemporaryDirectory() as temporary:
+        best = Place.of(self.result["best_checkpoint"] or self.result["checkpoint"])
+        with best.fetched() as folder, tempfile.TemporaryDirectory() as temporary:
+            weights = folder / checkpoints.WEIGHTS
             mean_image = Path(temporary, manifest.mean_image_file)
             mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
             self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
@@ -233,10 +204,11 @@ class Session:
             ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
             ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
             ("time", duration(result["elapsed_s"])),
+            *([("cost", f"${result['cost_usd']:.2f} for all nodes")] if "cost_usd" in result else []),
             ("checkpoint", result["checkpoint"]),
             ("result", str(self.run.path / RESULT)),
             ("MLflow run", result["mlflow_run_id"]),
-            ("see it", ui_command(self.tracker.uri)),
+            ("see it", ui_command(self.tracker.store.uri)),
         ]
         self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
         sys.stdout.flush()

@@ -4,11 +4,13 @@ A place is known by what the user wrote, and opened where it is used: it travels
 Object storage is tried again when it fails, beside what its own client tries, and then named in one line.
 """
 
+import contextlib
 import functools
 import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -153,11 +155,41 @@ class Place:
 
     def remove(self) -> None:
         """The file, or the folder with all that is in it; nothing where there is none."""
+        if self.local is not None and self.local.is_dir():
+            shutil.rmtree(self.local, ignore_errors=True)  # others may be removing it, too
+            return
         kind = self._info().type
         if kind == pa.fs.FileType.File:
             self.attempt(lambda: self._opened()[0].delete_file(self._opened()[1]), "removed")
         elif kind == pa.fs.FileType.Directory:
             self.attempt(lambda: self._opened()[0].delete_dir(self._opened()[1]), "removed")
+
+    def copy_folder(self, target: "Place") -> None:
+        """The files of this folder, in the same storage, as another folder: there whole or not at all where it is on
+        disk, where no byte is copied either if the file system can do without."""
+        if self.local is not None and target.local is not None:
+            partial = target.local.with_suffix(PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(self.local, partial, copy_function=_link)
+            os.replace(partial, target.local)
+            return
+        for name in self.files():
+            (target / name).write((self / name).read())
+
+    @contextlib.contextmanager
+    def fetched(self) -> Iterator[Path]:
+        """The folder on this machine's disk: itself, or a copy for the time being."""
+        if self.local is not None:
+            yield self.local
+            return
+        with tempfile.TemporaryDirectory(prefix="fetched-") as folder:
+            for name in self.files():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    file.writelines((self / name).pieces())
+            yield Path(folder)
 
     def children(self) -> dict[str, bool]:
         """Names in the folder, sorted, and whether each is a folder. None of a folder that is not there."""
@@ -194,6 +226,10 @@ class Place:
             return [info for info in fs.get_file_info(selector) if info.path.strip("/") != path.strip("/")]
 
         return sorted(self.attempt(listed, "listed"), key=lambda info: info.path)
+
+    def opened(self) -> tuple[pa.fs.FileSystem, str]:
+        """The file system, and the path in it: for those who want pyarrow's own. Raises StorageError."""
+        return self.attempt(self._opened, "reached")
 
     def _opened(self) -> tuple[pa.fs.FileSystem, str]:
         """The file system, and the path in it."""
@@ -260,6 +296,13 @@ def _walk(root: Path) -> Iterator[str]:
         below = os.path.relpath(parent, root)
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from (name if below == "." else f"{below}/{name}" for name in (*names, *links))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _short(error: BaseException) -> str:

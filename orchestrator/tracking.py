@@ -10,17 +10,31 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .cluster import job_id, on_cluster
 from .config import TrainConfig
-from .exits import last_line
+from .exits import JobError, last_line
 from .shards import Manifest
 from .storage import Place
 
 EXPERIMENT = "alexnet"
+JOB = "ray.job_id"  # the tag by which a run's log is found: ray job logs ID
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+RETRY_S = 2.0
+PATIENCE_S = {
+    True: 180.0,
+    False: 30.0,
+}  # with a server at a run's end, whether it is a good one; `ray job stop` waits 90 s
 Metrics = dict[str, float]
 
 
@@ -32,7 +46,8 @@ def tracking_uri() -> str:
 def ui_command(uri: str) -> str:
     """What opens the UI on these runs."""
     if uri.startswith(("http://", "https://")):
-        return f"open {without_password(uri)} in a browser"
+        through_ssh = ", or make ui on your own machine, which opens a way to the cluster" if on_cluster() else ""
+        return f"open {without_password(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
     shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
     return f"{shown} ui --host 127.0.0.1 --backend-store-uri {uri}"
@@ -50,7 +65,8 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for variable, setting in QUIET.items():
+            os.environ.setdefault(variable, setting)
         import mlflow
 
         for name in ("mlflow", "alembic"):
@@ -98,7 +114,9 @@ class Run:
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
-        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms) that the server did not take
+        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms)
+        self._lock, self._news, self._closing = threading.Lock(), threading.Event(), False
+        self._sender: threading.Thread | None = None
 
     def begin(
         self,
@@ -127,35 +145,60 @@ class Run:
             self.client.update_run(run_id, "RUNNING")
             if "error" in self.client.get_run(run_id).data.tags:
                 self.client.delete_tag(run_id, "error")
+            if job := job_id():
+                self.client.set_tag(run_id, JOB, job)
             return False
         tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL"}
         if commit := _git_commit():
             tags["mlflow.source.git.commit"] = commit
         if parent:
             tags["mlflow.parentRunId"] = parent
+        if job := job_id():
+            tags[JOB] = job
         self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
         entities = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=entities)
         return True
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Metrics at an update; kept and sent with the next ones while the server does not answer."""
+        """Metrics at an update. They are sent by a thread, again and again until the server takes them: neither
+        training nor a signal waits for a server."""
         import mlflow
 
-        self._unsent.append((metrics, step, mlflow.utils.time.get_current_time_millis()))
-        values = [
-            mlflow.entities.Metric(key, value, when, at)
-            for kept, at, when in self._unsent
-            for key, value in kept.items()
-        ]
-        try:
-            for first in range(0, len(values), 1000):  # the API's limit
-                self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
-        except Exception as error:  # training is worth more than its log
-            if len(self._unsent) == 1:
-                self.warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
-            return
-        self._unsent.clear()
+        with self._lock:
+            self._unsent.append((metrics, step, mlflow.utils.time.get_current_time_millis()))
+        self._news.set()
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
+            self._sender.start()
+
+    def _send(self) -> None:
+        import mlflow
+
+        said = False
+        while not (self._closing and not self._unsent):
+            self._news.wait()
+            self._news.clear()
+            while self._unsent:
+                with self._lock:
+                    batch = self._unsent[:200]  # five metrics each, and 1000 are the API's limit
+                values = [
+                    mlflow.entities.Metric(key, value, when, at)
+                    for metrics, at, when in batch
+                    for key, value in metrics.items()
+                ]
+                try:
+                    for first in range(0, len(values), 1000):
+                        self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
+                except Exception as error:  # training is worth more than its log
+                    if not said:
+                        self.warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
+                    said = True
+                    time.sleep(RETRY_S)
+                    continue
+                with self._lock:
+                    del self._unsent[: len(batch)]
+                said = False
 
     def log_picture(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""
@@ -190,14 +233,24 @@ class Run:
         """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
         if not self.run_id:
             return
-        try:
-            if self._unsent:
-                self.log({}, step=0)
-            if error:
-                self.client.set_tag(self.run_id, "error", error[:5000])
-            self.client.set_terminated(self.run_id, status)
-        except Exception as trouble:
-            self.warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
+        deadline = time.monotonic() + PATIENCE_S[status == "FINISHED"]
+        self._closing = True
+        self._news.set()
+        if self._sender is not None:
+            self._sender.join(max(0.0, deadline - time.monotonic()))
+        if self._unsent:
+            self.warn(f"{len(self._unsent)} set(s) of metrics did not reach MLflow; they are in the run's folder")
+        while True:
+            try:
+                if error:
+                    self.client.set_tag(self.run_id, "error", error[:5000])
+                self.client.set_terminated(self.run_id, status)
+                return
+            except Exception as trouble:
+                if time.monotonic() > deadline:
+                    self.warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
+                    return
+                time.sleep(RETRY_S)
 
 
 class Tracker(Run):
@@ -206,7 +259,6 @@ class Tracker(Run):
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
         super().__init__(Store(uri))
-        self.uri = uri
         self._monitor: Any = None
 
     def start(
@@ -228,8 +280,8 @@ class Tracker(Run):
             self._log_dataset(manifest, data)
         else:
             self.client.set_tag(self.run_id, "resumed.epochs", str(config.epochs))
-        self.client.log_text(self.run_id, config.to_yaml(), "config.yaml")
-        self.client.log_text(self.run_id, manifest.model_dump_json(indent=1), "manifest.json")
+        self.log_text(config.to_yaml(), "config.yaml")
+        self.log_text(manifest.model_dump_json(indent=1), "manifest.json")
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
@@ -308,6 +360,28 @@ class Tracker(Run):
         entity = dataset._to_mlflow_entity()
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
         self.client.log_inputs(self.run_id, inputs)
+
+
+def round_trip(uri: str) -> float:
+    """Write a metric and an artifact to a server, read them, delete them; returns seconds.
+
+    Raises JobError, or ValueError where it cannot be reached.
+    """
+    start = time.monotonic()
+    run = Run(Store(uri))
+    try:
+        run.begin("doctor", "jobs/doctor.py", {})
+        run.client.log_metric(run.run_id, "doctor", 1.5)
+        run.client.log_text(run.run_id, "doctor", "doctor.txt")
+        metric = [point.value for point in run.client.get_metric_history(run.run_id, "doctor")]
+        files = [item.path for item in run.client.list_artifacts(run.run_id)]
+        run.client.set_terminated(run.run_id, "FINISHED")
+        run.client.delete_run(run.run_id)
+    except Exception as error:  # whatever the server answers
+        raise JobError(f"{without_password(uri)}: {last_line(error)}") from None
+    if metric != [1.5] or files != ["doctor.txt"]:
+        raise JobError(f"{without_password(uri)}: what was written reads as {metric} and {files}")
+    return time.monotonic() - start
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

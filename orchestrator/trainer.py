@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from .checkpoints import checkpoint_name
@@ -91,7 +92,8 @@ class Training:
 
     def checkpoint_after(self, epoch: int) -> str | None:
         """Where the checkpoint of an epoch is, if it is complete and still there."""
-        return self._fit.checkpoint(checkpoint_name(epoch)) if self._fit is not None else None
+        name = checkpoint_name(epoch)
+        return str(self.run.path / name) if self._fit is not None and self._fit.has_checkpoint(name) else None
 
     def end(self) -> None:
         """End the fit, whatever its workers do."""
@@ -122,9 +124,7 @@ class Training:
         from .fit import Fit  # imports Ray, which may not be imported before connect()
 
         team, self.team = self.team, None
-        self._fit = Fit(
-            loop, plan, self.run.name, str(self.run.output), self.config.max_failures, team, self._keep_team
-        )
+        self._fit = Fit(loop, plan, self.run, self.config.max_failures, team, self._keep_team)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
@@ -207,7 +207,13 @@ class Training:
             result = self._fit.result()
         except Exception as error:  # the controller itself failed
             return {"error": last_line(error)}
-        return {"error": _one_line(result.error)} if result.error else _kept_checkpoints(result)
+        return {"error": _one_line(result.error)} if result.error else self._kept_checkpoints(result)
+
+    def _kept_checkpoints(self, result: Any) -> Event:
+        """Where the last checkpoint is, and the one with the lowest validation error."""
+        best = result.get_best_checkpoint("val/top1_error", "min") if result.best_checkpoints else None
+        found = {"checkpoint": result.checkpoint, "best_checkpoint": best}
+        return {key: str(self.run.path / PurePath(kept.path).name) if kept else None for key, kept in found.items()}
 
     def _lost_nodes(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """End the fit if nodes were lost that it needs: those of its workers, or of its feed."""
@@ -300,15 +306,6 @@ def make_mailbox() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
-
-
-def _kept_checkpoints(result: Any) -> Event:
-    """Paths of the last checkpoint and of the one with the lowest validation error."""
-    best = result.get_best_checkpoint("val/top1_error", "min") if result.best_checkpoints else None
-    return {
-        "checkpoint": result.checkpoint.path if result.checkpoint else None,
-        "best_checkpoint": best.path if best else None,
-    }
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,12 +5,9 @@ is most of a run's start-up.
 """
 
 import contextlib
-import os
 import queue
-import shutil
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,7 +37,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     """
 
     def setup(self, config: dict[str, Any], **search: Any) -> None:
-        """config: of proposals.trial_config. search: of search.Search._for_trials."""
+        """config: of proposals.trial_config. search: what all trials share, of search.Search._tune."""
         self.search, self._team = search, None
         self._begin(config)
 
@@ -119,23 +116,21 @@ class _Run:
 
     def keep(self, epoch: int) -> None:
         """Set an epoch's checkpoint aside for trials that may want to go on from it."""
-        target = kept_checkpoint(Path(self.search["output"]), self.folder, epoch)
+        target = kept_checkpoint(Place(self.search["output"]), self.folder, epoch)
+        if target.is_folder():
+            return
         deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
-        while found is None and self.thread.is_alive() and time.monotonic() < deadline and not target.exists():
+        while found is None and self.thread.is_alive() and time.monotonic() < deadline:
             found = self._training.checkpoint_after(epoch) if self._training else None
             time.sleep(POLL_S / 5)
-        if found is not None and not target.exists():
-            partial = target.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
+        if found is not None:
             with contextlib.suppress(OSError):  # a later epoch's has replaced it meanwhile
-                partial.parent.mkdir(exist_ok=True)
-                shutil.copytree(found, partial, copy_function=_link)
-                os.replace(partial, target)
+                Place(found).copy_folder(target)
 
     def _follow(self) -> None:
-        run = RunFolder(Path(self.search["output"]), self.folder)
+        run = RunFolder(Place(self.search["output"]), self.folder)
         try:
-            if not run.path.exists():
+            if not run.exists():
                 run.create(self.train)
             training = Training(
                 self.train, Place(self.search["data"]), run, self.search["num_classes"],
@@ -179,14 +174,6 @@ class _Run:
         self.search["mailbox"].put.remote(SEARCH, event | {"number": self.number})
 
 
-def kept_checkpoint(output: Path, folder: str, epoch: int) -> Path:
+def kept_checkpoint(output: Place, folder: str, epoch: int) -> Place:
     """Where a trial, by its run's folder, sets the checkpoint of an epoch aside."""
     return output / KEPT / f"{folder}-{checkpoint_name(epoch)}"
-
-
-def _link(source: str, target: str) -> None:
-    """Without a copy, where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

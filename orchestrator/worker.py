@@ -101,7 +101,8 @@ class Worker:
             with checkpoint.as_directory() as path:
                 self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
         elif start:  # another run's weights under this run's settings
-            self.state = checkpoints.load(Path(start["checkpoint"]), self.placed, self.optimizer, self.schedule)
+            with Place(start["checkpoint"]).fetched() as path:
+                self.state = checkpoints.load(path, self.placed, self.optimizer, self.schedule)
             checkpoints.scale_rate(config.lr / start["lr"], self.optimizer, self.schedule)
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
@@ -132,13 +133,13 @@ class Worker:
                 f"workers {ranks} share one GPU, over which NCCL cannot speak: give each worker a GPU of its own, "
                 "or say --device cpu"
             )
-        if self.layout.kind == "columns":
+        if self.layout.kind == "columns" and not self.config.spread:
             for rank in range(0, self.world_size, self.layout.group_size):
                 homes = {nodes[other] for other in self.layout.group_of(rank)}
                 if len(homes) > 1:
                     raise ValueError(
                         f"workers {rank} and {rank + 1} hold the columns of one net but are on different nodes: each "
-                        f"node needs room for {self.layout.group_size} workers; or say --layout data"
+                        f"node needs room for {self.layout.group_size} workers; or say --layout data, or --spread"
                     )
         return nodes
 

@@ -2,12 +2,13 @@
 
 import io
 import json
+import logging
 import os
 import runpy
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,30 @@ def assert_same_history(history, recorded):
         assert (a["epoch"], a["step"], a["train/lr"]) == (b["epoch"], b["step"], b["train/lr"])
         for name in ("train/loss", "val/loss", "val/top1_error", "val/top5_error"):
             assert a[name] == pytest.approx(b[name], rel=1e-7), (a["epoch"], name)
+
+
+@pytest.fixture
+def s3() -> Iterator[tuple[Place, Callable[[], None], Callable[[], None]]]:
+    """A folder of a bucket; what stops its server, and starts it again."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    root = f"s3://bucket/folder?{query}"
+    fs, _ = Place.of(root)._opened()
+    fs.create_dir("bucket")
+    servers = [server]
+
+    def restart() -> None:
+        again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        again.start()
+        servers.append(again)
+
+    yield Place.of(root), server.stop, restart
+    servers[-1].stop()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -171,30 +170,6 @@ def test_rows_of_a_table_sorted_by_class_are_mixed(ray_here, tmp_path):
         assert len(set(labels)) >= 4  # from 8 row groups anywhere in the table
         runs = sum(a != b for a, b in itertools.pairwise(labels))
         assert runs > 30  # of at most 63
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """A server, and the root of a bucket on it."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    root = f"s3://bucket/folder?{query}"
-    fs, _ = Place.of(root)._opened()
-    fs.create_dir("bucket")
-    servers = [server]
-
-    def restart() -> None:
-        again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        again.start()
-        servers.append(again)
-
-    yield Place.of(root), server.stop, restart
-    servers[-1].stop()
 
 
 def upload(folder, place: Place) -> None:
