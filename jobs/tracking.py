@@ -7,12 +7,15 @@
     python jobs/tracking.py run                         in the foreground, for containers
 
 The cluster's yaml starts one on the head. User and password are made at the first start and are in FOLDER/client.env,
-which only you can read. Runs are in a SQLite database in FOLDER, artifacts beside it; TRACKING_DATABASE=postgresql://...
-and TRACKING_ARTIFACTS=s3://... put them elsewhere.
+which only you can read. Runs are in a SQLite database in FOLDER, artifacts beside it. To have them elsewhere, stop the
+server, write FOLDER/server.env (chmod 600: it may hold a password) and start it again:
+
+    TRACKING_DATABASE=postgresql://USER:PASSWORD@HOST/DATABASE      (needs: pip install psycopg2-binary)
+    TRACKING_ARTIFACTS=s3://BUCKET/mlflow
+
 Exit status: 0 done, 1 failed or not running, 2 wrong usage.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -32,7 +35,6 @@ def main() -> int:
         flags.error(f"--host {args.host}: would listen on every network; name the address that the workers reach")
     server = TrackingServer(
         args.folder.expanduser().absolute(), args.host, args.port,
-        os.environ.get("TRACKING_DATABASE"), os.environ.get("TRACKING_ARTIFACTS"),
     )  # fmt: skip
     if args.action == "stop":
         print("stopped" if server.stop() else "it was not running")

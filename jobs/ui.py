@@ -36,7 +36,7 @@ MLflow         http://127.0.0.1:{args.mlflow_port}   asks for user and password:
 
 in another shell:
   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:{args.dashboard_port}
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={Path('.ray-token').absolute()}
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(Path('.ray-token').absolute()))}
   ray job submit -- python jobs/train.py
 
 Ctrl-C closes the tunnels""", flush=True)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import TrainConfig
-from .costs import Meter, node_types, would_start
+from .costs import Meter, NodeType, node_types, would_start
 from .exits import JobError, catch_signals, last_line, signals_deferred
 from .placement import alive
 from .runs import OUTPUT
@@ -29,6 +30,8 @@ QUIET = {
 }  # the same in every process: Ray starts a new one where an idle one's environment differs
 
 SAY_EVERY_S = 30.0
+ANSWER_S = 60.0  # that a node may take to start a process for a question
+GROW_PATIENCE_S = 600.0  # spot may never have as many as are wished for
 HEAD = "node:__internal_head__"  # a resource that the head alone has
 
 
@@ -61,7 +64,9 @@ def _check_shared(output: Place) -> None:
     """Every node must see what another wrote: checkpoints above all."""
     import ray
 
-    others = [node for node in alive(ray.nodes()) if node.id != ray.get_runtime_context().get_node_id()]
+    with signals_deferred():
+        me = ray.get_runtime_context().get_node_id()
+        others = [node.id for node in alive(ray.nodes()) if node.id != me]
     if output.local is None or not others:
         return
     marker = output / f".seen-{secrets.token_hex(8)}"
@@ -70,12 +75,15 @@ def _check_shared(output: Place) -> None:
     except OSError as error:
         raise JobError(f"--output {output}: cannot be written: {error.strerror}") from None
     try:
-        seen = {node.id: on_node(node.id, _sees).remote(str(marker)) for node in others}
-        blind = [node for node, ref in seen.items() if not ray.get(ref)]
+        with signals_deferred():
+            seen = ray.get([on_node(node, _sees).remote(str(marker)) for node in others], timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise JobError(f"a node did not answer whether it sees --output {output}: {last_line(error)}") from None
     finally:
         marker.remove()
-    if blind:
-        name = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == blind[0])
+    if not all(seen):
+        blind = others[seen.index(False)]
+        name = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == blind)
         raise JobError(
             f"--output {output}: node {name} does not see this folder of {ray.util.get_node_ip_address()}; with "
             f"several nodes give one that all share, such as s3://BUCKET/runs, or set {OUTPUT} in the cluster's yaml"
@@ -97,12 +105,17 @@ def _sees(path: str) -> bool:
 
 def ask_the_head() -> dict[str, str]:
     """Address and password of the tracking server that the cluster's yaml started there, if it did. They travel as the
-    cluster's other objects do, for which the token is needed, and are in no log."""
+    cluster's other objects do, for which the token is needed, and are in no log. Raises JobError."""
     import ray
 
-    if HEAD not in ray.cluster_resources():
-        return {}
-    found: dict[str, str] = ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(_read_client_settings).remote())
+    try:
+        with signals_deferred():
+            if HEAD not in ray.cluster_resources():
+                return {}
+            asked = ray.remote(num_cpus=0, resources={HEAD: 0.001})(_read_client_settings).remote()
+            found: dict[str, str] = ray.get(asked, timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise JobError(f"the head did not answer where its tracking server is: {last_line(error)}") from None
     return found
 
 
@@ -110,40 +123,53 @@ def _read_client_settings() -> dict[str, str]:
     return read_settings((FOLDER / CLIENT).expanduser())
 
 
-def wait_for_nodes(config: TrainConfig, side_by_side: int, say: Callable[[str], None]) -> None:
-    """On a cluster that grows when asked: ask for nodes, and wait until they are there.
+def wait_for_nodes(config: TrainConfig, runs: int, output: Place, say: Callable[[str], None]) -> None:
+    """On a cluster that grows when asked: ask for nodes for so many runs side by side, or as many as it can grow to,
+    and wait until they are there; for all but the first run only GROW_PATIENCE_S. They must see the output, too.
 
     The wish is a placement group, which ends with this process whatever becomes of it: nobody pays for nodes that
-    nobody waits for. side_by_side: so many runs at once, or as many as it can grow to. Raises JobError where it cannot
-    grow so far.
+    nobody waits for. Raises JobError where the cluster cannot grow so far.
     """
     types = node_types()
-    if not on_cluster() or not types:
+    if not on_cluster() or not types or not runs:
         return
+    found = would_start(config, types, runs)
+    if found is None:
+        has = "; ".join(f"{kind.at_most} {kind}" for kind in types)
+        raise JobError(f"--workers {config.workers}: more than this cluster can grow to: {has}")
+    kind, _, runs = found
+    _wait_for_room(config, kind, 1, math.inf, say)
+    if runs > 1:
+        _wait_for_room(config, kind, runs, GROW_PATIENCE_S, say)
+    _check_shared(output)
+
+
+def _wait_for_room(
+    config: TrainConfig, kind: NodeType, runs: int, patience_s: float, say: Callable[[str], None]
+) -> None:
     import ray
     from ray.util import placement_group, remove_placement_group
 
-    workers = config.worker_range[0]
-    wanted = would_start(config, types, side_by_side)
-    if wanted is None:
-        has = "; ".join(f"{kind.at_most} {kind}" for kind in types)
-        raise JobError(f"--workers {config.workers}: more than this cluster can grow to: {has}")
-    kind, _, runs = wanted
-    unit = {"GPU": 1.0, "CPU": 1.0} if kind.gpus and config.device != "cpu" else {"CPU": 1.0}
-    pairs = 2 if config.layout == "columns" and workers % 2 == 0 else 1
-    bundle = {name: amount * pairs for name, amount in unit.items()}
-    bundles = [bundle] * (workers // pairs) * runs + ([{"CPU": 1.0}] if "GPU" not in unit else [])
-    group = placement_group(bundles)
+    workers, on_gpu = config.worker_range[0], bool(kind.gpus) and config.device != "cpu"
+    together = 2 if config.layout == "columns" and workers % 2 == 0 and not config.spread else 1
+    unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 1.0}
+    bundle = {name: amount * together for name, amount in unit.items()}
+    bundles = [bundle] * (workers // together) * runs + ([] if on_gpu else [{"CPU": 1.0}])  # one for the feed
+    with signals_deferred():
+        group = placement_group(bundles, strategy="STRICT_SPREAD" if config.spread and runs == 1 else "PACK")
+    began, said = time.monotonic(), -math.inf
     try:
-        began, said = time.monotonic(), 0.0
-        while not group.wait(1.0):
+        while time.monotonic() - began < patience_s:
+            with signals_deferred():
+                if group.wait(0.5):
+                    return
+                here = len(alive(ray.nodes()))
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
-                here = len([node for node in alive(ray.nodes()) if node.cpus or node.gpus])
-                waited = said - began
-                say(f"waiting for nodes such as {kind.name}: {here} node(s) here, {waited:.0f} s so far")
+                say(f"waiting for nodes such as {kind.name}: {here} here, {said - began:.0f} s so far")
     finally:
-        remove_placement_group(group)
+        with signals_deferred():
+            remove_placement_group(group)
 
 
 def cost_so_far(meter: Meter) -> float | None:

@@ -150,7 +150,8 @@ def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
     """The settings in a YAML file, not validated yet; a path or a URI. Raises ValueError, naming the flag, where it is
     no mapping, StorageError where object storage does not answer."""
     try:
-        text = Place.of(path).read().decode()
+        place = Place.of(path)
+        text = place.local.read_text() if place.local is not None else place.read().decode()
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror or 'no such file'}") from None
     return parse_yaml(text, f"{flag} {path}")

@@ -66,6 +66,8 @@ def would_start(
         rooms = [(kind, int(kind.gpus) // together * together) for kind in with_gpu]
     else:
         rooms = [(kind, int(kind.cpus) - 1) for kind in types if not kind.gpus]  # one for the feed
+    if config.spread:
+        rooms = [(kind, 1) for kind, room in rooms if room]
     for kind, room in rooms:
         most = room * kind.at_most // workers
         if most > 0:

@@ -19,6 +19,7 @@ from .cluster import HEAD, ask_the_head, connect, on_cluster, on_node
 from .costs import BOOTSTRAP
 from .diagnosis import DASHBOARD_PORT, Facts, Finding, judge_clocks, judge_machines, judge_token, judge_versions
 from .exits import JobError, last_line
+from .placement import alive
 from .storage import Place, StorageError
 from .tracking import round_trip, tracking_uri, without_password
 from .tracking_server import PORT as MLFLOW_PORT
@@ -79,14 +80,14 @@ class Doctor:
             return
         import ray
 
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        self.names = {node["NodeID"]: _name(node) for node in alive}
-        working = [node["NodeID"] for node in alive if node["Resources"].get("CPU") or node["Resources"].get("GPU")]
-        yield Finding("nodes", "cluster", "ok", f"{len(alive)} alive, {len(working)} of them with CPUs or GPUs")
-        yield from self._missing(alive)
-        refs = {node["NodeID"]: on_node(node["NodeID"], examine).remote() for node in alive}
+        living = [node for node in ray.nodes() if node["Alive"]]
+        self.names = {node["NodeID"]: _name(node) for node in living}
+        working = alive(living)
+        yield Finding("nodes", "cluster", "ok", f"{len(living)} alive, {len(working)} of them with CPUs or GPUs")
+        yield from self._missing(living)
+        refs = {node["NodeID"]: on_node(node["NodeID"], examine).remote() for node in living}
         nodes: dict[str, Facts] = {}
-        for node in alive:
+        for node in living:
             try:
                 facts = ray.get(refs[node["NodeID"]], timeout=PATIENCE_S)
             except ray.exceptions.RayError as error:
@@ -98,21 +99,23 @@ class Doctor:
         yield from judge_token(nodes)
         yield from judge_versions(nodes, examine())
         yield from judge_machines(nodes)
-        yield from judge_clocks(self._clocks())
-        yield from self._storage()
-        yield from self._tracking()
-        yield from self._network([node for node in working if node in self.names])
+        for check in (self._clocks, self._storage, self._tracking, self._network):
+            try:
+                yield from check()
+            except JobError as error:
+                remedy = "run the doctor again; what it found so far stands"
+                yield Finding(check.__name__.strip("_"), "cluster", "fail", str(error), remedy)
 
-    def _missing(self, alive: list[Facts]) -> Iterator[Finding]:
+    def _missing(self, living: list[Facts]) -> Iterator[Finding]:
         """Machines that the yaml on the head names and that have not joined: what is different there?"""
         config = _bootstrap()
         wanted = config.get("provider", {}).get("worker_ips") or []
-        here = {node["NodeManagerAddress"] for node in alive}
+        here = {node["NodeManagerAddress"] for node in living}
         for address in (address for address in wanted if address not in here):
             text, remedy = _ask_by_ssh(config, address)
             yield Finding("nodes", address, "fail", f"is not in the cluster: {text}", remedy)
 
-    def _clocks(self) -> dict[str, float]:
+    def _clocks(self) -> Iterator[Finding]:
 
         found = {}
         for node, name in self.names.items():
@@ -123,7 +126,7 @@ class Doctor:
                 after = time.time()
                 best = min(best, (after - before, there - (before + after) / 2))
             found[name] = best[1]
-        return found
+        yield from judge_clocks(found)
 
     def _storage(self) -> Iterator[Finding]:
         """What each node writes, every other reads."""
@@ -174,11 +177,12 @@ class Doctor:
             if trouble:
                 yield Finding("tracking", name, "fail", f"does not reach {shown}: {trouble}", remedy)
 
-    def _network(self, working: list[str]) -> Iterator[Finding]:
+    def _network(self) -> Iterator[Finding]:
         """Neighbours in a ring: every node's way out and way in."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        working = [node.id for node in alive(ray.nodes()) if node.id in self.names]
         pairs = [(node, working[(i + 1) % len(working)]) for i, node in enumerate(working)]
         pairs = pairs[:1] if len(working) == 2 else [pair for pair in pairs if pair[0] != pair[1]]
         gpus = {node["NodeID"]: node["Resources"].get("GPU", 0) for node in ray.nodes()}
@@ -266,6 +270,11 @@ def _token() -> str | None:
         return None
 
 
+def _hash_of_token() -> str:
+    """As `sha256sum` of the file has it; the token itself is not sent about to be compared."""
+    return hashlib.sha256(f"{_token()}\n".encode()).hexdigest()
+
+
 def _bootstrap() -> Facts:
     """The yaml that `ray up` left on the head; nothing elsewhere."""
     try:
@@ -280,8 +289,8 @@ def _ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
     auth = config["auth"]
     key = Path(auth.get("ssh_private_key", "~/ray_bootstrap_key.pem")).expanduser()
     ask = (
-        "cd ~/alexnet && .venv/bin/python -c 'import ray; print(ray.__version__)';"
-        "sha256sum < .ray-token; df --output=pcent /tmp | tail -1"
+        "echo ray: $(cd ~/alexnet && .venv/bin/python -c 'import ray; print(ray.__version__)');"
+        "echo token: $(sha256sum < ~/alexnet/.ray-token); echo full: $(df --output=pcent /tmp | tail -1)"
     )
     options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=10", "LogLevel=ERROR"]
     settings = [part for option in (*options, "BatchMode=yes") for part in ("-o", option)]
@@ -292,16 +301,16 @@ def _ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
         return f"SSH: {last_line(error)}", "is it switched on, and on the network?"
     if done.returncode == 255:
         return f"SSH: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}", "is it on, and does it know the key?"
-    lines = done.stdout.split("\n")
+    said = dict(line.partition(": ")[::2] for line in done.stdout.splitlines())
     import ray
 
-    if not lines[0].strip().startswith(ray.__version__):
-        return f"it has Ray {lines[0].strip() or 'not at all'}, here {ray.__version__}", "run `make setup` there"
-    ours = hashlib.sha256(Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ".ray-token")).read_bytes()).hexdigest()
-    if len(lines) < 2 or lines[1].split()[0] != ours:
+    if said.get("ray", "").strip() != ray.__version__:
+        return f"it has Ray {said.get('ray', '').strip() or 'not at all'}, here {ray.__version__}", "`ray up` again"
+    if said.get("token", "").split()[:1] != [_hash_of_token()]:
         return "it has another token, or none", "`ray up` again, which copies .ray-token there"
-    if len(lines) > 2 and lines[2].strip().rstrip("%").isdigit() and int(lines[2].strip().rstrip("%")) >= 95:
-        return f"its /tmp is {lines[2].strip()} full", "free some, then `ray up` again"
+    full = said.get("full", "").strip().rstrip("%")
+    if full.isdigit() and int(full) >= 95:
+        return f"its /tmp is {full} % full", "free some, then `ray up` again"
     return "its Ray does not run", "`ray up` again; /tmp/ray/session_latest/logs there says why it ended"
 
 

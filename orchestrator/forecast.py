@@ -120,7 +120,7 @@ def _expected_rate(
     """Images per second, and how that is known."""
     if stated is not None:
         return stated, "as stated"
-    for name, is_folder in reversed(output.children().items()):
+    for name, is_folder in output.children().items():
         place = output / name / RESULT
         if is_folder and place.size() is not None:
             result = json.loads(place.read())

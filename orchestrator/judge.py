@@ -12,6 +12,7 @@ import numpy as np
 from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
+from .checkpoints import STATE
 from .journal import PAPERS, Journal, TrialRecord
 from .proposals import Unstored, trial_config, trial_id
 from .search_config import SearchConfig
@@ -162,7 +163,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         # where both have been: what the donor learned since is not this trial's
         epoch = min(int(self._trial_state[source].last_train_time), int(state.last_train_time))
         checkpoint = kept_checkpoint(self.trials, donor.folder, epoch)
-        if not checkpoint.is_folder():
+        if (checkpoint / STATE).size() is None:
             return
         values = self.config.space.mutate(donor.values, seed)
         try:

@@ -37,12 +37,12 @@ class Node:
 
 
 def alive(nodes: Iterable[dict[str, Any]]) -> list[Node]:
-    """From `ray.nodes()`: those that live, in a fixed order."""
+    """From `ray.nodes()`: those that live and have something to compute with, in a fixed order."""
     found = []
     for node in nodes:
-        if not node["Alive"]:
-            continue
         has = node["Resources"]
+        if not node["Alive"] or not (has.get("CPU") or has.get("GPU")):
+            continue
         kinds = [name.removeprefix("accelerator_type:") for name in has if name.startswith("accelerator_type:")]
         found.append(
             Node(node["NodeID"], has.get("CPU", 0), has.get("GPU", 0), has.get("memory"), next(iter(kinds), None))

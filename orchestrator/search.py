@@ -7,8 +7,10 @@ and what follows after an interruption is decided here, from the journal alone.
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import PurePosixPath
 from types import FrameType
@@ -31,7 +33,7 @@ from .search_config import SearchConfig, search_of
 from .search_pictures import all_pictures
 from .search_view import SearchView
 from .storage import PARTIAL, Place
-from .tracking import Run, Store, tracking_uri, ui_command, without_password
+from .tracking import PATIENCE_S, Run, Store, tracking_uri, ui_command, without_password
 
 SEARCH_YAML, BEST_YAML = "search.yaml", "best.yaml"
 # folders: the trials' runs; what Ray Tune keeps, of which nothing is needed
@@ -77,7 +79,8 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
     epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
     stages = ", ".join(map(str, rungs(config)))
     judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
-    machines, workers = Machines.of(config.most_workers, config.max_concurrent), config.most_workers.worker_range[1]
+    machines = Machines.of(config.most_workers, config.max_concurrent or config.num_trials)
+    workers = config.most_workers.worker_range[1]
     at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
     cost = estimate(
         num_classes=data.num_classes(config.train), input_size=config.train.input_size, width=config.train.width,
@@ -141,6 +144,7 @@ class Search:
         self.stop: int | str | None = None  # a signal's number, or why else the search is to end
         self.deadline = time.monotonic() + (config.time_budget_s or float("inf"))
         self._told, self._drained = False, 0.0
+        self._endings: list[threading.Thread] = []  # of runs in MLflow
         self.meter = Meter(folder.result().get("cost_usd") or 0.0)
         self.usd: float | None = None  # so far, of all nodes
         self._ended_at: dict[int, float] = {}
@@ -165,14 +169,15 @@ class Search:
     def _search(self) -> None:
         """Ray, the data, the runs of MLflow, the trials, and what came of them."""
         connect()
-        self.data.prepare(self.config.train, self.view.say)
         import ray
 
-        wait_for_nodes(self.config.most_workers, self.config.max_concurrent or self.config.num_trials, self.view.say)
+        begun = [record for record in self.journal.trials.values() if not record.ended]
+        left = len(begun) + max(0, self.config.num_trials - len(self.journal.trials))
+        wish = min(left, self.config.max_concurrent or left)
+        wait_for_nodes(self.config.most_workers, wish, self.folder.output, self.view.say)
+        self.data.prepare(self.config.train, self.view.say)
         with signals_deferred():
             nodes = alive(ray.nodes())
-            begun = [record for record in self.journal.trials.values() if not record.ended]
-            left = len(begun) + max(0, self.config.num_trials - len(self.journal.trials))
             at_once = room_for(self.config.most_workers, nodes, max(1, left), self.config.max_concurrent)
             threads = threads_for(self.config.most_workers, nodes, at_once, os.cpu_count() or 1)
         if self.config.scheduler == "pbt" and at_once < left:
@@ -262,26 +267,32 @@ class Search:
 
     def on_begin(self, record: TrialRecord) -> None:
         self.view.begun(record)
+        self._begin_child(record)
+
+    def _begin_child(self, record: TrialRecord) -> None:
+        """The trial's run in MLflow; where the server is away, it is tried again at each of its epochs."""
         if record.number in self.children:
             return
         run = self.children[record.number] = Run(self.store, self._warn)
         try:
             params = self.config.trial(record.values).model_dump()
-            new = run.begin(
+            run.begin(
                 f"{self.folder.name}-{record.number:04d}", "jobs/tune.py", params, run_id=record.run_id,
                 parent=self.parent.run_id, look_for=self.resume,
             )  # fmt: skip
             if run.run_id != record.run_id:
                 self.journal.write("run", number=record.number, run_id=run.run_id)
-            if not new:
+            if record.history:
                 self._complete(run, record)
         except Exception as error:
-            self._warn(f"MLflow takes no run for trial {record.number}: {last_line(error)}")
+            self._warn(f"MLflow takes no run for trial {record.number} yet: {last_line(error)}")
             self.children.pop(record.number)
 
     def on_epoch(self, record: TrialRecord, metrics: dict[str, Any]) -> None:
         if run := self.children.get(record.number):
             run.log(_logged(metrics), step=metrics["step"])
+        else:
+            self._begin_child(record)
         self._drop_kept()
         ranked = self.journal.ranked(self.config.metric)
         best = ranked[0].best(self.config.metric) if ranked else None
@@ -298,8 +309,10 @@ class Search:
 
     def on_end(self, record: TrialRecord) -> None:
         self.view.ended(record)
-        if run := self.children.pop(record.number, None):
-            run.finish(ENDS[record.status], record.error)
+        if run := self.children.pop(record.number, None):  # beside the loop: the server may be away
+            end = threading.Thread(target=run.finish, args=(ENDS[record.status], record.error), daemon=True)
+            end.start()
+            self._endings.append(end)
         self._ended_at[record.number] = time.monotonic()
         self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
 
@@ -366,7 +379,11 @@ class Search:
 
     def _run_of(self, record: TrialRecord) -> Run | None:
         """Its run in MLflow, if it has one that is still there."""
-        if not record.run_id or not self.store.exists(record.run_id):
+        try:
+            if not record.run_id or not self.store.exists(record.run_id):
+                return None
+        except Exception as error:  # whatever a server answers that is away
+            self._warn(f"MLflow does not answer about trial {record.number}: {last_line(error)}")
             return None
         run = Run(self.store, self._warn)
         run.run_id = record.run_id
@@ -381,6 +398,8 @@ class Search:
 
     def _wrap_up(self, status: str, error: str | None = None) -> None:
         """Whatever came of it: result, pictures, the best settings; and every MLflow run at its end."""
+        for end in self._endings:
+            end.join(PATIENCE_S[status == "FINISHED"])
         for record in self.journal.trials.values():
             run = self.children.pop(record.number, None)
             if run is None and not record.ended and self.parent.run_id:
@@ -398,7 +417,7 @@ class Search:
                 self.folder.write_picture(name, figure, dpi=110)
             best = self.best_settings()
             self.folder.write(BEST_YAML, best.to_yaml())
-            result["command"] = f"python jobs/train.py --config {self.folder.path / BEST_YAML}"
+            result["command"] = f"python jobs/train.py --config {shlex.quote(str(self.folder.path / BEST_YAML))}"
         self.folder.write_result(result)
         if self.parent.run_id:
             for name, figure in pictures.items():

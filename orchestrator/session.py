@@ -83,6 +83,8 @@ class Session:
         """Ray, the embedded data if it is asked for, the workers, the MLflow run, the first result."""
         say = self.view.line.print
         connect()
+        self.meter = Meter(self.result.get("cost_usd") or 0.0)
+        wait_for_nodes(self.config, 1, self.run.output, say)
         self.data.prepare(self.config, say)
         manifest = self.data.manifest
         say(
@@ -90,8 +92,6 @@ class Session:
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
-        wait_for_nodes(self.config, 1, say)
-        self.meter = Meter(self.result.get("cost_usd") or 0.0)
         # the workers start while MLflow does; should that fail, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
@@ -187,10 +187,12 @@ class Session:
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
-        if status != "FINISHED":
-            self.result["checkpoint"] = self.run.latest_checkpoint()
-        self.run.write_result(self.result)
-        self.tracker.finish(status, error)
+        try:
+            if status != "FINISHED":
+                self.result["checkpoint"] = self.run.latest_checkpoint()
+            self.run.write_result(self.result)
+        finally:  # storage may be what failed
+            self.tracker.finish(status, error)
 
     def _show_results(self) -> None:
         result: dict[str, Any] = self.result

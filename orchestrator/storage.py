@@ -164,9 +164,9 @@ class Place:
         elif kind == pa.fs.FileType.Directory:
             self.attempt(lambda: self._opened()[0].delete_dir(self._opened()[1]), "removed")
 
-    def copy_folder(self, target: "Place") -> None:
-        """The files of this folder, in the same storage, as another folder: there whole or not at all where it is on
-        disk, where no byte is copied either if the file system can do without."""
+    def copy_folder(self, target: "Place", last: str) -> None:
+        """The files of this folder, in the same storage, as another folder. On disk it is there whole or not at all,
+        and no byte is copied if the file system can do without; elsewhere it is whole when the file `last` is there."""
         if self.local is not None and target.local is not None:
             partial = target.local.with_suffix(PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)
@@ -174,7 +174,7 @@ class Place:
             shutil.copytree(self.local, partial, copy_function=_link)
             os.replace(partial, target.local)
             return
-        for name in self.files():
+        for name in sorted(self.files(), key=lambda name: name == last):
             (target / name).write((self / name).read())
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ shell and `clusters/environment` read.
 
 import configparser
 import contextlib
+import io
 import os
 import secrets
 import signal
@@ -24,7 +25,8 @@ from .exits import JobError
 FOLDER = Path("~/alexnet-tracking")
 PORT = 5000
 USER = "alexnet"
-CLIENT, AUTH, KEY, LOG, PID = "client.env", "auth.ini", "session.key", "server.log", "pid"
+CLIENT, SERVER, AUTH, KEY, LOG, PID = "client.env", "server.env", "auth.ini", "session.key", "server.log", "pid"
+DATABASE, ARTIFACTS = "TRACKING_DATABASE", "TRACKING_ARTIFACTS"  # lines of server.env
 START_PATIENCE_S = 120.0  # the first start makes the database
 RESTART_PAUSE_S = 2.0
 PROCESSES = 1  # of the server: where there are several, uvicorn kills those that take more than five seconds to import
@@ -32,13 +34,11 @@ PROCESSES = 1  # of the server: where there are several, uvicorn kills those tha
 
 @dataclass(frozen=True)
 class TrackingServer:
-    """One server and its folder. database and artifacts: URIs; None is a SQLite file, or a folder, in the folder."""
+    """One server and its folder. Its database and its artifacts are there, unless server.env says where else."""
 
     folder: Path
     host: str = "127.0.0.1"
     port: int = PORT
-    database: str | None = None
-    artifacts: str | None = None
 
     @property
     def uri(self) -> str:
@@ -56,10 +56,8 @@ class TrackingServer:
         self.write_settings()
         log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         run = [sys.executable, "-m", "orchestrator.tracking_server", str(self.folder), self.host, str(self.port)]
-        uris = {"TRACKING_DATABASE": self.database, "TRACKING_ARTIFACTS": self.artifacts}  # they may hold passwords
-        environment = os.environ | {name: value for name, value in uris.items() if value}
         keeper = subprocess.Popen(
-            run, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            run, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             cwd=Path(__file__).parent.parent,
         )  # fmt: skip
         os.close(log)
@@ -117,28 +115,30 @@ class TrackingServer:
         _write(self.folder / CLIENT, "".join(f"{name}={value}\n" for name, value in client.items()))
         if not (self.folder / KEY).exists():
             _write(self.folder / KEY, secrets.token_hex(32))
-        auth = configparser.ConfigParser(interpolation=None)
-        auth["mlflow"] = {
+        auth = io.StringIO()
+        settings = configparser.ConfigParser(interpolation=None)
+        settings["mlflow"] = {
             "default_permission": "READ",
             "database_uri": f"sqlite:///{self.folder / 'users.db'}",
             "admin_username": USER,
             "admin_password": password,
         }
-        with open(os.open(self.folder / AUTH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            auth.write(file)
+        settings.write(auth)
+        _write(self.folder / AUTH, auth.getvalue())
 
     def keep_running(self) -> NoReturn:
         """Run the server, and again whenever it ends. What may hold a password travels in the environment."""
+        chosen = read_settings(self.folder / SERVER)
         environment = os.environ | {
-            "MLFLOW_BACKEND_STORE_URI": self.database or f"sqlite:///{self.folder / 'mlflow.db'}",
-            "MLFLOW_ARTIFACTS_DESTINATION": self.artifacts or str(self.folder / "artifacts"),
+            "MLFLOW_BACKEND_STORE_URI": chosen.get(DATABASE) or f"sqlite:///{self.folder / 'mlflow.db'}",
+            "MLFLOW_ARTIFACTS_DESTINATION": chosen.get(ARTIFACTS) or str(self.folder / "artifacts"),
             "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / AUTH),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": (self.folder / KEY).read_text(),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a second server, for evaluations of language models
             "PYTHONWARNINGS": "ignore",
         }
-        hosts = ",".join(f"{name}:{self.port}" for name in dict.fromkeys((self.host, "localhost", "127.0.0.1")))
+        hosts = f"{self.host}:{self.port},localhost:*,127.0.0.1:*"  # a tunnel may end at any port
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", self.host, "--port", str(self.port),
             "--app-name", "basic-auth", "--workers", str(PROCESSES), "--allowed-hosts", hosts,
@@ -160,15 +160,17 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """For its owner alone, from its first byte."""
-    with contextlib.suppress(FileNotFoundError):
-        path.chmod(0o600)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
+    """For its owner alone, and whole or not at all: a lost password locks everybody out. Raises JobError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise JobError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
     folder, host, port = sys.argv[1:]
-    TrackingServer(
-        Path(folder), host, int(port), os.environ.get("TRACKING_DATABASE"), os.environ.get("TRACKING_ARTIFACTS")
-    ).keep_running()
+    TrackingServer(Path(folder), host, int(port)).keep_running()

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from .checkpoints import checkpoint_name
+from .checkpoints import STATE, checkpoint_name
 from .config import make_config
 from .mailbox import Event
 from .runs import KEPT, RunFolder
@@ -117,7 +117,7 @@ class _Run:
     def keep(self, epoch: int) -> None:
         """Set an epoch's checkpoint aside for trials that may want to go on from it."""
         target = kept_checkpoint(Place(self.search["output"]), self.folder, epoch)
-        if target.is_folder():
+        if (target / STATE).size() is not None:
             return
         deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
         while found is None and self.thread.is_alive() and time.monotonic() < deadline:
@@ -125,7 +125,7 @@ class _Run:
             time.sleep(POLL_S / 5)
         if found is not None:
             with contextlib.suppress(OSError):  # a later epoch's has replaced it meanwhile
-                Place(found).copy_folder(target)
+                Place(found).copy_folder(target, last=STATE)
 
     def _follow(self) -> None:
         run = RunFolder(Place(self.search["output"]), self.folder)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .exits import JobError
+from .exits import JobError, last_line
 from .tracking_server import CLIENT, FOLDER
 
 DASHBOARD = 8265
@@ -34,7 +34,7 @@ class Head:
                 config = _bootstrap_config(yaml.safe_load(path.read_text()))
                 address = get_head_node_ip(str(path))
         except Exception as error:  # whatever the cloud's own client raises
-            raise JobError(f"{path}: the cluster's head was not found: {str(error) or type(error).__name__}") from None
+            raise JobError(f"{path}: the cluster's head was not found: {last_line(error)}") from None
         return Head(address, config["auth"]["ssh_user"], config["auth"].get("ssh_private_key"))
 
     def ssh(self, *options: str) -> list[str]:
@@ -55,6 +55,11 @@ class Head:
 
 def open_tunnels(head: Head, dashboard_port: int, mlflow_port: int) -> "subprocess.Popen[bytes]":
     """Ports of this machine, on loopback, to the head's dashboard and tracking server. Raises JobError."""
+    if taken := [port for port in (dashboard_port, mlflow_port) if _listens(port)]:
+        raise JobError(
+            f"port {taken[0]} is taken on this machine, by another `make ui` or a server of its own; "
+            "python jobs/ui.py --dashboard-port N --mlflow-port N take others"
+        )
     tunnels = {dashboard_port: f"127.0.0.1:{DASHBOARD}", mlflow_port: head.tracking_address()}
     forwards = [part for port, target in tunnels.items() for part in ("-L", f"127.0.0.1:{port}:{target}")]
     options = ("-N", "-o", "ExitOnForwardFailure=yes", "-o", "ServerAliveInterval=15")
@@ -63,7 +68,7 @@ def open_tunnels(head: Head, dashboard_port: int, mlflow_port: int) -> "subproce
     while not all(_listens(port) for port in tunnels):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise JobError(f"no tunnel to {head.address}; is a port of {', '.join(map(str, tunnels))} taken here?")
+            raise JobError(f"no tunnel to {head.address}: ssh ended with {process.poll()}")
         time.sleep(0.1)
     return process
 

@@ -8,6 +8,7 @@ import runpy
 import secrets
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,10 @@ def s3() -> Iterator[tuple[Place, Callable[[], None], Callable[[], None]]]:
     _, port = server.get_host_and_port()
     query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
     root = f"s3://bucket/folder?{query}"
+    reset = urllib.request.Request(
+        f"http://127.0.0.1:{port}/moto-api/reset", method="POST"
+    )  # of what tests left before
+    urllib.request.urlopen(reset).close()
     fs, _ = Place.of(root)._opened()
     fs.create_dir("bucket")
     servers = [server]

@@ -61,8 +61,13 @@ def test_nodes_speak_with_tokens_and_listen_where_the_world_is_not(name):
 
 
 def rules_open_to_the_world(config):
-    group = config["provider"].get("security_group", {})
-    for rule in group.get("IpPermissions", []):
+    """Of the group that Ray makes: its own rules, and what the yaml adds."""
+    from ray.autoscaler._private.aws.config import _create_default_inbound_rules
+
+    added = config["provider"].get("security_group", {}).get("IpPermissions", [])
+    rules = _create_default_inbound_rules(["sg-1"], added)
+    assert len({str(rule).lower() for rule in rules}) == len(rules), "EC2 refuses a group with a rule twice"
+    for rule in rules:
         ranges = [*(each["CidrIp"] for each in rule.get("IpRanges", [])),
                   *(each["CidrIpv6"] for each in rule.get("Ipv6Ranges", []))]  # fmt: skip
         if {"0.0.0.0/0", "::/0"} & set(ranges):
@@ -72,9 +77,10 @@ def rules_open_to_the_world(config):
 def test_nothing_but_ssh_is_open_to_the_world():
     assert set(rules_open_to_the_world(read("cluster.yaml"))) == {(22, 22)}
     opened = read("cluster.yaml")
-    opened["provider"]["security_group"]["IpPermissions"].append(
-        {"IpProtocol": "tcp", "FromPort": 8265, "ToPort": 8265, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
-    )
+    world = [{"CidrIp": "0.0.0.0/0"}]
+    opened["provider"]["security_group"]["IpPermissions"] = [
+        {"IpProtocol": "tcp", "FromPort": 8265, "ToPort": 8265, "IpRanges": world}
+    ]
     assert (8265, 8265) in set(rules_open_to_the_world(opened)), "the check would see it"
 
 
@@ -95,9 +101,9 @@ def test_versions_are_those_of_the_lock():
     versions = lock()
     documents = list(yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text()))
     assert [document["kind"] for document in documents] == [
-        "RayCluster", "PersistentVolumeClaim", "NetworkPolicy", "RayJob",
+        "ConfigMap", "RayCluster", "PersistentVolumeClaim", "NetworkPolicy", "RayJob",
     ]  # fmt: skip
-    assert documents[0]["spec"]["rayVersion"] == versions["ray"]
+    assert documents[1]["spec"]["rayVersion"] == versions["ray"]
     for name in FILES:
         assert read(name)["setup_commands"][0] == "cd ~/alexnet && make setup", "the lock is what nodes install"
         for found in re.findall(r"(ray|torch|mlflow)==([\d.]+)", (ROOT / name).read_text()):
@@ -115,14 +121,18 @@ def test_the_aws_cluster_starts_from_nothing_and_its_gpu_nodes_hold_pairs():
     assert types["gpu"]["resources"]["GPU"] >= 2
     for name in ("gpu", "cpu"):
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    kubernetes = next(yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text()))["spec"]
-    assert {group["groupName"]: group["minReplicas"] for group in kubernetes["workerGroupSpecs"]} == {
-        "gpu": 0,
-        "cpu": 0,
-    }
-    for group in kubernetes["workerGroupSpecs"]:
-        environment = {each["name"]: each["value"] for each in group["template"]["spec"]["containers"][0]["env"]}
-        assert environment["RAY_AUTH_MODE"] == "token"
+    table, cluster = list(yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text()))[:2]
+    assert cluster["spec"]["authOptions"] == {"mode": "token", "secretName": "alexnet"}
+    groups = cluster["spec"]["workerGroupSpecs"]
+    assert {group["groupName"]: group["minReplicas"] for group in groups} == {"gpu": 0, "cpu": 0}
+    types = yaml.safe_load(table["data"]["nodes.yaml"])["available_node_types"]
+    for group in groups:
+        said = types[group["groupName"]]
+        asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+        assert said["resources"]["CPU"] == int(asked["cpu"])
+        assert said["resources"].get("GPU", 0) == int(asked.get("nvidia.com/gpu", 0))
+        assert said["max_workers"] == group["maxReplicas"]
+        assert group["rayStartParams"]["labels"] == f"usd-per-hour={said['labels']['usd-per-hour']}"
 
 
 def test_the_price_table_is_read_from_the_yaml():

@@ -1,14 +1,23 @@
-"""A cluster that starts nodes when a job asks for them: Ray's own stand-in for a cloud, on this machine."""
+"""A cluster that starts nodes when a job asks for them: Ray's own stand-in for a cloud, in a host of its own, because
+it is stopped by ending every Ray of the machine."""
 
 import json
-import os
 import re
 
 import pytest
 import yaml
+from conftest import ROOT
+from hosts import Network, why_not
+from test_cluster import lend_environment
 
+REASON = why_not()
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.long,
+    pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}"),
+]
 TYPES = {
-    "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
     "cpu": {
         "resources": {"CPU": 3},
         "node_config": {},
@@ -17,49 +26,75 @@ TYPES = {
         "labels": {"usd-per-hour": "36"},
     },
 }
+CLOUD = {
+    "cluster_name": "fake",
+    "max_workers": 2,
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "auth": {},
+    "upscaling_speed": 1,
+    "idle_timeout_minutes": 5,
+    "head_node_type": "ray.head.default",
+    "available_node_types": TYPES,
+    "file_mounts": {},
+    **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray",
+                                           "worker_start_ray")},
+    "cluster_synced_files": [],
+}  # fmt: skip
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0" * 64,
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "0",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 
 @pytest.fixture
-def growing(tmp_path, monkeypatch):
-    """Its environment. The yaml is where `ray up` would have left it on the head."""
-    from ray.cluster_utils import AutoscalingCluster
+def growing():
+    """A host with a head that can start nodes, and the yaml where `ray up` would have left it."""
+    with Network() as network:
+        host = network.add("cloud")
+        lend_environment(host, host.home / "alexnet")
+        home = host.folder / "home/user"
+        cloud = CLOUD | {"provider": CLOUD["provider"] | {"gcs_address": f"{host.address}:6379"}}
+        (home / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(cloud))
+        (home / "cloud.yaml").write_text(json.dumps(cloud))
+        start = f". alexnet/.venv/bin/activate && ray start --head --node-ip-address={host.address} --num-cpus=0"
+        host.run(f"{start} --autoscaling-config=cloud.yaml --object-store-memory=500000000", **SETTINGS)
 
-    cluster = AutoscalingCluster(
-        head_resources=TYPES["head"]["resources"],
-        worker_node_types={"cpu": TYPES["cpu"]},
-        idle_timeout_minutes=5,
-        autoscaler_v2=True,
-    )
-    config = {"provider": {"type": "aws"}, "head_node_type": "head", "max_workers": 2, "available_node_types": TYPES}
-    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
-    cluster.start()
-    try:
-        auth = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-        yield {"RAY_ADDRESS": "auto", "HOME": str(tmp_path), "ALEXNET_OUTPUT": str(tmp_path / "runs"), **auth}
-    finally:
-        cluster.shutdown()
+        def job(command, check=True):
+            line = f". alexnet/.venv/bin/activate && python {ROOT}/jobs/{command}"
+            return host.run(line, check=check, RAY_ADDRESS=f"{host.address}:6379", **SETTINGS)
+
+        yield job, home
 
 
-@pytest.mark.ray
-@pytest.mark.long
-def test_a_job_waits_for_the_nodes_that_it_needs_and_counts_what_they_cost(job, growing, tmp_path):
-    done = job("train", "--dry-run", "--images-per-s", 100, cwd=tmp_path, **growing)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.timeout(900)
+def test_a_job_waits_for_the_nodes_that_it_needs(growing):
+    job, home = growing
+    dry = job("train.py --dry-run --images-per-s 100").stdout
     for words in (
         "none but the head; up to 2 more cpu (3 CPUs, 0 GPUs, $36 an hour each)",
-        "would start  1 of cpu",
+        "would start     1 of cpu",
         "100 images/s: as stated",
         "about 7:47 for 30 epochs",  # of 1437 images, and 360 that are only looked at
         "about $4.67, at $36.00 an hour for all nodes",
     ):
-        assert words in done.stdout, done.stdout
-    done = job("train", "--workers", 9, cwd=tmp_path, **growing)
+        assert words in dry, dry
+    done = job("train.py --workers 8", check=False)
     assert done.returncode == 1
-    assert "--workers 9: more than this cluster can grow to: 2 cpu (3 CPUs" in done.stderr
-    done = job("train", "--epochs", 2, "--name", "first", cwd=tmp_path, **growing)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "waiting for nodes such as cpu" in done.stdout
-    result = json.loads((tmp_path / "runs" / "first" / "result.json").read_text())
-    hours = result["elapsed_s"] / 3600
-    assert 0.1 * 36 * hours < result["cost_usd"] < 36 * hours, "one node, for a part of the time"
-    assert re.search(rf"cost +\${result['cost_usd']:.2f} for all nodes", done.stdout)
+    assert "--workers 8: more than this cluster can grow to: 2 cpu (3 CPUs" in done.stderr
+    done = job("train.py --epochs 2 --name first")
+    print(done.stdout)
+    assert re.search(r"waiting for nodes such as cpu: 0 here, 0 s so far", done.stdout)
+    result = json.loads((home / "runs/first/result.json").read_text())
+    assert result["status"] == "FINISHED"
+    most = 36 * result["elapsed_s"] / 3600
+    assert 0.1 * most < result["cost_usd"] < most, "one node, for a part of the time"
+    assert f"cost          ${result['cost_usd']:.2f} for all nodes" in done.stdout

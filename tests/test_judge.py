@@ -161,7 +161,7 @@ def test_of_a_population_the_worst_goes_on_from_the_best_and_the_paper_s_from_it
     for number, one in enumerate(trials):
         journal.write("trial", number=number, values=config.papers if not number else config.space.draw(0, number))
         judge.on_trial_add(controller, one)
-        kept_checkpoint(Place.of(tmp_path), journal.trials[number].folder, 2).local.mkdir(parents=True)
+        (kept_checkpoint(Place.of(tmp_path), journal.trials[number].folder, 2) / "state.json").write(b"{}")
     for epoch in (1, 2):
         for number in (3, 2, 4, 1, 5, 6, 0, 7):  # the worst last, who is the paper's and trial 7
             decision = judge.on_trial_result(controller, trials[number], result(epoch, errors(number, epoch)))

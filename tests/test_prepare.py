@@ -203,6 +203,8 @@ def test_from_object_storage_to_object_storage_and_through_the_feed(ray_here, s3
         shards.verify(root / "shards", there, whole=False)
 
 
+@pytest.mark.ray
+@pytest.mark.long
 def test_a_server_that_goes_away_is_tried_again_then_named_and_the_rerun_completes(ray_here, s3, many, tmp_path):
     root, stop, restart = s3
     source = open_source(str(many))

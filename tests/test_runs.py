@@ -55,7 +55,7 @@ def test_a_folder_is_copied_or_fetched_whole(output):
     folder = output / "one"
     for name in ("a.txt", "deeper/b.txt"):
         (folder / name).write(name.encode())
-    folder.copy_folder(output / "two")
+    folder.copy_folder(output / "two", last="a.txt")
     for place in (folder, output / "two"):
         with place.fetched() as path:
             assert {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*.txt")} == {
@@ -76,7 +76,7 @@ def test_where_runs_live_may_be_said_once_for_all(monkeypatch):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_and_a_search_live_in_object_storage_and_are_resumed_there(job, s3, here, digit_shards, tmp_path):
     output = (s3[0] / "runs").text
     args = ("--output", output, "--data", digit_shards[0], "--workers", 1, "--layout", "single")
