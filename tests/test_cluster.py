@@ -407,6 +407,20 @@ def test_the_doctor_names_what_is_wrong_and_the_remedy(cluster):
 
 
 @pytest.mark.long
+def test_every_command_of_the_readme_does_what_it_says(cluster):
+    """Those of its section on clusters, but for those that the fixture and the last test type."""
+    section = (ROOT / "README.md").read_text().split("## On a cluster")[1].split("\n## ")[0]
+    commands = [line for block in section.split("```")[1::2] for line in block.strip().splitlines()]
+    elsewhere = ["make token", f"ray up -y {YAML}", "make ui", f"ray down -y {YAML}"]
+    assert [command for command in commands if command in elsewhere] == elsewhere
+    shell = [command for command in commands if command not in elsewhere and not command.startswith("ray job")]
+    for command in (command for command in commands if command.startswith("ray job")):
+        line = " && ".join([*dict.fromkeys(shell), command])
+        done = cluster.laptop.run(line, cluster.laptop.home / "project", timeout=900)
+        print(f"\n{command}: exit status {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-6:]))
+
+
+@pytest.mark.long
 def test_a_run_survives_a_host_that_is_cut_off_and_one_that_dies(cluster):
     job = cluster.starts("python jobs/train.py --epochs 60 --name survivor")
     cluster.wait_for_epoch("survivor", 3)
@@ -439,20 +453,6 @@ def _host_of_the_workers(cluster) -> Host:
                 return host
         time.sleep(0.5)
     raise AssertionError("no host has training workers")
-
-
-@pytest.mark.long
-def test_every_command_of_the_readme_does_what_it_says(cluster):
-    """Those of its section on clusters, but for those that the fixture and the last test type."""
-    section = (ROOT / "README.md").read_text().split("## On a cluster")[1].split("\n## ")[0]
-    commands = [line for block in section.split("```")[1::2] for line in block.strip().splitlines()]
-    elsewhere = ["make token", f"ray up -y {YAML}", "make ui", f"ray down -y {YAML}"]
-    assert [command for command in commands if command in elsewhere] == elsewhere
-    shell = [command for command in commands if command not in elsewhere and not command.startswith("ray job")]
-    for command in (command for command in commands if command.startswith("ray job")):
-        line = " && ".join([*dict.fromkeys(shell), command])
-        done = cluster.laptop.run(line, cluster.laptop.home / "project", timeout=900)
-        print(f"\n{command}: exit status {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-6:]))
 
 
 def test_ray_down_ends_the_cluster_and_touches_nothing_outside(cluster, outside):
