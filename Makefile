@@ -30,7 +30,7 @@ token: .ray-token  ## make the token of your clusters, which only you may read
 ui: setup  ## tunnels to a cluster's dashboard and MLflow: make ui CLUSTER=cluster.yaml
 	@$(BIN)/python jobs/ui.py $(or $(CLUSTER),cluster.yaml)
 
-test: setup  ## the tests but those of make long, about fourteen minutes on two cores
+test: setup  ## the tests but those of make long, about a quarter of an hour on two cores
 	$(BIN)/python -m pytest
 
 long: setup  ## the tests of faults that take minutes each, half an hour in all

@@ -42,7 +42,7 @@ class Machines:
         import ray
 
         raw: list[dict[str, Any]] = ray.nodes()
-        nodes, types = [node for node in alive(raw) if node.cpus or node.gpus], node_types()
+        nodes, types = alive(raw), node_types()
         kinds = Counter(f"of {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes)
         there = "; ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none but the head"
         text = there + "".join(f"; up to {kind.at_most} more {kind}" for kind in types)

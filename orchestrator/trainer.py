@@ -105,7 +105,7 @@ class Training:
         import ray
 
         nodes = alive(ray.nodes())
-        self._counted = {node.id for node in nodes if node.cpus or node.gpus}
+        self._counted = {node.id for node in nodes}
         return make_plan(self.config, nodes, self.num_classes, self.side_by_side)
 
     def _begin(self, plan: Plan) -> None:

@@ -153,14 +153,15 @@ def test_an_elastic_run_takes_what_there_is():
     assert make_plan(config, [*nodes[:1], Node("head", cpus=0)], 10).node_of_worker == ("a", "a")
 
 
-def test_nodes_are_read_from_ray():
+def test_nodes_are_read_from_ray_but_for_a_head_that_computes_nothing():
     gpu = {"CPU": 8.0, "GPU": 2.0, "memory": 1e9, "accelerator_type:T4": 1.0}
     nodes = [
         {"NodeID": "b", "Alive": True, "Resources": gpu},
-        {"NodeID": "a", "Alive": True, "Resources": {}},
+        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}},
+        {"NodeID": "head", "Alive": True, "Resources": {"memory": 1e9}},
         {"NodeID": "c", "Alive": False, "Resources": gpu},
     ]
-    assert alive(nodes) == [Node("a", 0, 0, None, None), Node("b", 8, 2, 1e9, "T4")]
+    assert alive(nodes) == [Node("a", 2, 0, None, None), Node("b", 8, 2, 1e9, "T4")]
 
 
 def test_the_ledger_has_a_line_for_every_layout_that_can_be():
