@@ -36,7 +36,7 @@ test: setup  ## the tests but those of make long, about a quarter of an hour on 
 long: setup  ## the tests of faults that take minutes each, half an hour in all
 	$(BIN)/python -m pytest -m long
 
-cluster: setup  ## a cluster of several hosts in namespaces, as root: four minutes; FAULTS=1 adds faults, half an hour
+cluster: setup  ## a cluster of several hosts in namespaces, as root; FAULTS=1 adds the faults, which take much longer
 	$(BIN)/python -m pytest tests/test_cluster.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
 
 quick: setup  ## the tests that start no Ray and need no patience
