@@ -34,7 +34,7 @@ test: setup  ## the tests but those of make long, about a quarter of an hour on 
 	$(BIN)/python -m pytest
 
 long: setup  ## the tests of faults that take minutes each, half an hour in all
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not cluster"
 
 cluster: setup  ## a cluster of several hosts in namespaces, as root; FAULTS=1 adds the faults, which take much longer
 	$(BIN)/python -m pytest tests/test_cluster.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
