@@ -5,7 +5,6 @@ have been told all that is written here; nothing is pickled.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
@@ -83,15 +82,9 @@ class Journal:
             try:
                 self._apply(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: damaged: {error}") from None
+                raise ValueError(f"{self._place}, line {number}: damaged: {error}") from None
         self._before, self._began = self.elapsed_s, time.monotonic()
         self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or its process ends
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it: this search is running") from None
-        except OSError:  # a file system without locks
-            pass
         if len(whole) < len(data):
             os.truncate(path, len(whole))
         self._changed, self._closed = threading.Event(), False

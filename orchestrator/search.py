@@ -18,6 +18,7 @@ from typing import Any
 
 from alexnet.cost import estimate
 
+from .claim import Claim
 from .cluster import connect, cost_so_far, join, wait_for_nodes
 from .config import TrainConfig
 from .costs import Meter
@@ -134,6 +135,7 @@ class Search:
         self.store = Store(tracking_uri())
         if not resume:
             folder.create_search(config)
+        self.claim = Claim(folder)
         self.journal = Journal(folder.path / JOURNAL)
         if resume:
             folder.change_search(config)
@@ -163,6 +165,7 @@ class Search:
             raise
         finally:
             self.journal.close()
+            self.claim.release()
         if isinstance(self.stop, int):
             raise Interrupted(self.stop)
 

@@ -9,6 +9,7 @@ from typing import Any
 from alexnet import pictures
 
 from . import checkpoints
+from .claim import Claim
 from .cluster import connect, cost_so_far, join, wait_for_nodes
 from .config import TrainConfig
 from .costs import Meter
@@ -57,10 +58,11 @@ class Session:
         if run.exists() and not resume:
             run.create(config)  # says why not
         self.tracker = Tracker(tracking_uri())
+        if not resume:
+            run.create(config)
+        self.claim = Claim(run)
         if resume:
             run.change(config)
-        else:
-            run.create(config)
         self.result = self.run.result()
         self.started = time.monotonic()
 
@@ -193,6 +195,7 @@ class Session:
             self.run.write_result(self.result)
         finally:  # storage may be what failed
             self.tracker.finish(status, error)
+            self.claim.release()
 
     def _show_results(self) -> None:
         result: dict[str, Any] = self.result

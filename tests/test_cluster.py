@@ -302,6 +302,9 @@ def test_a_job_that_fails_or_is_stopped_says_so_in_its_status(cluster):
 
     job = cluster.starts("python jobs/train.py --epochs 500 --name stopped")
     cluster.wait_for_epoch("stopped", 2)
+    second = cluster.starts("python jobs/train.py --resume stopped")
+    assert second.wait() == "FAILED"
+    assert f"--resume stopped: job {job.id} is working on it; wait for its end, or `ray job stop" in second.log()
     cluster.types(f"ray job stop {job.id}")
     assert job.wait() == "STOPPED"
     result = cluster.result("stopped")
