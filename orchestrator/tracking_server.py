@@ -7,6 +7,7 @@ shell and `clusters/environment` read.
 
 import configparser
 import contextlib
+import ctypes
 import io
 import os
 import secrets
@@ -29,6 +30,7 @@ CLIENT, SERVER, AUTH, KEY, LOG, PID = "client.env", "server.env", "auth.ini", "s
 DATABASE, ARTIFACTS = "TRACKING_DATABASE", "TRACKING_ARTIFACTS"  # lines of server.env
 START_PATIENCE_S = 120.0  # the first start makes the database
 RESTART_PAUSE_S = 2.0
+PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 PROCESSES = 1  # of the server: where there are several, uvicorn kills those that take more than five seconds to import
 
 
@@ -145,9 +147,15 @@ class TrackingServer:
         ]  # fmt: skip
         os.umask(0o077)
         while True:
-            status = subprocess.call(command, env=environment, cwd=self.folder)
+            status = subprocess.call(command, env=environment, cwd=self.folder, preexec_fn=_end_with_the_keeper)
             print(f"the server ended with status {status}; starting it again", file=sys.stderr, flush=True)
             time.sleep(RESTART_PAUSE_S)
+
+
+def _end_with_the_keeper() -> None:
+    """In the server's process: it would hold the port if it lived on, and nobody would restart it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def read_settings(path: Path) -> dict[str, str]:

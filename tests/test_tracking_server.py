@@ -72,6 +72,18 @@ def test_one_that_is_killed_is_started_again_with_the_same_password(server):
 
 
 @pytest.mark.slow
+def test_a_server_ends_with_its_keeper_and_both_can_be_started_again(server):
+    before = server.pid()
+    os.kill(before, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while server.answers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server.start()
+    assert server.pid() not in (None, before)
+
+
+@pytest.mark.slow
 def test_a_port_that_somebody_else_has_is_said(server, tmp_path):
     with pytest.raises(JobError, match="answers already, and is not the server of"):
         TrackingServer(tmp_path / "other", port=server.port).start()
