@@ -65,7 +65,7 @@ def main() -> int:
             print(describe(config, Place.of(args.output), args.images_per_s))
             return 0
         prepared = session.Session(
-            run, config, resume=resume, recipe=None if args.config and not args.recipe else args.recipe or "digits"
+            run, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")
         )
     except ValueError as error:
         flags.error(str(error))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .config import TrainConfig, make_config
 from .feed import Feed, warm_up
-from .shards import DamagedData, Manifest, check_labels, read_manifest, read_mean_image, verify
+from .shards import DamagedData, Manifest, check_labels, label_ranges, read_manifest, read_mean_image, verify
 from .storage import Place
 
 PICTURES = 48  # on the contact sheet
@@ -48,7 +48,7 @@ def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, in
     verify(folder, manifest)
     read_mean_image(folder, manifest)
     say(f"checksums  {len(manifest.shards)} shards, {size_bytes / 1e6:.1f} MB, and the mean image: as in the manifest")
-    check_labels(folder, manifest, len(manifest.classes))
+    check_labels(folder, manifest, label_ranges(folder, manifest), len(manifest.classes))
     config = feed_config(manifest)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # no trainer here: all of them are the feed's
     feed = Feed(folder, manifest, config, rank=0, world_size=1, num_cpus=1.0, num_tasks=cpus)

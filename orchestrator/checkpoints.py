@@ -83,9 +83,15 @@ def load(folder: Path, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceL
 
 
 def scale_rate(factor: float, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> None:
-    """Move the rate and the floor of its drops, for a run that goes on from another's checkpoint at its own rate."""
+    """Move the rate and the floor of its drops, for a run that goes on from another's checkpoint at its own rate.
+
+    With the velocities: by the paper's rule they are sums of rate times gradient. Those of a high rate would carry the
+    weights far from where they were before a low one could turn them.
+    """
     for group in optimizer.param_groups:
         group["lr"] *= factor
+    for state in optimizer.state.values():
+        state["velocity"].mul_(factor)
     schedule.min_lrs = [lr * factor for lr in schedule.min_lrs]
 
 

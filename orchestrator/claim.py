@@ -10,7 +10,6 @@ from .cluster import job_id, on_cluster
 from .exits import signals_deferred
 from .runs import RunFolder
 
-LOCK = ".lock"
 NAMESPACE = "alexnet"  # of Ray's named actors: the same for all jobs, which have one of their own each
 PATIENCE_S = 10.0  # for Ray to notice that the last holder's driver has ended
 
@@ -18,7 +17,7 @@ PATIENCE_S = 10.0  # for Ray to notice that the last holder's driver has ended
 class Claim:
     """The right to work on a run, until `release` or the end of this process, whatever its end.
 
-    On one machine it is a lock on a file of the run's folder. The jobs of a cluster, whose storage may have no locks,
+    On one machine it is a lock on the run's folder. The jobs of a cluster, whose storage may have no locks,
     find each other by the name of an actor, which ends with its driver.
     """
 
@@ -44,7 +43,7 @@ class Claim:
 
     def _lock(self, run: RunFolder) -> None:
         try:
-            self._file = os.open(str(run.path / LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(str(run.path), os.O_RDONLY)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
@@ -56,9 +55,11 @@ class Claim:
 
     def _take_the_name(self, run: RunFolder) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         name, deadline = f"driver of {run.path}", time.monotonic() + PATIENCE_S
-        holder = ray.remote(num_cpus=0)(_Holder).options(name=name, namespace=NAMESPACE)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        holder = ray.remote(num_cpus=0, scheduling_strategy=here)(_Holder).options(name=name, namespace=NAMESPACE)
         while True:
             with signals_deferred():
                 try:

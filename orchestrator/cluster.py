@@ -127,8 +127,7 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: Place, say: Callable[
     """On a cluster that grows when asked: ask for nodes for so many runs side by side, or as many as it can grow to,
     and wait until they are there; for all but the first run only GROW_PATIENCE_S. They must see the output, too.
 
-    The wish is a placement group, which ends with this process whatever becomes of it: nobody pays for nodes that
-    nobody waits for. Raises JobError where the cluster cannot grow so far.
+    Raises JobError where the cluster cannot grow so far.
     """
     types = node_types()
     if not on_cluster() or not types or not runs:
@@ -144,32 +143,54 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: Place, say: Callable[
     _check_shared(output)
 
 
+class Wish:
+    """Room for so many workers, asked of the cluster, which may start nodes for it. It is a placement group, which ends
+    with this process whatever becomes of it: nobody pays for nodes that nobody waits for. Once granted it holds the
+    room, until `end`."""
+
+    def __init__(self, config: TrainConfig, workers: int, *, on_gpu: bool, runs: int = 1) -> None:
+        from ray.util import placement_group
+
+        together = 2 if config.layout == "columns" and workers % 2 == 0 and not config.spread else 1
+        unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 1.0}
+        bundle = {name: amount * together for name, amount in unit.items()}
+        bundles = [bundle] * (workers // together) * runs + ([] if on_gpu else [{"CPU": 1.0}])  # one for the feed
+        strategy = "STRICT_SPREAD" if config.spread and runs == 1 else "PACK"
+        with signals_deferred():
+            self._group: Any = placement_group(bundles, strategy=strategy)
+
+    def is_granted(self, within_s: float) -> bool:
+        """To be called with signals deferred."""
+        return bool(self._group.wait(within_s))
+
+    def end(self) -> None:
+        from ray.util import remove_placement_group
+
+        if self._group is not None:
+            group, self._group = self._group, None
+            with signals_deferred():
+                remove_placement_group(group)
+
+
 def _wait_for_room(
     config: TrainConfig, kind: NodeType, runs: int, patience_s: float, say: Callable[[str], None]
 ) -> None:
     import ray
-    from ray.util import placement_group, remove_placement_group
 
-    workers, on_gpu = config.worker_range[0], bool(kind.gpus) and config.device != "cpu"
-    together = 2 if config.layout == "columns" and workers % 2 == 0 and not config.spread else 1
-    unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 1.0}
-    bundle = {name: amount * together for name, amount in unit.items()}
-    bundles = [bundle] * (workers // together) * runs + ([] if on_gpu else [{"CPU": 1.0}])  # one for the feed
-    with signals_deferred():
-        group = placement_group(bundles, strategy="STRICT_SPREAD" if config.spread and runs == 1 else "PACK")
+    on_gpu = bool(kind.gpus) and config.device != "cpu"
+    wish = Wish(config, config.worker_range[0], on_gpu=on_gpu, runs=runs)
     began, said = time.monotonic(), -math.inf
     try:
         while time.monotonic() - began < patience_s:
             with signals_deferred():
-                if group.wait(0.5):
+                if wish.is_granted(0.5):
                     return
                 here = len(alive(ray.nodes()))
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 say(f"waiting for nodes such as {kind.name}: {here} here, {said - began:.0f} s so far")
     finally:
-        with signals_deferred():
-            remove_placement_group(group)
+        wish.end()
 
 
 def cost_so_far(meter: Meter) -> float | None:

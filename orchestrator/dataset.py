@@ -22,6 +22,7 @@ class Dataset:
 
     def __init__(self, config: TrainConfig, output: Place, *, verify: bool = True) -> None:
         """Raises ValueError of one line where they are not there, or do not fit; DamagedData where they are broken."""
+        self._labels: list[tuple[int, int]] | None = None  # of the shards, once they have been read
         embedded = config.data == EMBEDDED
         self.folder = output / "_data" / EMBEDDED if embedded else Place.of(config.data)
         self.to_prepare = embedded and (self.folder / shards.MANIFEST).size() is None
@@ -42,7 +43,9 @@ class Dataset:
             if config.num_classes is not None and config.num_classes < self.classes:
                 raise ValueError(f"num_classes = {config.num_classes}: {self.name} have {self.classes} classes")
         else:
-            shards.check_labels(self.folder, self.manifest, config.num_classes or self.classes)
+            if self._labels is None:
+                self._labels = shards.label_ranges(self.folder, self.manifest)
+            shards.check_labels(self.folder, self.manifest, self._labels, config.num_classes or self.classes)
         if config.input_size > self.image_size:
             raise ValueError(
                 f"input_size = {config.input_size}: above the {self.image_size} pixels of {self.name}; choose at most "

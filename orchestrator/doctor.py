@@ -26,6 +26,7 @@ from .tracking_server import PORT as MLFLOW_PORT
 
 PACKAGES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy")
 SLOW_BYTES_PER_S = 0.1e9  # below the network of any cloud's smallest machine
+LOOPBACK = ("http://127.", "http://localhost")
 PATIENCE_S = 60.0  # with a node that has to start a process for the first task
 TRAFFIC_BYTES, TRAFFIC_ROUNDS, NETWORK_PATIENCE_S = 16 * 2**20, 4, 90.0
 
@@ -172,6 +173,8 @@ class Doctor:
             yield Finding("tracking", "here", "fail", str(error), remedy)
             return
         yield Finding("tracking", "here", "ok", f"{shown}: a metric and a file came back in {seconds:.1f} s")
+        if uri.startswith(LOOPBACK):  # for drivers, which run on this node
+            return
         for node, name in self.names.items():
             trouble = _ask(node, _reaches, uri)
             if trouble:

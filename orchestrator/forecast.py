@@ -101,11 +101,15 @@ def describe(config: TrainConfig, output: Place, images_per_s: float | None) -> 
 
 def time_and_cost(
     config: TrainConfig, output: Place, data: Dataset, epochs: int, machines: Machines, cost: Cost, workers: int,
-    images_per_s: float | None,
+    images_per_s: float | None, at_once: int = 1,
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Lines about so many epochs by so many workers at a time; start-up and the waiting for nodes are not counted."""
+    """Lines about so many epochs of runs of so many workers, some at once; start-up and the waiting for nodes are not
+    counted. images_per_s: of a run, as the user states."""
     use_gpu = config.device != "cpu" and sum(node.gpus for node in machines.nodes) > 0
-    rate, whence = _expected_rate(config, output, cost, min(workers, _slots(machines, use_gpu)), use_gpu, images_per_s)
+    if images_per_s is not None:
+        rate, whence = images_per_s * at_once, "as stated" + (f", for {at_once} at once" if at_once > 1 else "")
+    else:
+        rate, whence = _expected_rate(config, output, cost, workers, at_once, machines, use_gpu)
     seconds = epochs * (data.rows["train"] + data.rows["val"] / 3) / rate  # a forward pass is a third of a step
     lines = [("speed", f"{rate:,.0f} images/s: {whence}"), ("time", f"about {duration(seconds)} for {epochs} epochs")]
     if machines.usd_per_hour is not None:
@@ -115,20 +119,22 @@ def time_and_cost(
 
 
 def _expected_rate(
-    config: TrainConfig, output: Place, cost: Cost, workers: int, use_gpu: bool, stated: float | None
+    config: TrainConfig, output: Place, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
 ) -> tuple[float, str]:
-    """Images per second, and how that is known."""
-    if stated is not None:
-        return stated, "as stated"
+    """Images per second of all runs that are at work at once, and how that is known."""
     for name, is_folder in output.children().items():
         place = output / name / RESULT
         if is_folder and place.size() is not None:
             result = json.loads(place.read())
             ran = result.get("config", {})
             if result.get("images_per_s") and all(ran.get(key) == getattr(config, key) for key in SAME):
-                return float(result["images_per_s"]), f"measured in run {name}"
+                whence = f"measured in run {name}"
+                if use_gpu and at_once > 1:  # each has its own; CPUs are shared by as many runs as there are
+                    return at_once * float(result["images_per_s"]), f"{whence}, for {at_once} at once"
+                return float(result["images_per_s"]), whence
     flops = GPU_FLOPS if use_gpu else CPU_FLOPS
-    return workers * flops / cost.training_flops, "a guess from the arithmetic; say --images-per-s if you know better"
+    busy = min(workers * at_once, _slots(machines, use_gpu))
+    return busy * flops / cost.training_flops, "a guess from the arithmetic; say --images-per-s if you know better"
 
 
 def _slots(machines: Machines, use_gpu: bool) -> int:

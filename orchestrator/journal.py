@@ -76,6 +76,7 @@ class Journal:
         self.path, self.trials, self.parent_run_id = path, dict[int, TrialRecord](), None
         self.results: list[tuple[int, Metrics]] = []  # of all trials, as they came
         self.elapsed_s = 0.0  # of earlier sessions
+        self.usd: float | None = None  # what it had cost, where nodes have a price
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
@@ -137,6 +138,9 @@ class Journal:
         self.elapsed_s = entry["at_s"]
         if entry["event"] == "search":
             self.parent_run_id = entry["run_id"]
+            return
+        if entry["event"] == "cost":
+            self.usd = entry["usd"]
             return
         number = entry["number"]
         if entry["event"] == "trial":

@@ -23,7 +23,7 @@ from .cluster import connect, cost_so_far, join, wait_for_nodes
 from .config import TrainConfig
 from .costs import Meter
 from .dataset import Dataset
-from .exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
+from .exits import Interrupted, JobError, catch_signals, signals_deferred
 from .findings import as_result, expected_epochs, rungs
 from .journal import JOURNAL, PAPERS, Journal, TrialRecord
 from .mailbox import SAVE, Event
@@ -41,6 +41,7 @@ SEARCH_YAML, BEST_YAML = "search.yaml", "best.yaml"
 TRIALS, TUNES_OWN = "trials", "_tune"
 RETRIES = 2  # of a trial whose own process died
 DRAIN_EVERY_S = 0.5
+MLFLOW_PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each
 SETTLED_S = 120.0  # after its end a trial's workers may still be putting a checkpoint away
 TUNES_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -87,7 +88,6 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
         num_classes=data.num_classes(config.train), input_size=config.train.input_size, width=config.train.width,
         global_batch_size=config.train.global_batch_size,
     )  # fmt: skip
-    rate = images_per_s and images_per_s * at_once
     facts = [
         ("data", f"{config.train.data}: {data}"),
         ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
@@ -97,7 +97,7 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
         ("nodes", machines.text),
         *([("would start", f"{machines.started[1]} of {machines.started[0]}")] if machines.started else []),
         ("at once", f"{at_once} trial(s)"),
-        *time_and_cost(config.train, output, data, epochs, machines, cost, workers * at_once, rate),
+        *time_and_cost(config.train, output, data, epochs, machines, cost, workers, images_per_s, at_once),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
 
@@ -115,10 +115,6 @@ def age_of_kept(name: str) -> tuple[int, int]:
     """Sorts what a trial has set aside: how often its weights had been replaced, and the epoch."""
     exploits = re.match(r"\d+-(\d+)-from", name)
     return int(exploits[1]) if exploits else 0, int(name.rpartition("-")[2])
-
-
-def _logged(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name != "step"}
 
 
 class Search:
@@ -145,10 +141,10 @@ class Search:
         self.rooms: dict[int, str] = {}  # placement groups of the trials' workers
         self.stop: int | str | None = None  # a signal's number, or why else the search is to end
         self.deadline = time.monotonic() + (config.time_budget_s or float("inf"))
-        self._told, self._drained = False, 0.0
+        self._told, self._drained, self._try_mlflow_at = False, 0.0, 0.0
         self._endings: list[threading.Thread] = []  # of runs in MLflow
-        self.meter = Meter(folder.result().get("cost_usd") or 0.0)
-        self.usd: float | None = None  # so far, of all nodes
+        self.usd = self.journal.usd  # so far, of all nodes
+        self.meter = Meter(self.usd or 0.0)
         self._ended_at: dict[int, float] = {}
 
     def run(self) -> None:
@@ -233,7 +229,7 @@ class Search:
             self.proposals = Proposals(self.config, self.journal, at_once)
             self.judge = Judge(self.config, self.journal, trials, self)
             common = {
-                "train": self.config.train.model_dump(),
+                "train": self._pinned().model_dump(),
                 "data": self.data.folder.text,
                 "output": str(trials),
                 "num_classes": self.data.num_classes(self.config.train),
@@ -266,6 +262,14 @@ class Search:
                 (trials / KEPT).remove()
             (self.folder.path / TUNES_OWN).remove()
 
+    def _pinned(self) -> TrainConfig:
+        """Of the trials: a process that starts again while no GPU lives would take `auto` for the CPU."""
+        import ray
+
+        gpus = ray.cluster_resources().get("GPU", 0)
+        train = self.config.train
+        return train if train.device != "auto" else train.changed(device="gpu" if gpus else "cpu")
+
     # what the judge and Ray Tune tell
 
     def on_begin(self, record: TrialRecord) -> None:
@@ -286,16 +290,19 @@ class Search:
             if run.run_id != record.run_id:
                 self.journal.write("run", number=record.number, run_id=run.run_id)
             if record.history:
-                self._complete(run, record)
+                run.complete(record.history, self.config.metric)
         except Exception as error:
-            self._warn(f"MLflow takes no run for trial {record.number} yet: {last_line(error)}")
+            self._warn(f"MLflow takes no run for trial {record.number} yet: {self.store.reason(error)}")
             self.children.pop(record.number)
+            self._try_mlflow_at = time.monotonic() + MLFLOW_PAUSE_S
 
     def on_epoch(self, record: TrialRecord, metrics: dict[str, Any]) -> None:
         if run := self.children.get(record.number):
-            run.log(_logged(metrics), step=metrics["step"])
-        else:
+            run.log_epoch(metrics)
+        elif time.monotonic() > self._try_mlflow_at:
             self._begin_child(record)
+        if self.usd is not None:
+            self.journal.write("cost", usd=round(self.usd, 4))
         self._drop_kept()
         ranked = self.journal.ranked(self.config.metric)
         best = ranked[0].best(self.config.metric) if ranked else None
@@ -313,9 +320,7 @@ class Search:
     def on_end(self, record: TrialRecord) -> None:
         self.view.ended(record)
         if run := self.children.pop(record.number, None):  # beside the loop: the server may be away
-            end = threading.Thread(target=run.finish, args=(ENDS[record.status], record.error), daemon=True)
-            end.start()
-            self._endings.append(end)
+            self._finish(run, ENDS[record.status], record.error)
         self._ended_at[record.number] = time.monotonic()
         self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
 
@@ -377,7 +382,7 @@ class Search:
         self.parent.log_text(self.config.to_yaml(), SEARCH_YAML)
         for record in self.journal.trials.values():
             if record.ended and (run := self._run_of(record)) and run.is_open:  # a killed driver left it so
-                self._complete(run, record)
+                run.complete(record.history, self.config.metric)
                 run.finish(ENDS[record.status], record.error)
 
     def _run_of(self, record: TrialRecord) -> Run | None:
@@ -386,56 +391,63 @@ class Search:
             if not record.run_id or not self.store.exists(record.run_id):
                 return None
         except Exception as error:  # whatever a server answers that is away
-            self._warn(f"MLflow does not answer about trial {record.number}: {last_line(error)}")
+            self._warn(f"MLflow does not answer about trial {record.number}: {self.store.reason(error)}")
             return None
         run = Run(self.store, self._warn)
         run.run_id = record.run_id
         return run
 
-    def _complete(self, run: Run, record: TrialRecord) -> None:
-        """Log what was written into the journal, and not to MLflow before a crash."""
-        there = run.steps_of(self.config.metric)
-        for metrics in record.history:
-            if metrics["step"] not in there:
-                run.log(_logged(metrics), step=metrics["step"])
-
     def _wrap_up(self, status: str, error: str | None = None) -> None:
         """Whatever came of it: result, pictures, the best settings; and every MLflow run at its end."""
-        for end in self._endings:
-            end.join(PATIENCE_S[status == "FINISHED"])
+        result = as_result(self.config, self.journal, self.data.rows["val"])
+        result |= {"name": self.folder.name, "status": status, "error": error}
+        result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": without_password(self.store.uri)}
+        result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
+        pictures, best = {}, None
+        try:
+            if result["best"] is not None:
+                pictures, best = all_pictures(self.config, self.journal), self.best_settings()
+                for name, figure in pictures.items():
+                    self.folder.write_picture(name, figure, dpi=110)
+                self.folder.write(BEST_YAML, best.to_yaml())
+                result["command"] = f"python jobs/train.py --config {shlex.quote(str(self.folder.path / BEST_YAML))}"
+            self.folder.write_result(result)
+        finally:  # storage may be what failed
+            self._finish_children(status)
+            if self.parent.run_id:
+                self._log_what_came_of_it(result, pictures, best)
+                self.parent.finish(status, error)
+        if result["best"] is not None:
+            self._show(result, list(pictures))
+
+    def _finish_children(self, status: str) -> None:
+        """The runs of trials that are not at their end, in MLflow, side by side: the server may be away."""
         for record in self.journal.trials.values():
             run = self.children.pop(record.number, None)
             if run is None and not record.ended and self.parent.run_id:
                 run = self._run_of(record)
             if run is not None:
-                run.finish("KILLED", "the search was stopped before the trial's end; it can go on")
-        result = as_result(self.config, self.journal, self.data.rows["val"])
-        result |= {"name": self.folder.name, "status": status, "error": error}
-        result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": without_password(self.store.uri)}
-        result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
-        pictures = {}
-        if result["best"] is not None:
-            pictures = all_pictures(self.config, self.journal)
-            for name, figure in pictures.items():
-                self.folder.write_picture(name, figure, dpi=110)
-            best = self.best_settings()
-            self.folder.write(BEST_YAML, best.to_yaml())
-            result["command"] = f"python jobs/train.py --config {shlex.quote(str(self.folder.path / BEST_YAML))}"
-        self.folder.write_result(result)
-        if self.parent.run_id:
-            for name, figure in pictures.items():
-                self.parent.log_picture(figure, name)
-            if result["best"] is not None:
-                self.parent.log_text(best.to_yaml(), BEST_YAML)
-                self.parent.tag(command=result["command"], best_trial=str(result["best"]),
-                                against_the_paper=str(result["against_the_paper"]))  # fmt: skip
-                for record in self.journal.trials.values():
-                    is_best = record.number == result["best"]
-                    if (is_best or self.resume) and (run := self._run_of(record)):  # another may have been, before
-                        run.tag(best="true" if is_best else "false")
-            self.parent.finish(status, error)
-        if result["best"] is not None:
-            self._show(result, list(pictures))
+                self._finish(run, "KILLED", "the search was stopped before the trial's end; it can go on")
+        for end in self._endings:
+            end.join(PATIENCE_S[status == "FINISHED"])
+
+    def _finish(self, run: Run, status: str, error: str | None) -> None:
+        end = threading.Thread(target=run.finish, args=(status, error), daemon=True)
+        end.start()
+        self._endings.append(end)
+
+    def _log_what_came_of_it(self, result: dict[str, Any], pictures: dict[str, Any], best: TrainConfig | None) -> None:
+        for name, figure in pictures.items():
+            self.parent.log_picture(figure, name)
+        if best is None:
+            return
+        self.parent.log_text(best.to_yaml(), BEST_YAML)
+        self.parent.tag(command=result.get("command", ""), best_trial=str(result["best"]),
+                        against_the_paper=str(result["against_the_paper"]))  # fmt: skip
+        for record in self.journal.trials.values():
+            is_best = record.number == result["best"]
+            if (is_best or self.resume) and (run := self._run_of(record)):  # another may have been, before
+                run.tag(best="true" if is_best else "false")
 
     def best_settings(self) -> TrainConfig:
         """Of the best trial, whole: `jobs/train.py --config` of them comes to the same numbers."""
@@ -464,7 +476,8 @@ class Search:
         a population's are wanted by others."""
         if self.config.scheduler == "pbt" and any(not record.ended for record in self.journal.trials.values()):
             return
-        keep = [record.folder for record in self.journal.ranked(self.config.metric)[:1]]
+        ranked = self.journal.ranked(self.config.metric)  # the best may still fail
+        keep = [record.folder for record in ranked[:1] + [each for each in ranked if each.ended][:1]]
         keep += [record.folder for record in self.journal.trials.values() if record.number == PAPERS]
         trials = self.folder.path / TRIALS
         there = list(trials.children())

@@ -65,6 +65,7 @@ class Session:
             run.change(config)
         self.result = self.run.result()
         self.started = time.monotonic()
+        self.completed = False  # in MLflow, with what an interrupted session did not send
 
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
@@ -125,7 +126,7 @@ class Session:
         elif event["kind"] == "epoch":
             metrics = event["metrics"]
             cost = {} if usd is None else {"cost/usd": usd}
-            self.tracker.log({k: v for k, v in metrics.items() if k != "step"} | cost, step=metrics["step"])
+            self.tracker.log_epoch(metrics, cost)
             self._keep(event["history"])
         elif event["kind"] == "stopped":
             where = f"{event['epoch']} epochs and {event['step']} steps"
@@ -152,8 +153,11 @@ class Session:
         self.run.write_result(self.result)
 
     def _on_start(self, event: Event) -> None:
-        if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down
+        if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down, or sent
             self._keep(event["history"])
+            if self.resume and not self.completed:
+                self.completed = True
+                self.tracker.complete(event["history"], "val/loss")
         text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
         where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
         if event["crashed"]:

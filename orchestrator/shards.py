@@ -131,18 +131,21 @@ def verify(
             on_done(shard.size_bytes)
 
 
-def check_labels(folder: Place, manifest: Manifest, num_classes: int) -> None:
-    """Raises ValueError if a label is not below num_classes, naming the shard; DamagedData if it cannot be read."""
+def label_ranges(folder: Place, manifest: Manifest) -> list[tuple[int, int]]:
+    """The least and the greatest label of every shard. DamagedData if one cannot be read."""
     with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
-        for shard, (least, greatest) in zip(
-            manifest.shards, pool.map(lambda shard: _label_range(folder / shard.file), manifest.shards), strict=True
-        ):
-            if not 0 <= least <= greatest < num_classes:
-                worst = greatest if greatest >= num_classes else least
-                raise ValueError(
-                    f"{folder / shard.file}: has label {worst}, but there are {num_classes} classes; "
-                    "set --num-classes to what the data has"
-                )
+        return list(pool.map(lambda shard: _label_range(folder / shard.file), manifest.shards))
+
+
+def check_labels(folder: Place, manifest: Manifest, ranges: list[tuple[int, int]], num_classes: int) -> None:
+    """ranges: of `label_ranges`. Raises ValueError if a label is not below num_classes, naming the shard."""
+    for shard, (least, greatest) in zip(manifest.shards, ranges, strict=True):
+        if not 0 <= least <= greatest < num_classes:
+            worst = greatest if greatest >= num_classes else least
+            raise ValueError(
+                f"{folder / shard.file}: has label {worst}, but there are {num_classes} classes; "
+                "set --num-classes to what the data has"
+            )
 
 
 def sha256(place: Place) -> str:

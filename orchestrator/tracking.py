@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -12,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# of a call to a server; MLflow's own seven tries take four minutes, in which nothing else would happen
+PATIENT_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
 PATIENCE_S = {
     True: 180.0,
@@ -39,8 +44,17 @@ Metrics = dict[str, float]
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Absolute, because Ray's workers run elsewhere."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Absolute, because Ray's workers run elsewhere.
+
+    A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    if not uri.startswith(("http://", "https://")) or uri == without_password(uri):
+        return uri
+    parts = urllib.parse.urlsplit(uri)
+    found = {USER: parts.username, PASSWORD: parts.password, "MLFLOW_TRACKING_URI": without_password(uri)}
+    os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
+    return without_password(uri)
 
 
 def ui_command(uri: str) -> str:
@@ -50,7 +64,8 @@ def ui_command(uri: str) -> str:
         return f"open {without_password(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
     shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-    return f"{shown} ui --host 127.0.0.1 --backend-store-uri {uri}"
+    address = uri if uri == without_password(uri) else '"$MLFLOW_TRACKING_URI"'
+    return f"{shown} ui --host 127.0.0.1 --backend-store-uri {address}"
 
 
 def without_password(uri: str) -> str:
@@ -65,7 +80,7 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        for variable, setting in QUIET.items():
+        for variable, setting in (QUIET | PATIENT_CALL).items():
             os.environ.setdefault(variable, setting)
         import mlflow
 
@@ -74,28 +89,38 @@ class Store:
         self.uri = uri
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        self.client = mlflow.MlflowClient(uri)
-        patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-        before = {key: os.environ.get(key) for key in patience}
-        os.environ.update(patience)  # a wrong address should be said at once; later, a server may take its time
         try:
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment is None:
-                kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on training runs
-                self.experiment_id = self.client.create_experiment(name, _artifacts(uri, name), tags=kind)
-            else:
-                self.experiment_id = experiment.experiment_id
+            with _alone(uri):  # two jobs that make one database break it
+                self.client = mlflow.MlflowClient(uri)
+                experiment = self.client.get_experiment_by_name(name) or self._create(name)
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, without_password(uri))
+            reason = self.masked((str(error).strip() or type(error).__name__).splitlines()[0])
             raise ValueError(f"MLflow at {without_password(uri)} cannot be reached: {reason[:200]}") from None
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
-        if experiment is not None and experiment.lifecycle_stage != "active":
+        self.experiment_id = experiment.experiment_id
+        if experiment.lifecycle_stage != "active":
             raise ValueError(
                 f"MLflow experiment {name!r} was deleted: restore it with `mlflow experiments restore -x "
                 f"{experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME to another"
             )
+
+    def _create(self, name: str) -> Any:
+        """The experiment, new, unless another job was faster."""
+        import mlflow
+
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on training runs
+        try:
+            self.client.create_experiment(name, _artifacts(self.uri, name), tags=kind)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return self.client.get_experiment_by_name(name)
+
+    def masked(self, text: str) -> str:
+        """Without the password that the store's address may have."""
+        return text.replace(self.uri, without_password(self.uri))
+
+    def reason(self, error: BaseException) -> str:
+        return self.masked(last_line(error))
 
     def exists(self, run_id: str) -> bool:
         """False for a run that was deleted, or belongs to another store."""
@@ -172,6 +197,22 @@ class Run:
             self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
             self._sender.start()
 
+    def log_epoch(self, metrics: dict[str, Any], more: Metrics | None = None) -> None:
+        """An entry of a history: its `step` is the update that it was taken at."""
+        values = {name: value for name, value in metrics.items() if name != "step"}
+        self.log(values | (more or {}), step=metrics["step"])
+
+    def complete(self, history: list[dict[str, Any]], metric: str) -> None:
+        """Log those entries of a history at whose update the metric was not logged: a crash may have lost them."""
+        try:
+            there = {point.step for point in self.client.get_metric_history(self.run_id, metric)}
+        except Exception as error:  # whatever a server answers that is away
+            self.warn(f"MLflow does not say what it has of run {self.run_id}: {self.store.reason(error)}")
+            return
+        for metrics in history:
+            if metrics["step"] not in there:
+                self.log_epoch(metrics)
+
     def _send(self) -> None:
         import mlflow
 
@@ -192,7 +233,7 @@ class Run:
                         self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
                 except Exception as error:  # training is worth more than its log
                     if not said:
-                        self.warn(f"MLflow does not take metrics, they are kept: {last_line(error)}")
+                        self.warn(f"MLflow does not take metrics, they are kept: {self.store.reason(error)}")
                     said = True
                     time.sleep(RETRY_S)
                     continue
@@ -205,18 +246,14 @@ class Run:
         try:
             self.client.log_figure(self.run_id, figure, name)
         except Exception as error:
-            self.warn(f"{name} did not reach MLflow: {last_line(error)}")
+            self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
     def log_text(self, text: str, name: str) -> None:
         """A small file as an artifact."""
         try:
             self.client.log_text(self.run_id, text, name)
         except Exception as error:
-            self.warn(f"{name} did not reach MLflow: {last_line(error)}")
-
-    def steps_of(self, metric: str) -> set[int]:
-        """At which a metric was logged."""
-        return {point.step for point in self.client.get_metric_history(self.run_id, metric)}
+            self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
     @property
     def is_open(self) -> bool:
@@ -227,7 +264,7 @@ class Run:
             for key, value in tags.items():
                 self.client.set_tag(self.run_id, key, value[:5000])
         except Exception as error:
-            self.warn(f"tags did not reach MLflow: {last_line(error)}")
+            self.warn(f"tags did not reach MLflow: {self.store.reason(error)}")
 
     def finish(self, status: str, error: str | None = None) -> None:
         """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
@@ -248,7 +285,7 @@ class Run:
                 return
             except Exception as trouble:
                 if time.monotonic() > deadline:
-                    self.warn(f"MLflow run {self.run_id} could not be marked {status}: {last_line(trouble)}")
+                    self.warn(f"MLflow run {self.run_id} could not be marked {status}: {self.store.reason(trouble)}")
                     return
                 time.sleep(RETRY_S)
 
@@ -320,7 +357,7 @@ class Tracker(Run):
                         pip_requirements=["torch", "numpy", "numba", "safetensors"],
                     )
             except Exception as error:
-                self.warn(f"the model did not reach MLflow; its weights are in {weights}: {last_line(error)}")
+                self.warn(f"the model did not reach MLflow; its weights are in {weights}: {self.store.reason(error)}")
 
     def finish(self, status: str, error: str | None = None) -> None:
         if self._monitor is not None:
@@ -378,7 +415,7 @@ def round_trip(uri: str) -> float:
         run.client.set_terminated(run.run_id, "FINISHED")
         run.client.delete_run(run.run_id)
     except Exception as error:  # whatever the server answers
-        raise JobError(f"{without_password(uri)}: {last_line(error)}") from None
+        raise JobError(f"{without_password(uri)}: {run.store.reason(error)}") from None
     if metric != [1.5] or files != ["doctor.txt"]:
         raise JobError(f"{without_password(uri)}: what was written reads as {metric} and {files}")
     return time.monotonic() - start
@@ -390,6 +427,24 @@ def _artifacts(uri: str, experiment: str) -> str | None:
         return None
     database = Path(uri.removeprefix("sqlite:///"))
     return (database.absolute().parent / "mlartifacts" / experiment).as_uri()
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process of this machine at a time, where the store is a file."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+    lock = os.open(folder, os.O_RDONLY) if folder.is_dir() else None
+    try:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _git_commit() -> str | None:

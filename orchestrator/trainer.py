@@ -10,11 +10,14 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from .checkpoints import checkpoint_name
+from .cluster import Wish
 from .config import TrainConfig
+from .costs import node_types
 from .exits import Interrupted, JobError, last_line, signals_deferred
 from .mailbox import DROP, SAVE, Event, Mailbox
 from .placement import Plan, alive, make_plan
@@ -60,8 +63,14 @@ class Training:
         self._topic = ""  # a new one for every fit: no news comes from the one before
         self._cancelled: str | None = None
         self._counted: set[str] = set()  # the nodes that the plan was made from
+        self._excused: set[str] = set()  # of those, lost ones that the fit can do without
         self._nodes: list[str] = []  # of its workers, once they have started
-        self._plan = self._make_plan()
+        try:
+            self._plan = self._make_plan()
+        except JobError:
+            if not side_by_side:
+                raise
+            self._plan = None  # a trial: there was room when the search began, and will be again
         if self._plan is not None:  # what began on GPUs does not go on without them
             self.config = config.changed(device="gpu" if self._plan.resources.use_gpu else "cpu")
             self._begin(self._plan)
@@ -105,7 +114,7 @@ class Training:
         import ray
 
         nodes = alive(ray.nodes())
-        self._counted = {node.id for node in nodes}
+        self._counted, self._excused = {node.id for node in nodes}, set()
         return make_plan(self.config, nodes, self.num_classes, self.side_by_side)
 
     def _begin(self, plan: Plan) -> None:
@@ -130,8 +139,21 @@ class Training:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
 
         on_event({"kind": "note", "text": plan.reason})
+        wish = self._wish_to_grow(plan)
+        try:
+            ends = self._watch_fit(plan, wish, on_event)
+        finally:
+            if wish is not None:
+                wish.end()
+        if ends is None:
+            return False
+        with signals_deferred():
+            return self._fit_is_over(plan, ends, on_event)
+
+    def _watch_fit(self, plan: Plan, wish: Wish | None, on_event: Callable[[Event], None]) -> dict[str, Event] | None:
+        """Until it ends by itself; returns the events that it ended with, or None if it was ended for lost nodes."""
         patience, look_at, could_grow_since = time.monotonic() + START_PATIENCE_S, 0.0, math.inf
-        asked, room = False, None
+        asked, save_by, room = False, math.inf, None
         while True:
             with signals_deferred():
                 over = self._fit.wait(POLL_S)
@@ -141,7 +163,7 @@ class Training:
                 ends = self._deliver(on_event)
             self._end_if_cancelled()
             if over or ends:
-                break
+                return ends
             now = time.monotonic()
             if now < look_at:
                 continue
@@ -150,8 +172,18 @@ class Training:
                 if not self._nodes and now > patience:
                     patience = math.inf
                     on_event({"kind": "warning", "text": self._why_waiting(plan)})
-                if self._lost_nodes(plan, on_event):
-                    return False
+                lost = self._lost_nodes(plan)
+                if lost == "workers" or now > save_by:
+                    self._end_for_lost_nodes(on_event)
+                    return None
+                if lost == "feed" and not asked:
+                    text = "nodes were lost that the feed counted on; saving a checkpoint to go on with the others"
+                    on_event({"kind": "note", "text": text})
+                    self._mailbox.ask_to_stop.remote(self._topic, SAVE)
+                    asked, save_by = True, now + STOP_PATIENCE_S
+                if wish is not None and wish.is_granted(0):
+                    wish.end()  # the room is there, and is to be seen as free
+                    wish = None
                 if asked or not self._nodes or not self._could_grow(plan):
                     could_grow_since = math.inf
                     continue
@@ -161,8 +193,6 @@ class Training:
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
                     asked = True
-        with signals_deferred():
-            return self._fit_is_over(plan, ends, on_event)
 
     def _fit_is_over(self, plan: Plan, ends: dict[str, Event], on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end, too. Raises JobError if it failed."""
@@ -174,7 +204,8 @@ class Training:
         if "error" in outcome:
             deadline = time.monotonic() + LOST_PATIENCE_S
             while time.monotonic() < deadline:  # was it a node? Ray may notice the workers before it does
-                if self._lost_nodes(plan, on_event):
+                if self._gone():
+                    self._end_for_lost_nodes(on_event)
                     return False
                 time.sleep(POLL_S)
             raise JobError(outcome["error"])
@@ -215,22 +246,43 @@ class Training:
         found = {"checkpoint": result.checkpoint, "best_checkpoint": best}
         return {key: str(self.run.path / PurePath(kept.path).name) if kept else None for key, kept in found.items()}
 
-    def _lost_nodes(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
-        """End the fit if nodes were lost that it needs: those of its workers, or of its feed."""
+    def _gone(self) -> set[str]:
+        """Nodes that the plan was made from, and that are no more."""
         import ray
 
-        nodes = alive(ray.nodes())
-        lost = self._counted - {node.id for node in nodes}
+        return self._counted - {node.id for node in alive(ray.nodes())}
+
+    def _lost_nodes(self, plan: Plan) -> Literal["", "feed", "workers"]:
+        """Whether nodes were lost that the fit needs: those of its workers, or CPUs that its feed was given.
+
+        The tasks of several workers must fit at once (placement.share_cpus); those of a single one can take turns.
+        """
+        import ray
+
+        lost = self._gone() - self._excused
         if not lost:
-            return False
-        if self._nodes and not lost & {*self._nodes, *plan.node_of_worker}:
-            with contextlib.suppress(JobError):
-                if make_plan(self.config, nodes, self.num_classes, self.side_by_side) == plan:  # the rest will do
-                    self._counted -= lost
-                    return False
-        on_event({"kind": "note", "text": f"{len(lost)} node(s) were lost; going on from the last checkpoint"})
+            return ""
+        if not self._nodes or lost & {*self._nodes, *plan.node_of_worker}:
+            return "workers"
+        try:
+            now = make_plan(self.config, alive(ray.nodes()), self.num_classes, self.side_by_side)
+        except JobError:
+            now = None
+        if plan.layout.workers > 1 and (now is None or replace(now, reason=plan.reason) != plan):
+            return "feed"
+        self._excused |= lost
+        return ""
+
+    def _end_for_lost_nodes(self, on_event: Callable[[Event], None]) -> None:
+        on_event({"kind": "note", "text": f"{len(self._gone())} node(s) were lost; going on from the last checkpoint"})
         self.end()
-        return True
+
+    def _wish_to_grow(self, plan: Plan) -> Wish | None:
+        """Of an elastic run that has less workers than it may have, on a cluster that starts nodes."""
+        missing = self.config.worker_range[1] - plan.layout.workers
+        if missing <= 0 or self.side_by_side or not node_types():
+            return None
+        return Wish(self.config, missing, on_gpu=plan.resources.use_gpu)
 
     def _could_grow(self, plan: Plan) -> bool:
         """Whether there is room for more workers that nobody else has taken."""
@@ -248,18 +300,33 @@ class Training:
 
     def _wait_for_room(self, on_event: Callable[[Event], None]) -> Plan:
         """The next fit's plan, as soon as the cluster has room for one."""
-        said = -math.inf
-        while True:
-            self._end_if_cancelled()
-            with signals_deferred(), contextlib.suppress(JobError):  # there was room before, and will be again
-                plan = self._make_plan()
-                if plan is not None:
-                    return plan
-            if time.monotonic() - said > START_PATIENCE_S:
-                said = time.monotonic()
-                text = f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes"
-                on_event({"kind": "warning", "text": text})
-            time.sleep(NODES_EVERY_S)
+        said, wish = -math.inf, None
+        try:
+            while True:
+                self._end_if_cancelled()
+                with signals_deferred(), contextlib.suppress(JobError):  # there was room before, and will be again
+                    plan = self._make_plan()
+                    if plan is not None:
+                        return plan
+                if wish is None:
+                    wish = Wish(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
+                if time.monotonic() - said > START_PATIENCE_S:
+                    said = time.monotonic()
+                    text = f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes"
+                    on_event({"kind": "warning", "text": text})
+                time.sleep(NODES_EVERY_S)
+        finally:
+            if wish is not None:
+                wish.end()
+
+    def _wants_gpu(self) -> bool:
+        """Settled by the first plan; before there is one, auto takes what the cluster has."""
+        import ray
+
+        if self.config.device != "auto":
+            return self.config.device == "gpu"
+        with signals_deferred():
+            return bool(ray.cluster_resources().get("GPU"))
 
     def _stop(self, on_event: Callable[[Event], None], how: str) -> None:
         """Let the workers come to an end by themselves, and SAVE where they are, or DROP it."""

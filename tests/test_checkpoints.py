@@ -47,6 +47,21 @@ def test_six_steps_equal_three_saved_and_loaded_and_three_bit_for_bit(tmp_path):
     assert schedule.state_dict() == schedule2.state_dict()
 
 
+def test_a_rate_that_is_scaled_takes_the_velocities_with_it():
+    """Weights taken at a high rate stay what they were under a low one."""
+    moved = {}
+    for factor in (1.0, 1e-4):
+        net, optimizer, schedule = pieces()
+        trained(3, net, optimizer)
+        before = net.part.conv2.weight.detach().clone()
+        checkpoints.scale_rate(factor, optimizer, schedule)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * factor)
+        assert schedule.min_lrs == [pytest.approx(0.01 * 0.1**3 * factor)]
+        trained(1, net, optimizer)
+        moved[factor] = (net.part.conv2.weight - before).norm()
+    assert moved[1e-4] < 2e-4 * moved[1.0]
+
+
 def test_a_checkpoint_holds_the_canonical_names_and_nothing_pickled(tmp_path):
     from safetensors import safe_open
 

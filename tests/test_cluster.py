@@ -179,7 +179,7 @@ def cluster(outside):
     subprocess.run(["make", "--quiet", "setup"], cwd=ROOT, check=True)  # else every host would make its own
     with Network() as network:
         cluster = Cluster(network)
-        cluster.types("make token")
+        cluster.laptop.run("make setup token", cluster.laptop.home / "project")
         begun = time.monotonic()
         cluster.up = cluster.types(f"ray up -y {YAML}", check=False)  # as the README has it
         print(f"\nray up: exit status {cluster.up.returncode} after {time.monotonic() - begun:.0f} s")
@@ -410,16 +410,17 @@ def test_the_doctor_names_what_is_wrong_and_the_remedy(cluster):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2400)  # the whole default search, on three hosts that share two cores
 def test_every_command_of_the_readme_does_what_it_says(cluster):
     """Those of its section on clusters, but for those that the fixture and the last test type."""
     section = (ROOT / "README.md").read_text().split("## On a cluster")[1].split("\n## ")[0]
     commands = [line for block in section.split("```")[1::2] for line in block.strip().splitlines()]
-    elsewhere = ["make token", f"ray up -y {YAML}", "make ui", f"ray down -y {YAML}"]
+    elsewhere = ["make setup token", f"ray up -y {YAML}", "make ui", f"ray down -y {YAML}"]
     assert [command for command in commands if command in elsewhere] == elsewhere
     shell = [command for command in commands if command not in elsewhere and not command.startswith("ray job")]
     for command in (command for command in commands if command.startswith("ray job")):
         line = " && ".join([*dict.fromkeys(shell), command])
-        done = cluster.laptop.run(line, cluster.laptop.home / "project", timeout=900)
+        done = cluster.laptop.run(line, cluster.laptop.home / "project", timeout=1500)
         print(f"\n{command}: exit status {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-6:]))
 
 

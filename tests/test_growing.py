@@ -68,16 +68,28 @@ def growing():
         start = f". project/.venv/bin/activate && ray start --head --node-ip-address={host.address} --num-cpus=0"
         host.run(f"{start} --autoscaling-config=cloud.yaml --object-store-memory=500000000", **SETTINGS)
 
-        def job(command, check=True):
-            line = f". project/.venv/bin/activate && python {ROOT}/jobs/{command}"
-            return host.run(line, check=check, RAY_ADDRESS=f"{host.address}:6379", **SETTINGS)
+        yield Cloud(host)
 
-        yield job, home
+
+class Cloud:
+    def __init__(self, host):
+        self.host, self.home = host, host.folder / "home/user"
+        self.env = SETTINGS | {"RAY_ADDRESS": f"{host.address}:6379"}
+
+    def job(self, command, check=True):
+        return self.host.run(self._line(command), check=check, **self.env)
+
+    def starts(self, command):
+        return self.host.start(self._line(command), **self.env)
+
+    @staticmethod
+    def _line(command):
+        return f". project/.venv/bin/activate && exec python -u {ROOT}/jobs/{command}"
 
 
 @pytest.mark.timeout(900)
 def test_a_job_waits_for_the_nodes_that_it_needs(growing):
-    job, home = growing
+    job, home = growing.job, growing.home
     dry = job("train.py --dry-run --images-per-s 100").stdout
     for words in (
         "none but the head; up to 2 more cpu (3 CPUs, 0 GPUs, $36 an hour each)",
@@ -98,3 +110,29 @@ def test_a_job_waits_for_the_nodes_that_it_needs(growing):
     most = 36 * result["elapsed_s"] / 3600
     assert 0.1 * most < result["cost_usd"] < most, "one node, for a part of the time"
     assert re.search(rf"  cost +\${result['cost_usd']:.2f} for all nodes", done.stdout)
+
+
+@pytest.mark.timeout(900)
+def test_an_elastic_run_asks_for_nodes_to_grow_and_one_that_lost_its_nodes_for_others(growing):
+    run = growing.starts("train.py --epochs 500 --name elastic --workers 1..4 --layout data")
+
+    def until(words):
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if re.search(words, line):
+                print(line, end="")
+                return
+        raise AssertionError(f"{words} did not come: {''.join(seen)}")
+
+    until(r"training on cpu in \w+, 2 worker\(s\)")  # one node, of three CPUs
+    until("the cluster has room for more workers")
+    until(r"4 worker\(s\), resumed after epoch")
+    until("epoch .*train loss")
+    growing.host.run("pkill -9 -f 'raylet/raylet .*CPU,3'")
+    until(r"2 node\(s\) were lost")
+    until(r"[24] worker\(s\), resumed after epoch")
+    until("epoch .*train loss")
+    growing.host.run(f"pkill -INT -f 'python -u {ROOT}/jobs/train.py'")
+    until("stopped; go on with")
+    assert run.wait(60) == 130

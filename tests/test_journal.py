@@ -71,3 +71,10 @@ def test_a_trial_that_goes_on_from_another_has_that_one_s_epochs_no_more_than_it
     record = journal.trials[1]
     assert (record.epoch, record.values, record.start) == (2, {"lr": 0.2}, start)
     assert record.folder == "0001-1-from-0000-at-0002"
+
+
+def test_what_a_search_has_cost_outlives_its_driver(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.usd is None
+    journal.write("cost", usd=1.25)
+    assert Journal(tmp_path / "journal.jsonl").usd == 1.25

@@ -15,6 +15,9 @@ import ray
 from conftest import ROOT, error_of, refused
 
 from orchestrator.journal import Journal
+from orchestrator.recipes import digits
+from orchestrator.search import Search, SearchFolder
+from orchestrator.search_config import make_search
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -62,6 +65,30 @@ def settles_to_nothing(within_s=30):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("searches")
+
+
+def test_the_checkpoints_of_the_best_are_kept_even_if_the_one_ahead_of_it_fails(tmp_path):
+    folder = SearchFolder(tmp_path, "search")
+    (tmp_path / "search").mkdir()
+    search = Search.__new__(Search)
+    search.folder, search.config, search._ended_at = folder, make_search({}, digits(), {"lr": {"choice": [0.01]}}), {}
+    search.journal = Journal(folder.path / "journal.jsonl")
+    for number, error in enumerate((0.5, 0.2, 0.1, 0.3)):
+        search.journal.write("trial", number=number, values={"lr": 0.01})
+        search.journal.write(
+            "epoch", number=number, metrics={"epoch": 1, "step": 1, "val/top1_error": error, "val/loss": error}
+        )
+        (folder.path / "trials" / f"{number:04d}" / "checkpoint-epoch-0001" / "state.json").write(b"{}")
+    for number in (1, 3):
+        search.journal.write("end", number=number, status="STOPPED", error=None)
+
+    def kept():
+        search._keep_the_best(ended_before=0.0)
+        return [path.parent.name for path in sorted((tmp_path / "search" / "trials").glob("*/checkpoint-*"))]
+
+    assert kept() == ["0000", "0001", "0002"], "trial 2 is ahead, and still at work"
+    search.journal.write("end", number=2, status="FAILED", error="training diverged")
+    assert kept() == ["0000", "0001"]
 
 
 @pytest.fixture(scope="module")

@@ -153,9 +153,10 @@ def test_every_kind_of_damage_names_the_shard(digit_shards, tmp_path):
 @pytest.mark.ray
 def test_labels_beyond_the_classes_are_refused(digit_shards):
     folder, manifest = digit_shards
-    shards.check_labels(Place.of(folder), manifest, 10)
+    ranges = shards.label_ranges(Place.of(folder), manifest)
+    shards.check_labels(Place.of(folder), manifest, ranges, 10)
     with pytest.raises(ValueError, match="label 9, but there are 9 classes"):
-        shards.check_labels(Place.of(folder), manifest, 9)
+        shards.check_labels(Place.of(folder), manifest, ranges, 9)
 
 
 def test_a_source_given_for_shards_is_recognised(photographs):

@@ -1,5 +1,9 @@
 """MLflow: one run, its statuses, a model that can be used."""
 
+import os
+import subprocess
+import sys
+
 import mlflow
 import numpy as np
 import pytest
@@ -39,6 +43,40 @@ def test_no_password_is_shown_or_stored():
     assert without_password("https://user:secret@host:1/path") == "https://host:1/path"
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert "secret" not in ui_command("https://user:secret@host")
+    assert ui_command("postgresql://user:secret@host/db").endswith('--backend-store-uri "$MLFLOW_TRACKING_URI"')
+
+
+def test_a_server_s_password_is_taken_out_of_its_address(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:se%40cret@host:1/path")
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    assert tracking_uri() == "https://host:1/path"
+    assert tracking_uri() == "https://host:1/path"
+    found = [os.environ[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD")]
+    assert found == ["https://host:1/path", "user", "se@cret"]
+
+
+@pytest.mark.slow
+def test_jobs_that_make_one_store_at_the_same_moment_share_it(tmp_path):
+    make = "import sys; from orchestrator.tracking import Store; print(Store(sys.argv[1]).experiment_id)"
+    command = [sys.executable, "-c", make, f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [job.communicate(timeout=120)[0] for job in jobs] == ["1\n"] * 3
+
+
+@pytest.mark.ray
+def test_what_a_crash_did_not_send_is_sent_when_the_run_goes_on(uri, digit_shards):
+    tracker = Tracker(uri)
+    tracker.start("hole", digits(), digit_shards[1], Place.of(digit_shards[0]))
+    history = [{"epoch": epoch, "step": 10 * epoch, "val/loss": 1 / epoch} for epoch in (1, 2, 3)]
+    tracker.log_epoch(history[0])
+    tracker.finish("KILLED")
+    again = Tracker(uri)
+    again.start("hole", digits(), digit_shards[1], Place.of(digit_shards[0]), run_id=tracker.run_id)
+    again.complete(history, "val/loss")
+    again.finish("FINISHED")
+    found = again.client.get_metric_history(tracker.run_id, "val/loss")
+    assert [(point.step, point.value) for point in found] == [(10, 1.0), (20, 0.5), (30, 1 / 3)]
 
 
 @pytest.mark.ray

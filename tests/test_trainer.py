@@ -3,8 +3,12 @@
 import io
 
 import pytest
+import ray
 import torch
 
+from orchestrator import trainer
+from orchestrator.config import make_config
+from orchestrator.placement import Node, make_plan
 from orchestrator.progress import LiveLine, TrainView, duration
 from orchestrator.recipes import digits
 from orchestrator.runs import RunFolder
@@ -57,3 +61,29 @@ def test_a_log_gets_plain_lines_and_a_terminal_one_live_line():
 
 def test_durations_read_like_a_clock():
     assert [duration(s) for s in (5, 65, 3605)] == ["0:05", "1:05", "1:00:05"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers_on", "expected"),
+    [
+        ({"workers": 1}, ["a"], ""),  # the tasks of its feed take turns
+        ({"workers": 2, "layout": "data"}, ["a", "a"], "feed"),  # whose tasks would no longer fit at once
+        ({"workers": 2, "layout": "data"}, ["a", "idle"], "workers"),
+        ({"workers": 1}, [], "workers"),  # it has not started: nobody knows where it would
+    ],
+)
+def test_a_run_leaves_its_workers_alone_when_a_node_goes_that_it_does_not_need(
+    settings, workers_on, expected, monkeypatch
+):
+    nodes = [Node("a", 4), Node("idle", 4)]
+    training = trainer.Training.__new__(trainer.Training)
+    training.config, training.num_classes, training.side_by_side = make_config(**settings, device="cpu"), 10, 0
+    training._counted, training._excused, training._nodes = {"a", "idle"}, set(), workers_on
+    plan = make_plan(training.config, nodes, 10)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(trainer, "alive", lambda _: nodes)
+    assert training._lost_nodes(plan) == ""
+    monkeypatch.setattr(trainer, "alive", lambda _: nodes[:1])
+    assert training._lost_nodes(plan) == expected
+    assert training._lost_nodes(plan) == expected
+    assert training._gone() == {"idle"}
