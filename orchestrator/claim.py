@@ -25,10 +25,10 @@ class Claim:
         """The run's folder is there, and Ray is connected if this is a cluster. Raises ValueError if another has it."""
         self._file: int | None = None
         self._actor: Any = None
+        if on_cluster():
+            self._take_the_name(run)  # first, because it can say which job has it
         if run.path.local is not None:
             self._lock(run)
-        if on_cluster():
-            self._take_the_name(run)
 
     def release(self) -> None:
         if self._file is not None:
@@ -42,8 +42,8 @@ class Claim:
             self._actor = None
 
     def _lock(self, run: RunFolder) -> None:
+        self._file = os.open(str(run.path), os.O_RDONLY)
         try:
-            self._file = os.open(str(run.path), os.O_RDONLY)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
@@ -51,7 +51,7 @@ class Claim:
                 f"--resume {run.name}: another process is working on it; wait for its end, or stop it first"
             ) from None
         except OSError:  # a file system without locks
-            self.release()
+            return
 
     def _take_the_name(self, run: RunFolder) -> None:
         import ray

@@ -320,7 +320,7 @@ class Search:
     def on_end(self, record: TrialRecord) -> None:
         self.view.ended(record)
         if run := self.children.pop(record.number, None):  # beside the loop: the server may be away
-            self._finish(run, ENDS[record.status], record.error)
+            self._finish(run, ENDS[record.status], record.error, hurry=False)
         self._ended_at[record.number] = time.monotonic()
         self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
 
@@ -427,12 +427,13 @@ class Search:
             if run is None and not record.ended and self.parent.run_id:
                 run = self._run_of(record)
             if run is not None:
-                self._finish(run, "KILLED", "the search was stopped before the trial's end; it can go on")
+                self._finish(run, "KILLED", "the search was stopped before the trial's end; it can go on", hurry=True)
+        deadline = time.monotonic() + PATIENCE_S[status != "FINISHED"]
         for end in self._endings:
-            end.join(PATIENCE_S[status == "FINISHED"])
+            end.join(max(0.0, deadline - time.monotonic()))
 
-    def _finish(self, run: Run, status: str, error: str | None) -> None:
-        end = threading.Thread(target=run.finish, args=(status, error), daemon=True)
+    def _finish(self, run: Run, status: str, error: str | None, *, hurry: bool) -> None:
+        end = threading.Thread(target=run.finish, args=(status, error), kwargs={"hurry": hurry}, daemon=True)
         end.start()
         self._endings.append(end)
 

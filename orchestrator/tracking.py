@@ -36,10 +36,7 @@ QUIET = {
 PATIENT_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
-PATIENCE_S = {
-    True: 180.0,
-    False: 30.0,
-}  # with a server at a run's end, whether it is a good one; `ray job stop` waits 90 s
+PATIENCE_S = {False: 180.0, True: 30.0}  # with a server at a run's end, in a hurry or not; `ray job stop` waits 90 s
 Metrics = dict[str, float]
 
 
@@ -266,11 +263,15 @@ class Run:
         except Exception as error:
             self.warn(f"tags did not reach MLflow: {self.store.reason(error)}")
 
-    def finish(self, status: str, error: str | None = None) -> None:
-        """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way."""
+    def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
+        """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way.
+
+        hurry: whether the process is to end soon; of itself, if the status is no good one.
+        """
         if not self.run_id:
             return
-        deadline = time.monotonic() + PATIENCE_S[status == "FINISHED"]
+        hurry = status != "FINISHED" if hurry is None else hurry
+        deadline = time.monotonic() + PATIENCE_S[hurry]
         self._closing = True
         self._news.set()
         if self._sender is not None:
@@ -359,11 +360,11 @@ class Tracker(Run):
             except Exception as error:
                 self.warn(f"the model did not reach MLflow; its weights are in {weights}: {self.store.reason(error)}")
 
-    def finish(self, status: str, error: str | None = None) -> None:
+    def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         if self._monitor is not None:
             with contextlib.suppress(Exception):  # the run's status is worth more
                 self._monitor.finish()
-        super().finish(status, error)
+        super().finish(status, error, hurry=hurry)
 
     def _log_dataset(self, manifest: Manifest, data: Place) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource

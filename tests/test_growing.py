@@ -3,6 +3,7 @@ it is stopped by ending every Ray of the machine."""
 
 import json
 import re
+import time
 
 import pytest
 import yaml
@@ -82,6 +83,9 @@ class Cloud:
     def starts(self, command):
         return self.host.start(self._line(command), **self.env)
 
+    def ray(self, command):
+        return self.host.run(f". project/.venv/bin/activate && ray {command}", **self.env)
+
     @staticmethod
     def _line(command):
         return f". project/.venv/bin/activate && exec python -u {ROOT}/jobs/{command}"
@@ -131,7 +135,13 @@ def test_an_elastic_run_asks_for_nodes_to_grow_and_one_that_lost_its_nodes_for_o
     until("epoch .*train loss")
     growing.host.run("pkill -9 -f 'raylet/raylet .*CPU,3'")
     until(r"2 node\(s\) were lost")
-    until(r"[24] worker\(s\), resumed after epoch")
+    deadline = time.monotonic() + 60
+    while "{'CPU': 1.0} * 2 (PACK): 1+ pending placement groups" not in growing.ray("status").stdout:
+        assert time.monotonic() < deadline, "nobody asks for a node"
+        time.sleep(1)
+    # the stand-in does not notice that what it started is gone, and starts nothing in its place
+    growing.ray(f"start --address {growing.env['RAY_ADDRESS']} --num-cpus 3 --object-store-memory 500000000")
+    until(r"2 worker\(s\), resumed after epoch")
     until("epoch .*train loss")
     growing.host.run(f"pkill -INT -f 'python -u {ROOT}/jobs/train.py'")
     until("stopped; go on with")
