@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOR_NOISES = ("none", "paper", "code2012")
 COLOR_STD = 0.1  # of the random multiples (paper, 4.1)
-CODE2012_SHRINK = 1.1  # the 2012 source divides the noisy image by this
+CODE2012_SHRINK = 1.1  # the 2012 source divides the noisy image, less the mean image, by this
 
 
 class Draws(NamedTuple):
@@ -67,7 +67,8 @@ def color_shift(
     eigenvalues (3,) and eigenvectors (3, 3; one a column) belong to the covariance of RGB values over the training
     set, in squared pixel values. "paper": the magnitude is the eigenVALUE times N(0, 0.1), as its text has it, with
     pixel values in [0, 1] (in [0, 255] it would be hundreds of grey levels). "code2012": the standard deviation times
-    N(0, 0.1); that source then divides the image by 1.1, which `crop_flip_shift` does when asked.
+    N(0, 0.1); that source has subtracted the mean image before, and then divides by 1.1, as `MeanSubtraction` does when
+    asked.
     """
     if noise == "none":
         return np.zeros((len(normal), 3), np.float32)
@@ -87,12 +88,11 @@ def crop_flip_shift(
     shift: NDArray[np.float32],
     size: int,
     *,
-    divisor: float = 1.0,
     which: NDArray[np.int64] | None = None,
     out: NDArray[np.uint8] | None = None,
     place: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
-    """(N, H, W, 3) uint8 to (N, size, size, 3) uint8: cut, mirror, add the shift, divide, round and saturate.
+    """(N, H, W, 3) uint8 to (N, size, size, 3) uint8: cut, mirror, add the shift, round and saturate.
 
     The i-th draw and shift are for image `which[i]`, and its crop goes to `out[place[i]]`; in order where not given.
     """
@@ -102,15 +102,15 @@ def crop_flip_shift(
         out = np.empty((num_images, size, size, 3), np.uint8)
     which, place = (np.arange(num_images) if chosen is None else chosen for chosen in (which, place))
     rows, out_rows = images_NHWC.reshape(-1, height, width * 3), out.reshape(-1, size, size * 3)
-    plain = divisor == 1.0 and not np.any(shift)
-    shift_row = np.tile(shift / np.float32(divisor), size)  # (N, size * 3)
+    plain = not np.any(shift)
+    shift_row = np.tile(shift, size)  # (N, size * 3)
     cut = (draws.top, draws.left, draws.flip)
-    _crop_flip_shift(rows, which, *cut, plain, np.float32(1 / divisor), shift_row, out_rows, place)
+    _crop_flip_shift(rows, which, *cut, plain, shift_row, out_rows, place)
     return out
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _crop_flip_shift(rows, which, top, left, flip, plain, factor, shift_row, out_rows, place):  # type: ignore[no-untyped-def]
+def _crop_flip_shift(rows, which, top, left, flip, plain, shift_row, out_rows, place):  # type: ignore[no-untyped-def]
     _, size, num_bytes = out_rows.shape
     half = np.float32(0.5)
     for i in range(len(which)):
@@ -129,7 +129,7 @@ def _crop_flip_shift(rows, which, top, left, flip, plain, factor, shift_row, out
                     target[b] = source[b]
             if not plain:
                 for b in range(num_bytes):
-                    value = np.float32(target[b]) * factor + shift_row[i, b]
+                    value = np.float32(target[b]) + shift_row[i, b]
                     target[b] = np.uint8(min(max(value, np.float32(0)), np.float32(255)) + half)
 
 
@@ -171,13 +171,16 @@ class MeanSubtraction:
             shape, (height * width * colors, width * colors, colors, width * colors, colors, 1)
         )
 
-    def __call__(self, images_NHWC: "Tensor", top: "Tensor", left: "Tensor", flip: "Tensor") -> "Tensor":
-        """uint8 crops (N, size, size, 3) and how they were cut, to a float32 channels_last (N, 3, size, size)."""
+    def __call__(
+        self, images_NHWC: "Tensor", top: "Tensor", left: "Tensor", flip: "Tensor", *, divisor: float = 1.0
+    ) -> "Tensor":
+        """uint8 crops (N, size, size, 3) and how they were cut, to a float32 channels_last (N, 3, size, size), divided
+        by `divisor` on top of the scale."""
         import torch
 
         # mirrored after the cut at `left` = cut from the mirrored image at margin - left
         mean = self._windows[flip.long(), top.long(), torch.where(flip, self.margin - left, left).long()]
         centered = torch.sub(images_NHWC, mean, out=mean)
-        if self.scale != 1.0:
-            centered.mul_(self.scale)
+        if self.scale != divisor:
+            centered.mul_(self.scale / divisor)
         return centered.permute(0, 3, 1, 2)

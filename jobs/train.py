@@ -10,6 +10,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import PurePosixPath
@@ -85,6 +86,7 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
     if args.config:
         fields |= read_yaml(args.config)
     kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
+    kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
     run = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     return run, make_config(**fields | changes), False
 

@@ -70,6 +70,11 @@ def load(folder: Path, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceL
     if weights.keys() != params.keys():
         wrong = sorted(weights.keys() ^ params.keys())[0]
         raise ValueError(f"{folder / WEIGHTS}: {wrong} is in the checkpoint or in the net, but not in both")
+    for name, weight in weights.items():
+        if weight.shape != params[name].shape:
+            has, wants = (" x ".join(map(str, tensor.shape)) for tensor in (weight, params[name]))
+            raise ValueError(f"{folder / WEIGHTS}: {name} is {has} there, and {wants} in this net: has the data other "
+                             "classes, or was the net another?")  # fmt: skip
     with torch.no_grad():
         for name, weight in weights.items():
             params[name].copy_(weight)

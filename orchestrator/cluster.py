@@ -152,9 +152,10 @@ class Wish:
         from ray.util import placement_group
 
         together = 2 if config.layout == "columns" and workers % 2 == 0 and not config.spread else 1
-        unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 1.0}
+        unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 2.0 if config.spread else 1.0}
         bundle = {name: amount * together for name, amount in unit.items()}
-        bundles = [bundle] * (workers // together) * runs + ([] if on_gpu else [{"CPU": 1.0}])  # one for the feed
+        feed = [] if on_gpu or config.spread else [{"CPU": 1.0}]  # on GPU nodes there are CPUs enough
+        bundles = [bundle] * (workers // together) * runs + feed
         strategy = "STRICT_SPREAD" if config.spread and runs == 1 else "PACK"
         with signals_deferred():
             self._group: Any = placement_group(bundles, strategy=strategy)

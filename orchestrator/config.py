@@ -163,6 +163,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"{where}: expected lines of the form 'setting: value'")
     return fields

@@ -37,11 +37,11 @@ from .storage import Place
 
 TASK_BYTES = 2**26  # pixels of a task's output: 445 images of 224 pixels, enough to outweigh its overhead
 CHUNK_BYTES = 2**28  # of one execution's output, or two rounds of tasks if that is more; two executions at a time
-STORE_SHARE = 0.5  # of the object store, at most, for the executions of all workers
+STORE_SHARE = 0.5  # of the object stores, at most, for the executions of all workers of all runs
 DECODED_AT_A_TIME = 4
 RECENT_BYTES = 2**27  # of row groups that a feed process remembers; a window of 4096 JPEG rows is 90 MB
 BLOCKS_AHEAD = 2  # a worker's own queue, in tasks' outputs
-FAILURE = "failure"  # the only column of a block that says why there is no other
+FAILURES = {"damaged": DamagedData, "failure": JobError}  # the only column of a block that says why there is no other
 CLOSED_EVERY_S = 0.2  # how often a feed that nobody takes from looks whether it is closed
 CLOSE_PATIENCE_S = 5.0  # for the tasks at work to end
 
@@ -101,7 +101,8 @@ class TaskReader:
                 try:
                     results.append(self.read(task, positions))
                 except JobError as failure:  # its one line, which Ray Data would bury under its own
-                    results = [{FAILURE: np.array([str(failure)])}]
+                    kind = "damaged" if isinstance(failure, DamagedData) else "failure"
+                    results = [{kind: np.array([str(failure)])}]
                     break
         yield from results
 
@@ -126,14 +127,12 @@ class TaskReader:
             noise = config.color_noise
         values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
         shift = augment.color_shift(draws.normal, values, vectors, noise)
-        divisor = augment.CODE2012_SHRINK if noise == "code2012" else 1.0
         image = np.empty((total, config.input_size, config.input_size, 3), np.uint8)
         for found, where in groups:
             for pixels, which, place in found.decoded(row[where].astype(np.int64), where, manifest.image_size):
                 augment.crop_flip_shift(
-                    pixels, draws.of(place), shift[place], config.input_size,
-                    divisor=divisor, which=which, out=image, place=place,
-                )  # fmt: skip
+                    pixels, draws.of(place), shift[place], config.input_size, which=which, out=image, place=place
+                )
         result: Columns = {"image": image, "label": labels, "id": ids, "position": positions}
         return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}
 
@@ -182,8 +181,8 @@ _recent: collections.OrderedDict[tuple[Place, int], RowGroup] = collections.Orde
 def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
     """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
 
-    A process remembers the last RECENT_BYTES of them, so each is read about once a pass and not once a task. Raw pixels
-    of a local file whose place in it is known are not read at all, but mapped into memory.
+    A process remembers the last RECENT_BYTES of them, so each is read about once a pass by every process at work, and
+    not once a task. Raw pixels of a local file whose place in it is known are not read at all, but mapped into memory.
     """
     found = _recent.pop((place, index), None)
     if found is None:
@@ -192,8 +191,10 @@ def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) ->
         try:
             table = place.attempt(lambda: _open(place).read_row_group(index, columns=columns), "read")
         except (OSError, pa.ArrowException) as error:
-            text = str(error).splitlines()[0]
-            raise DamagedData(f"{place}, row group {index}: cannot be read: {text}") from None
+            text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, or the way there: it may pass
+                raise JobError(text) from None
+            raise DamagedData(text) from None
         images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
         labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
         found = RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)
@@ -217,12 +218,14 @@ class Feed:
         world_size: int,
         num_cpus: float,
         num_tasks: int,
+        side_by_side: int = 1,
     ) -> None:
         """num_cpus a task, num_tasks of this worker's at a time (twice as many where one execution follows another, if
-        there are CPUs): `placement.share_cpus` says what leaves every worker its part, for they wait for each other."""
+        there are CPUs): `placement.share_cpus` says what leaves every worker its part, for they wait for each other.
+        side_by_side: runs that share the cluster."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
-        self.num_cpus, self.num_tasks = num_cpus, num_tasks
+        self.num_cpus, self.num_tasks, self.side_by_side = num_cpus, num_tasks, side_by_side
         self.steps_per_task, self.steps_per_chunk = self._steps(None)
         self._queue: queue.Queue[Columns | BaseException] = queue.Queue(BLOCKS_AHEAD)
         self._left: Columns | None = None
@@ -245,7 +248,9 @@ class Feed:
         """
         import ray
 
-        self.steps_per_task, self.steps_per_chunk = self._steps(ray.cluster_resources().get("object_store_memory"))
+        able = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        stores = [has.get("object_store_memory", 0.0) for has in able if has.get("CPU") or has.get("GPU")]
+        self.steps_per_task, self.steps_per_chunk = self._steps(sum(stores) or None)
         tasks = self._tasks(first_epoch, first_step)
         self._thread = threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True)
         self._thread.start()
@@ -270,7 +275,7 @@ class Feed:
         step = 3 * self.config.input_size**2 * self.config.global_batch_size / self.world_size
         chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
         if store_bytes is not None:
-            chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size)))
+            chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size * self.side_by_side)))
         task = min(TASK_BYTES, chunk / (2 * self.num_tasks))
         return max(1, int(task / step)), chunk / step
 
@@ -416,8 +421,9 @@ class _Execution:
             if self._closed.is_set():
                 raise _Closed
             columns: Columns = BlockAccessor.for_block(ray.get(result)).to_batch_format("numpy")
-            if FAILURE in columns:
-                raise JobError(str(columns[FAILURE][0]))
+            for name, kind in FAILURES.items():
+                if name in columns:
+                    raise kind(str(columns[name][0]))
             yield columns
 
     def _run(self) -> None:

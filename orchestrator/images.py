@@ -8,6 +8,8 @@ import simplejpeg
 from numpy.typing import NDArray
 
 MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; a small file that unpacks to more is an attack
+# not all that Pillow knows: for PostScript it would run a program of its own on what it was given
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 MAX_ASPECT = 4  # longer images are cut to this before resizing, or a 1 x 30000 line would fill gigabytes
 
 Image = NDArray[np.uint8]
@@ -18,7 +20,7 @@ class NotAnImage(ValueError):
 
 
 def decode(data: bytes) -> Image:
-    """The first frame of a JPEG, PNG, GIF or whatever else Pillow reads, as (H, W, 3) RGB.
+    """The first frame of an image in one of FORMATS, as (H, W, 3) RGB.
 
     Grayscale and palettes become RGB, transparency is dropped, 16 bits become 8, CMYK is converted. EXIF rotation is
     ignored, as it is in the usual ImageNet pipelines. Raises NotAnImage.
@@ -45,7 +47,7 @@ def _decode_with_pillow(data: bytes) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning and notes on odd metadata
-            image = PIL.Image.open(io.BytesIO(data))
+            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.height, image.width)
             if image.mode.startswith(
                 ("I", "F")
@@ -55,7 +57,7 @@ def _decode_with_pillow(data: bytes) -> Image:
     except NotAnImage:
         raise
     except PIL.UnidentifiedImageError:
-        raise NotAnImage("not an image in any format that Pillow knows") from None
+        raise NotAnImage(f"not an image in a format that is read: {', '.join(FORMATS)}") from None
     except Exception as error:  # a broken file can fail anywhere in a decoder: the reason goes to the user's list
         raise NotAnImage(f"{type(error).__name__}: {error}") from error
 

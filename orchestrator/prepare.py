@@ -28,13 +28,23 @@ from pydantic import BaseModel
 from . import images
 from .exits import JobError, last_line
 from .order import plan_epoch
-from .shards import MANIFEST, MEAN_IMAGE, REJECTED, ROW_GROUP_ROWS, Manifest, Shard, schema, sha256, verify
+from .shards import (
+    MANIFEST,
+    MEAN_IMAGE,
+    REJECTED,
+    ROW_GROUP_ROWS,
+    UNFINISHED,
+    Manifest,
+    Shard,
+    schema,
+    sha256,
+    verify,
+)
 from .sources import SPLITS, Entry, Source, read, version
 from .storage import Place
 
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
-UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
 OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")
 READ_AHEAD = 32  # files of a remote source, while others are decoded
 READERS = 16
@@ -110,7 +120,9 @@ def prepare(
     (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in rejected).encode())
     rows = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
     considered = total + len(source.misplaced)
-    if len(rejected) > max_rejected * considered or not all(rows.values()):
+    if empty := [split for split, count in rows.items() if not count]:
+        raise JobError(f"no image of {empty[0]} could be read; the reasons are listed in {output / REJECTED}")
+    if len(rejected) > max_rejected * considered:
         raise JobError(
             f"{len(rejected)} of {considered} files could not be read, more than --max-rejected {max_rejected:g}; "
             f"they are listed in {output / REJECTED}"
@@ -140,11 +152,9 @@ def check_apart(source: str, output: Place) -> None:
     """Raises ValueError where the shards would be written over, or among, the images."""
     if "://" not in source and output.local is not None:
         images_at, shards_at = Path(source).resolve(), output.local.resolve()
-        inside = shards_at == images_at or any(shards_at.is_relative_to(images_at / split) for split in SPLITS)
     else:
         images_at, shards_at = Path(source.partition("?")[0]), Path(output.text.partition("?")[0])
-        inside = images_at == shards_at
-    if inside:
+    if shards_at == images_at or any(shards_at.is_relative_to(images_at / split) for split in SPLITS):
         raise ValueError(f"--output {output}: is where the images of --source are; choose another folder")
 
 

@@ -29,7 +29,8 @@ class LiveLine:
     def update(self, text: str) -> None:
         now = time.monotonic()
         if self.live:
-            self.stream.write("\r\x1b[2K" + text)
+            width = shutil.get_terminal_size().columns  # of a longer one a part would stay behind
+            self.stream.write("\r\x1b[2K" + text[: width - 1])
             self.stream.flush()
             self._shown = True
         elif now - self._last >= LOG_EVERY_S:

@@ -4,6 +4,7 @@ Ray Tune runs the trials, chooses with its schedulers and holds the resources; w
 and what follows after an interruption is decided here, from the journal alone.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from .exits import Interrupted, JobError, catch_signals, signals_deferred
 from .findings import as_result, expected_epochs, rungs
 from .journal import JOURNAL, PAPERS, Journal, TrialRecord
 from .mailbox import SAVE, Event
-from .placement import OVERSEER_CPUS, alive, room_for, threads_for
+from .placement import OVERSEER_CPUS, Node, alive, make_plan, room_for, threads_for
 from .progress import duration, table
 from .runs import KEPT, RunFolder
 from .search_config import SearchConfig, search_of
@@ -178,6 +179,7 @@ class Search:
         with signals_deferred():
             nodes = alive(ray.nodes())
             at_once = room_for(self.config.most_workers, nodes, max(1, left), self.config.max_concurrent)
+            self._check_plans(nodes, at_once)
             threads = threads_for(self.config.most_workers, nodes, at_once, os.cpu_count() or 1)
         if self.config.scheduler == "pbt" and at_once < left:
             raise JobError(
@@ -209,6 +211,16 @@ class Search:
         if self.stop is not None:
             why = "the time budget is used up" if self.stop == "budget" else "stopped"
             self.view.say(f"{why}; {len(unfinished)} trial(s) have saved checkpoints; go on with: {self._command()}")
+
+    def _check_plans(self, nodes: list[Node], at_once: int) -> None:
+        """Raises JobError for trials that the cluster, as it is now, could never place."""
+        varied = [d for d in self.config.space.dimensions if d.name in ("layout", "spread")]
+        configs = [self.config.most_workers]
+        for dimension in varied:
+            configs = [config.changed(**{dimension.name: value}) for config in configs for value in dimension.values]
+        for config in configs:
+            with contextlib.suppress(ValueError):  # not a pair that a trial could have
+                make_plan(config, nodes, self.data.num_classes(config), at_once)
 
     def _tune(self, at_once: int) -> None:
         """Hand the trials to Ray Tune, and stay until the last one ends."""
@@ -348,7 +360,8 @@ class Search:
         if now - self._drained >= DRAIN_EVERY_S:
             self._drained = now
             self._drain()
-            self.usd = cost_so_far(self.meter)
+            usd = cost_so_far(self.meter)
+            self.usd = self.usd if usd is None else usd
             self.view.refresh()
 
     def _drain(self) -> None:
@@ -376,14 +389,24 @@ class Search:
         settings = self.config.settings() | {f"space.{d.name}": str(d) for d in self.config.space.dimensions}
         settings |= {f"train.{name}": value for name, value in self.config.train.model_dump().items()}
         known = self.journal.parent_run_id
+        self.parent.patience_s = PATIENCE_S[False]
         self.parent.begin(self.folder.name, "jobs/tune.py", settings, run_id=known, look_for=self.resume)
         if self.parent.run_id != known:
             self.journal.write("search", run_id=self.parent.run_id)
         self.parent.log_text(self.config.to_yaml(), SEARCH_YAML)
         for record in self.journal.trials.values():
-            if record.ended and (run := self._run_of(record)) and run.is_open:  # a killed driver left it so
+            if not record.ended:
+                continue
+            if not record.run_id:
+                self._begin_child(record)
+                run = self.children.pop(record.number, None)
+            else:
+                run = self._run_of(record)
+                if run and not run.is_open:
+                    continue
+            if run:  # a killed driver left it so
                 run.complete(record.history, self.config.metric)
-                run.finish(ENDS[record.status], record.error)
+                self._finish(run, ENDS[record.status], record.error, hurry=False)
 
     def _run_of(self, record: TrialRecord) -> Run | None:
         """Its run in MLflow, if it has one that is still there."""
@@ -414,6 +437,8 @@ class Search:
             self.folder.write_result(result)
         finally:  # storage may be what failed
             self._finish_children(status)
+            if status != "FINISHED":
+                self.parent.patience_s = 0.0
             if self.parent.run_id:
                 self._log_what_came_of_it(result, pictures, best)
                 self.parent.finish(status, error)
@@ -423,8 +448,14 @@ class Search:
     def _finish_children(self, status: str) -> None:
         """The runs of trials that are not at their end, in MLflow, side by side: the server may be away."""
         for record in self.journal.trials.values():
+            if record.ended:
+                if not record.run_id and self.parent.run_id and status == "FINISHED":  # the server was away
+                    self._begin_child(record)
+                    if run := self.children.pop(record.number, None):
+                        self._finish(run, ENDS[record.status], record.error, hurry=False)
+                continue
             run = self.children.pop(record.number, None)
-            if run is None and not record.ended and self.parent.run_id:
+            if run is None and self.parent.run_id:
                 run = self._run_of(record)
             if run is not None:
                 self._finish(run, "KILLED", "the search was stopped before the trial's end; it can go on", hurry=True)

@@ -61,11 +61,9 @@ class Session:
         if not resume:
             run.create(config)
         self.claim = Claim(run)
-        if resume:
-            run.change(config)
         self.result = self.run.result()
         self.started = time.monotonic()
-        self.completed = False  # in MLflow, with what an interrupted session did not send
+        self.under_way = False
 
     def train(self) -> None:
         """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
@@ -155,9 +153,11 @@ class Session:
     def _on_start(self, event: Event) -> None:
         if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down, or sent
             self._keep(event["history"])
-            if self.resume and not self.completed:
-                self.completed = True
+            if self.resume and not self.under_way:
                 self.tracker.complete(event["history"], "val/loss")
+        if self.resume and not self.under_way:
+            self.run.change(self.config)  # now that it is known to train
+        self.under_way = True
         text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
         where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
         if event["crashed"]:

@@ -21,6 +21,7 @@ from .exits import JobError
 from .storage import Place
 
 MANIFEST = "manifest.json"
+UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
 REJECTED = "rejected.jsonl"
 MEAN_IMAGE = "mean_image.npy"
 ROW_GROUP_ROWS = 128

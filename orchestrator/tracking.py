@@ -17,7 +17,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .cluster import job_id, on_cluster
 from .config import TrainConfig
@@ -32,12 +32,13 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# of a call to a server; MLflow's own seven tries take four minutes, in which nothing else would happen
-PATIENT_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# of one call to a server; MLflow's own seven tries take four minutes, in which nothing else would happen
+ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
 PATIENCE_S = {False: 180.0, True: 30.0}  # with a server at a run's end, in a hurry or not; `ray job stop` waits 90 s
 Metrics = dict[str, float]
+T = TypeVar("T")
 
 
 def tracking_uri() -> str:
@@ -77,7 +78,7 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        for variable, setting in (QUIET | PATIENT_CALL).items():
+        for variable, setting in (QUIET | ONE_CALL).items():
             os.environ.setdefault(variable, setting)
         import mlflow
 
@@ -132,11 +133,16 @@ class Store:
 
 
 class Run:
-    """One MLflow run. Once it is begun, a server that fails is no reason to stop: `warn` is told."""
+    """One MLflow run. Once it is begun, a server that fails is no reason to stop: `warn` is told.
+
+    patience_s: how long to begin, and to store a file, is tried where a server does not answer.
+    """
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
+        self.patience_s = 0.0
         self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms)
+        self._to_complete: tuple[list[dict[str, Any]], str] | None = None
         self._lock, self._news, self._closing = threading.Lock(), threading.Event(), False
         self._sender: threading.Thread | None = None
 
@@ -154,6 +160,11 @@ class Run:
 
         look_for: there may be one of this name and parent whose id was not written down before a crash.
         """
+        return self._patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
+
+    def _begin(
+        self, name: str, script: str, params: dict[str, Any], run_id: str | None, parent: str | None, look_for: bool
+    ) -> bool:
         import mlflow
 
         if not run_id and look_for:
@@ -177,7 +188,8 @@ class Run:
             tags["mlflow.parentRunId"] = parent
         if job := job_id():
             tags[JOB] = job
-        self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
+        if not self.run_id:  # of an attempt that did not come to its end
+            self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
         entities = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=entities)
         return True
@@ -189,10 +201,7 @@ class Run:
 
         with self._lock:
             self._unsent.append((metrics, step, mlflow.utils.time.get_current_time_millis()))
-        self._news.set()
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
-            self._sender.start()
+        self._wake()
 
     def log_epoch(self, metrics: dict[str, Any], more: Metrics | None = None) -> None:
         """An entry of a history: its `step` is the update that it was taken at."""
@@ -201,54 +210,78 @@ class Run:
 
     def complete(self, history: list[dict[str, Any]], metric: str) -> None:
         """Log those entries of a history at whose update the metric was not logged: a crash may have lost them."""
-        try:
-            there = {point.step for point in self.client.get_metric_history(self.run_id, metric)}
-        except Exception as error:  # whatever a server answers that is away
-            self.warn(f"MLflow does not say what it has of run {self.run_id}: {self.store.reason(error)}")
-            return
-        for metrics in history:
-            if metrics["step"] not in there:
-                self.log_epoch(metrics)
+        self._to_complete = list(history), metric
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
+            self._sender.start()
 
     def _send(self) -> None:
-        import mlflow
-
         said = False
-        while not (self._closing and not self._unsent):
+        while not (self._closing and not self._unsent and self._to_complete is None):
             self._news.wait()
             self._news.clear()
-            while self._unsent:
-                with self._lock:
-                    batch = self._unsent[:200]  # five metrics each, and 1000 are the API's limit
-                values = [
-                    mlflow.entities.Metric(key, value, when, at)
-                    for metrics, at, when in batch
-                    for key, value in metrics.items()
-                ]
+            while self._unsent or self._to_complete is not None:
                 try:
-                    for first in range(0, len(values), 1000):
-                        self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
+                    self._send_some()
                 except Exception as error:  # training is worth more than its log
                     if not said:
                         self.warn(f"MLflow does not take metrics, they are kept: {self.store.reason(error)}")
                     said = True
                     time.sleep(RETRY_S)
                     continue
-                with self._lock:
-                    del self._unsent[: len(batch)]
                 said = False
+
+    def _send_some(self) -> None:
+        import mlflow
+
+        if self._to_complete is not None:
+            history, metric = self._to_complete
+            there = {point.step for point in self.client.get_metric_history(self.run_id, metric)}
+            self._to_complete = None
+            with self._lock:
+                waiting = {step for _, step, _ in self._unsent}
+            for metrics in history:
+                if metrics["step"] not in there | waiting:
+                    self.log_epoch(metrics)
+        with self._lock:
+            batch = self._unsent[:200]  # five metrics each, and 1000 are the API's limit
+        values = [
+            mlflow.entities.Metric(key, value, when, at)
+            for metrics, at, when in batch
+            for key, value in metrics.items()
+        ]
+        for first in range(0, len(values), 1000):
+            self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
+        with self._lock:
+            del self._unsent[: len(batch)]
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Once more after an error, for so long as a server's own restart may take. Raises the last error."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return call()
+            except Exception:
+                if not self.store.uri.startswith("http") or time.monotonic() > deadline:
+                    self.patience_s = 0.0  # it is away; nothing else waits for it
+                    raise
+                time.sleep(RETRY_S)
 
     def log_picture(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""
         try:
-            self.client.log_figure(self.run_id, figure, name)
+            self._patiently(lambda: self.client.log_figure(self.run_id, figure, name))
         except Exception as error:
             self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
     def log_text(self, text: str, name: str) -> None:
         """A small file as an artifact."""
         try:
-            self.client.log_text(self.run_id, text, name)
+            self._patiently(lambda: self.client.log_text(self.run_id, text, name))
         except Exception as error:
             self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
@@ -276,7 +309,7 @@ class Run:
         self._news.set()
         if self._sender is not None:
             self._sender.join(max(0.0, deadline - time.monotonic()))
-        if self._unsent:
+        if self._unsent or self._to_complete is not None:
             self.warn(f"{len(self._unsent)} set(s) of metrics did not reach MLflow; they are in the run's folder")
         while True:
             try:
@@ -297,6 +330,7 @@ class Tracker(Run):
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
         super().__init__(Store(uri))
+        self.patience_s = PATIENCE_S[False]
         self._monitor: Any = None
 
     def start(
@@ -347,7 +381,8 @@ class Tracker(Run):
         with tempfile.TemporaryDirectory() as folder:
             described = Path(folder, "net.json")
             described.write_text(json.dumps(description, indent=1))
-            try:
+
+            def log() -> None:
                 with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
                     mlflow.pyfunc.log_model(
                         name="model",
@@ -357,6 +392,9 @@ class Tracker(Run):
                         signature=signature,
                         pip_requirements=["torch", "numpy", "numba", "safetensors"],
                     )
+
+            try:
+                self._patiently(log)
             except Exception as error:
                 self.warn(f"the model did not reach MLflow; its weights are in {weights}: {self.store.reason(error)}")
 

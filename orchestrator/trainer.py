@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .costs import node_types
 from .exits import Interrupted, JobError, last_line, signals_deferred
 from .mailbox import DROP, SAVE, Event, Mailbox
-from .placement import Plan, alive, make_plan
+from .placement import Plan, alive, make_plan, worker_counts
 from .runs import RunFolder
 from .storage import Place
 
@@ -30,6 +30,8 @@ SETTLED_S = 5.0  # a cluster that could take more workers is given this long to 
 START_PATIENCE_S = 90.0
 STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
 DROP_PATIENCE_S = 15.0  # for workers that might be used again; starting new ones costs about as much
+STARVED_PATIENCE_S = 300.0  # for a last step whose images may have to wait for CPUs that are gone
+WISH_EVERY_S = 30.0
 LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers are
 
 
@@ -65,6 +67,7 @@ class Training:
         self._counted: set[str] = set()  # the nodes that the plan was made from
         self._excused: set[str] = set()  # of those, lost ones that the fit can do without
         self._nodes: list[str] = []  # of its workers, once they have started
+        self._wish: Wish | None = None  # for nodes
         try:
             self._plan = self._make_plan()
         except JobError:
@@ -129,6 +132,7 @@ class Training:
             "start": self.start,
             "feed_cpus": plan.resources.feed_cpus,
             "feed_tasks": plan.resources.feed_tasks,
+            "side_by_side": max(1, self.side_by_side),
         }
         from .fit import Fit  # imports Ray, which may not be imported before connect()
 
@@ -139,21 +143,19 @@ class Training:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
 
         on_event({"kind": "note", "text": plan.reason})
-        wish = self._wish_to_grow(plan)
         try:
-            ends = self._watch_fit(plan, wish, on_event)
+            ends = self._watch_fit(plan, on_event)
         finally:
-            if wish is not None:
-                wish.end()
+            self._end_wish()
         if ends is None:
             return False
         with signals_deferred():
             return self._fit_is_over(plan, ends, on_event)
 
-    def _watch_fit(self, plan: Plan, wish: Wish | None, on_event: Callable[[Event], None]) -> dict[str, Event] | None:
+    def _watch_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> dict[str, Event] | None:
         """Until it ends by itself; returns the events that it ended with, or None if it was ended for lost nodes."""
         patience, look_at, could_grow_since = time.monotonic() + START_PATIENCE_S, 0.0, math.inf
-        asked, save_by, room = False, math.inf, None
+        asked, save_by, wish_at, room = False, math.inf, 0.0, None
         while True:
             with signals_deferred():
                 over = self._fit.wait(POLL_S)
@@ -176,14 +178,13 @@ class Training:
                 if lost == "workers" or now > save_by:
                     self._end_for_lost_nodes(on_event)
                     return None
-                if lost == "feed" and not asked:
+                if lost == "feed" and save_by == math.inf:
                     text = "nodes were lost that the feed counted on; saving a checkpoint to go on with the others"
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
-                    asked, save_by = True, now + STOP_PATIENCE_S
-                if wish is not None and wish.is_granted(0):
-                    wish.end()  # the room is there, and is to be seen as free
-                    wish = None
+                    asked, save_by = True, now + STARVED_PATIENCE_S
+                if self._nodes and not asked and now >= wish_at:
+                    wish_at = now + self._wish_to_grow(plan)
                 if asked or not self._nodes or not self._could_grow(plan):
                     could_grow_since = math.inf
                     continue
@@ -204,7 +205,7 @@ class Training:
         if "error" in outcome:
             deadline = time.monotonic() + LOST_PATIENCE_S
             while time.monotonic() < deadline:  # was it a node? Ray may notice the workers before it does
-                if self._gone():
+                if self._gone() - self._excused:
                     self._end_for_lost_nodes(on_event)
                     return False
                 time.sleep(POLL_S)
@@ -277,12 +278,28 @@ class Training:
         on_event({"kind": "note", "text": f"{len(self._gone())} node(s) were lost; going on from the last checkpoint"})
         self.end()
 
-    def _wish_to_grow(self, plan: Plan) -> Wish | None:
-        """Of an elastic run that has less workers than it may have, on a cluster that starts nodes."""
-        missing = self.config.worker_range[1] - plan.layout.workers
-        if missing <= 0 or self.side_by_side or not node_types():
-            return None
-        return Wish(self.config, missing, on_gpu=plan.resources.use_gpu)
+    def _wish_to_grow(self, plan: Plan) -> float:
+        """Of an elastic run on a cluster that starts nodes: ask for the next larger number of workers. To be called
+        again after so many seconds, as it returns.
+
+        The wish waits behind this fit's own room. Once it is granted it is given up, for the room to be seen as free;
+        it is renewed if the run has not grown by then, as where only a crashed worker's room was free for a moment.
+        """
+        if self._wish is not None:
+            if not self._wish.is_granted(0):
+                return NODES_EVERY_S
+            self._end_wish()
+            return WISH_EVERY_S
+        larger = [workers for workers in worker_counts(self.config) if workers > plan.layout.workers]
+        if not larger or self.side_by_side or not node_types():
+            return math.inf
+        self._wish = Wish(self.config, min(larger) - plan.layout.workers, on_gpu=plan.resources.use_gpu)
+        return NODES_EVERY_S
+
+    def _end_wish(self) -> None:
+        if self._wish is not None:
+            self._wish.end()
+            self._wish = None
 
     def _could_grow(self, plan: Plan) -> bool:
         """Whether there is room for more workers that nobody else has taken."""
@@ -300,7 +317,7 @@ class Training:
 
     def _wait_for_room(self, on_event: Callable[[Event], None]) -> Plan:
         """The next fit's plan, as soon as the cluster has room for one."""
-        said, wish = -math.inf, None
+        said = -math.inf
         try:
             while True:
                 self._end_if_cancelled()
@@ -308,16 +325,15 @@ class Training:
                     plan = self._make_plan()
                     if plan is not None:
                         return plan
-                if wish is None:
-                    wish = Wish(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
+                if self._wish is None:
+                    self._wish = Wish(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
                 if time.monotonic() - said > START_PATIENCE_S:
                     said = time.monotonic()
                     text = f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes"
                     on_event({"kind": "warning", "text": text})
                 time.sleep(NODES_EVERY_S)
         finally:
-            if wish is not None:
-                wish.end()
+            self._end_wish()
 
     def _wants_gpu(self) -> bool:
         """Settled by the first plan; before there is one, auto takes what the cluster has."""

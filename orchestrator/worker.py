@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import alexnet
+from alexnet import augment
 from alexnet.dropout import Where
 from alexnet.layouts import Layout, PlacedNet
 
@@ -54,17 +55,23 @@ def train_worker(loop: dict[str, Any]) -> None:
     try:
         worker = Worker(make_config(**loop["config"]), Place(loop["data"]), loop)
     except (DamagedData, ValueError) as error:
-        ray.get(loop["mailbox"].put.remote(loop["topic"], {"kind": "failed", "text": str(error)}))
+        _report(loop, error)
         return
     try:
         worker.run()
     except Diverged as error:
         worker.tell("failed", text=str(error))
+    except DamagedData as error:  # in this worker's part; the others wait for it, and are ended
+        _report(loop, error)
     except Stopped:
         worker.tell("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
     finally:
         worker.feed.close()
     worker.flush()
+
+
+def _report(loop: dict[str, Any], error: Exception) -> None:
+    ray.get(loop["mailbox"].put.remote(loop["topic"], {"kind": "failed", "text": str(error)}))
 
 
 class Worker:
@@ -80,7 +87,7 @@ class Worker:
         self._sent, self.said_stuck, self.told_to_stop = None, False, 0.0
         self.feed = Feed(
             folder, self.manifest, config, rank=self.rank, world_size=self.world_size,
-            num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"],
+            num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"], side_by_side=loop["side_by_side"],
         )  # fmt: skip
         checkpoint, start = ray.train.get_checkpoint(), loop["start"]
         self.device = ray.train.torch.get_device()
@@ -91,6 +98,8 @@ class Worker:
 
         mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
         self.subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
+        noisy = config.color_noise == "code2012"
+        self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0, "val": 1.0}
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         net = build_net(config, self.num_classes).to(self.device, self.dtype)
         self.placed = PlacedNet(net, self.layout, self.rank)
@@ -241,7 +250,8 @@ class Worker:
         position = torch.arange(stretches[0][0] - begin, stretches[-1][1] - begin, device=self.device)
         where = Where(self.config.seed, self.state.step, position)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.subtract_mean(self.placed.share_images(image, sizes), top, left, flip.bool())
+            images = self.placed.share_images(image, sizes)
+            x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors[split])
             scores = self.placed(x.to(self.dtype), where, sizes)
         return scores.to(self.dtype), labels
 

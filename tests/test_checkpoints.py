@@ -47,6 +47,15 @@ def test_six_steps_equal_three_saved_and_loaded_and_three_bit_for_bit(tmp_path):
     assert schedule.state_dict() == schedule2.state_dict()
 
 
+def test_a_checkpoint_of_another_net_is_refused_in_one_line(tmp_path):
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    other = PlacedNet(build_net(digits(), 20), Layout("single", 1))
+    with pytest.raises(ValueError, match=r"fc8\.\w+ is 10\b.* there, and 20\b.* in this net") as error:
+        checkpoints.load(tmp_path, other, alexnet.PaperSGD(other.parameters()), schedule)
+    assert "\n" not in str(error.value)
+
+
 def test_a_rate_that_is_scaled_takes_the_velocities_with_it():
     """Weights taken at a high rate stay what they were under a low one."""
     moved = {}

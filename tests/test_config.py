@@ -59,7 +59,8 @@ def test_a_config_survives_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "No such file"), ("- a\n- b", "setting: value"), ("a: [", "not YAML")]
+    ("text", "words"),
+    [(None, "No such file"), ("- a\n- b", "setting: value"), ("1: 2", "setting: value"), ("a: [", "not YAML")],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, text, words):
     if text is not None:

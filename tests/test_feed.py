@@ -1,12 +1,15 @@
 """The plan of an epoch, and the feed that runs it on Ray Data."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.exits import JobError
 from orchestrator.feed import Feed, TaskReader, worker_stretch
 from orchestrator.order import plan_epoch, plan_validation
 from orchestrator.recipes import digits
+from orchestrator.shards import DamagedData
 from orchestrator.storage import Place
 
 GROUPS = np.array([128, 128, 7, 128, 50, 1])
@@ -191,6 +194,25 @@ def test_a_shard_that_vanishes_while_training_reaches_the_consumer(digit_shards,
     with pytest.raises(JobError, match=r"shard-0000\d\.parquet") as error:
         next(feed.batches("train", 0))
     assert "\n" not in str(error.value)
+    assert not isinstance(error.value, DamagedData), "a disk may come back"
+
+
+@pytest.mark.ray
+def test_a_damaged_image_is_no_crash_that_could_be_tried_again(digit_shards, tmp_path):
+    folder, manifest = digit_shards
+    for shard in manifest.shards:
+        rows = pq.read_table(folder / shard.file)
+        images = [b"no image" for _ in range(rows.num_rows)]
+        rows = rows.set_column(rows.schema.get_field_index("image"), "image", pa.array(images, rows["image"].type))
+        (tmp_path / shard.file).parent.mkdir(exist_ok=True)
+        pq.write_table(rows, tmp_path / shard.file, row_group_size=shard.row_groups[0])
+    feed = Feed(
+        Place.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
+    )
+    feed.start(0)
+    with pytest.raises(DamagedData, match=r"shard-0000\d\.parquet, row group \d+: image \d+ cannot be decoded"):
+        next(feed.batches("train", 0))
+    feed.close()
 
 
 def test_the_reader_needs_no_torch():

@@ -134,8 +134,8 @@ def test_an_elastic_run_asks_for_nodes_to_grow_and_one_that_lost_its_nodes_for_o
     until(r"4 worker\(s\), resumed after epoch")
     until("epoch .*train loss")
     growing.host.run("pkill -9 -f 'raylet/raylet .*CPU,3'")
-    until(r"2 node\(s\) were lost")
-    deadline = time.monotonic() + 60
+    until(r"[12] node\(s\) were lost")  # seen at once, or one after the other
+    deadline = time.monotonic() + 120
     while "{'CPU': 1.0} * 2 (PACK): 1+ pending placement groups" not in growing.ray("status").stdout:
         assert time.monotonic() < deadline, "nobody asks for a node"
         time.sleep(1)

@@ -57,11 +57,12 @@ def test_cmyk_and_rgb_of_one_picture_look_alike():
     [
         (b"", "empty file"),
         (b"not an image at all", "not an image"),
+        (encoded(COLOUR, "EPS"), "not an image in a format that is read: JPEG"),  # would be a program to run
         (encoded(COLOUR, "JPEG")[:400], "(?i)truncated"),
         (encoded(COLOUR, "PNG")[:200], "."),
         (encoded(PIL.Image.new("1", (30_000, 30_000)), "PNG"), "decompression bomb"),
     ],
-    ids=["zero-bytes", "text", "truncated-jpeg", "truncated-png", "bomb"],
+    ids=["zero-bytes", "text", "postscript", "truncated-jpeg", "truncated-png", "bomb"],
 )
 def test_what_cannot_be_read_says_why(data, reason):
     with pytest.raises(images.NotAnImage, match=reason):

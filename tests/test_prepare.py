@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_photographs
+from conftest import ROOT, make_photographs, picture
 
 from orchestrator import prepare as preparation
 from orchestrator import shards
@@ -123,6 +123,24 @@ def test_an_output_among_the_images_is_refused(many, tmp_path):
         with pytest.raises(ValueError, match="is where the images of --source are"):
             preparation.check_apart(str(many), Place.of(output))
     preparation.check_apart(str(many), Place.of(tmp_path / "out"))
+    with pytest.raises(ValueError, match="is where the images of --source are"):
+        preparation.check_apart("s3://bucket/photos", Place("s3://bucket/photos/train"))
+    preparation.check_apart("s3://bucket/photos", Place("s3://bucket/shards"))
+
+
+def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
+    for path in (many / "val").glob("*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(JobError, match=r"no image of val could be read; the reasons are listed in .*rejected.jsonl"):
+        prepare(open_source(str(many)), Place.of(tmp_path / "out"), image_size=48, max_rejected=1.0)
+
+
+def test_small_images_in_folders_are_stored_small(many):
+    assert open_source(str(many)).image_size == 256
+    small = picture(np.random.default_rng(0), 0, (32, 32))
+    for path in many.glob("*/*/*.JPEG"):
+        path.write_bytes(small)
+    assert open_source(str(many)).image_size == 72
 
 
 def test_only_our_own_leftovers_are_removed(ray_here, many, tmp_path):

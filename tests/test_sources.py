@@ -233,6 +233,13 @@ def test_hugging_face_parquet_is_read_row_by_row(tmp_path):
     assert source.image_size == 72
     assert any("stored at 72" in line for line in said)
 
+    # what a preparation has put, or is putting, below is no part of it
+    for folder, note in (("done", "manifest.json"), ("begun", "_unfinished/train-00000.json")):
+        table(tmp_path / folder / "train/shard-00000.parquet", [0, 1], nested=False)
+        (tmp_path / folder / note).parent.mkdir(exist_ok=True)
+        (tmp_path / folder / note).write_text("{}")
+    assert open_source(str(tmp_path)).splits == source.splits
+
 
 def test_plain_parquet_with_words_for_labels_and_test_for_val(tmp_path):
     data = table(tmp_path / "train.parquet", ["b", "a", "b", "a", "a", "b"], nested=False)

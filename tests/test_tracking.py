@@ -48,7 +48,7 @@ def test_no_password_is_shown_or_stored():
 
 def test_a_server_s_password_is_taken_out_of_its_address(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:se%40cret@host:1/path")
-    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "another")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
     assert tracking_uri() == "https://host:1/path"
     assert tracking_uri() == "https://host:1/path"

@@ -42,7 +42,7 @@ def test_precision_is_what_was_asked_for_and_auto_never_guesses_on_other_devices
     assert not wants_bf16("auto", torch.device("mps"))
 
 
-def test_a_log_gets_plain_lines_and_a_terminal_one_live_line():
+def test_a_log_gets_plain_lines_and_a_terminal_one_live_line(monkeypatch):
     step = {"kind": "step", "epoch": 0, "epochs": 2, "step": 1, "steps": 4, "loss": 2.0, "images_per_s": 10.0}
     log = io.StringIO()
     view = TrainView()
@@ -53,7 +53,9 @@ def test_a_log_gets_plain_lines_and_a_terminal_one_live_line():
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     view.line = LiveLine(terminal)
+    monkeypatch.setenv("COLUMNS", "20")
     view.event(step | {"step": 4})
+    assert terminal.getvalue() == "\r\x1b[2Kepoch 1/2  step 4/4", "a longer line would leave a part behind"
     view.line.print("done")
     assert terminal.getvalue().startswith("\r")
     assert terminal.getvalue().endswith("\r\x1b[2Kdone\n")

@@ -9,8 +9,7 @@ import numpy as np
 from orchestrator.storage import Place
 
 from .devkit import read_small_archive
-from .listing import Entry, Say, Source
-from .tables import STORED_SMALL
+from .listing import STORED_SMALL, Entry, Say, Source
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"

@@ -3,7 +3,7 @@
 from orchestrator.storage import Place
 
 from .devkit import find_synsets, find_truth
-from .listing import SPLITS, Entry, Say, Source
+from .listing import SPLITS, Entry, Say, Source, stored_size
 
 BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where train/ and val/ are; Kaggle's archive has the long ones
 
@@ -67,7 +67,8 @@ def image_folder(root: Place, say: Say = lambda line: None) -> Source:
         if not entries:
             raise ValueError(f"--source {base / split}: holds no files; expected {base / split}/CLASS/IMAGE")
     words = synsets.in_words(classes)
-    return Source(root.name, "imagefolder", classes, splits, class_names=words, misplaced=misplaced)
+    size = stored_size(splits["train"], say)
+    return Source(root.name, "imagefolder", classes, splits, image_size=size, class_names=words, misplaced=misplaced)
 
 
 def _files(folder: Place) -> list[str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.exits import last_line
-from orchestrator.images import NotAnImage
+from orchestrator.images import NotAnImage, decode
 from orchestrator.storage import Place, StorageError
 
 SPLITS = ("train", "val")
@@ -21,6 +21,7 @@ SPLITS = ("train", "val")
 OF_ONE_FILE = {  # errors that say something of a file, and not of the disk or the machine
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO,
 }  # fmt: skip
+SMALL, STORED_SMALL = 64, 72  # pixels: smaller images than this are stored at that, which the net's 64 are cut from
 RECENT_BYTES = 2**28  # of row groups that a process remembers
 
 Say = Callable[[str], None]  # takes a line for the user
@@ -147,3 +148,17 @@ def image_column(schema: Any) -> str | None:
             found.append(column.name)
     named = [name for name in found if name.split(".")[0] in ("image", "img", "jpg", "jpeg", "jpg;png", "png")]
     return next(iter(named or found), None)
+
+
+def stored_size(entries: list[Entry], say: Say) -> int:
+    """What suits images as large as the first that can be read."""
+    for entry in entries[:16]:
+        try:
+            side = min(decode(read(entry)).shape[:2])
+        except NotAnImage:
+            continue
+        if side < SMALL:
+            say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+            return STORED_SMALL
+        break
+    return 256

@@ -9,15 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.images import NotAnImage, decode
+from orchestrator.shards import MANIFEST, UNFINISHED
 from orchestrator.storage import Place
 
-from .listing import SPLITS, Entry, Say, Source, image_column, read
+from .listing import SPLITS, Entry, Say, Source, image_column, stored_size
 
 SUFFIX = ".parquet"
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 NAMES = ("name", "path", "file_name", "filename")
-SMALL, STORED_SMALL = 64, 72  # pixels: smaller images than this are stored at that, which the net's 64 are cut from
 
 
 def parquet(root: Place, say: Say = lambda line: None) -> Source:
@@ -47,7 +46,7 @@ def parquet(root: Place, say: Say = lambda line: None) -> Source:
                     entries.append(Entry(next_id, label, name, path=place, row_group=group.index, row=row))
                 next_id += 1
             runs[split].append(len(entries) - before)
-    size = _stored_size(splits["train"], say)
+    size = stored_size(splits["train"], say)
     return Source(root.name, "parquet", classes, splits, image_size=size, misplaced=misplaced, runs=runs)
 
 
@@ -83,7 +82,7 @@ def split_files(root: Place, say: Say = lambda line: None) -> dict[str, list[str
     """The Parquet files of train and val. Raises ValueError where one of them has none."""
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
-    for name in root.files():
+    for name in _without_shards(root.files()):
         if not name.endswith(SUFFIX):
             continue
         split = _split_of(name)
@@ -98,6 +97,15 @@ def split_files(root: Place, say: Say = lambda line: None) -> dict[str, list[str
         if not found[split]:
             raise ValueError(f"--source {root}: has no Parquet file of {split}: expected {split}*.parquet or {split}/")
     return found
+
+
+def _without_shards(files: list[str]) -> list[str]:
+    """But for what a preparation has put, or is putting, into a folder below."""
+    paths = [PurePosixPath(name) for name in files]
+    ours = {path.parent for path in paths if path.name == MANIFEST}
+    ours |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
+    ours.discard(PurePosixPath("."))  # such data may be prepared again, in another size
+    return [str(path) for path in paths if not ours & {*path.parents}]
 
 
 def _split_of(name: str) -> str | None:
@@ -160,17 +168,3 @@ def _named_classes(schema: Any) -> tuple[str, ...]:
     except (KeyError, ValueError, TypeError, StopIteration):
         text = metadata.get(b"classes", b"").decode("utf-8", "replace")
         return tuple(text.split(",")) if text else ()
-
-
-def _stored_size(entries: list[Entry], say: Say) -> int:
-    """What suits images as large as the first that can be read."""
-    for entry in entries[:16]:
-        try:
-            side = min(decode(read(entry)).shape[:2])
-        except NotAnImage:
-            continue
-        if side < SMALL:
-            say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
-            return STORED_SMALL
-        break
-    return 256
