@@ -1,5 +1,6 @@
 """Bytes of an image file to pixels of a given size. H rows, W columns, C = 3 colours, always uint8 RGB."""
 
+import functools
 import io
 import warnings
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; a small file that unpacks to more is an attack
 # not all that Pillow knows: for PostScript it would run a program of its own on what it was given
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI", "DIB")
 MAX_ASPECT = 4  # longer images are cut to this before resizing, or a 1 x 30000 line would fill gigabytes
 
 Image = NDArray[np.uint8]
@@ -47,7 +48,7 @@ def _decode_with_pillow(data: bytes) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning and notes on odd metadata
-            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+            image = PIL.Image.open(io.BytesIO(data), formats=_formats())
             _check_size(image.height, image.width)
             if image.mode.startswith(
                 ("I", "F")
@@ -60,6 +61,15 @@ def _decode_with_pillow(data: bytes) -> Image:
         raise NotAnImage(f"not an image in a format that is read: {', '.join(FORMATS)}") from None
     except Exception as error:  # a broken file can fail anywhere in a decoder: the reason goes to the user's list
         raise NotAnImage(f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow was built with."""
+    import PIL.Image
+
+    PIL.Image.init()
+    return [name for name in FORMATS if name in PIL.Image.OPEN]
 
 
 def _scaled_to_8_bits(gray: NDArray[np.generic]) -> Image:

@@ -187,7 +187,8 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
     """
     workers = config.worker_range[1]
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    if config.device == "gpu" or (config.device == "auto" and gpus > 0):
+    use_gpu = config.device == "gpu" or (config.device == "auto" and gpus > 0)
+    if use_gpu:
         # the columns of a net stay on one node
         together = 2 if config.layout == "columns" else 1
         room = sum(int(node.gpus) // together for node in nodes) * together // workers
@@ -203,6 +204,9 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
         if cpus <= 0:
             raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
         room = at_most or max(1, int(cpus) // workers)
+    if config.spread:  # a node a worker
+        able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
+        room = min(room, max(1, able // workers))
     return min(wanted, room, at_most or room)
 
 

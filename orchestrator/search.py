@@ -179,7 +179,8 @@ class Search:
         with signals_deferred():
             nodes = alive(ray.nodes())
             at_once = room_for(self.config.most_workers, nodes, max(1, left), self.config.max_concurrent)
-            self._check_plans(nodes, at_once)
+            if left:
+                self._check_plans(nodes, at_once)
             threads = threads_for(self.config.most_workers, nodes, at_once, os.cpu_count() or 1)
         if self.config.scheduler == "pbt" and at_once < left:
             raise JobError(
@@ -449,7 +450,8 @@ class Search:
         """The runs of trials that are not at their end, in MLflow, side by side: the server may be away."""
         for record in self.journal.trials.values():
             if record.ended:
-                if not record.run_id and self.parent.run_id and status == "FINISHED":  # the server was away
+                away = status != "FINISHED" or time.monotonic() < self._try_mlflow_at
+                if not record.run_id and self.parent.run_id and not away:  # the server was, when it began
                     self._begin_child(record)
                     if run := self.children.pop(record.number, None):
                         self._finish(run, ENDS[record.status], record.error, hurry=False)

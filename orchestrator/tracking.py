@@ -140,7 +140,7 @@ class Run:
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
-        self.patience_s = 0.0
+        self.patience_s, self._is_given_up = 0.0, False
         self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms)
         self._to_complete: tuple[list[dict[str, Any]], str] | None = None
         self._lock, self._news, self._closing = threading.Lock(), threading.Event(), False
@@ -167,7 +167,7 @@ class Run:
     ) -> bool:
         import mlflow
 
-        if not run_id and look_for:
+        if not run_id and look_for and not self.run_id:
             condition = f"attributes.run_name = '{name}' and tags.mlflow.source.name = '{script}'"
             if parent:
                 condition += f" and tags.mlflow.parentRunId = '{parent}'"
@@ -260,15 +260,20 @@ class Run:
             del self._unsent[: len(batch)]
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """Once more after an error, for so long as a server's own restart may take. Raises the last error."""
-        deadline = time.monotonic() + self.patience_s
+        """Again while the server is away, for so long as its own restart may take. Raises the last error."""
+        deadline, said = time.monotonic() + self.patience_s, False
         while True:
             try:
                 return call()
-            except Exception:
-                if not self.store.uri.startswith("http") or time.monotonic() > deadline:
-                    self.patience_s = 0.0  # it is away; nothing else waits for it
+            except Exception as error:
+                if not _is_away(error):
                     raise
+                if time.monotonic() >= deadline:
+                    self.patience_s, self._is_given_up = 0.0, True
+                    raise
+                if not said:
+                    self.warn(f"MLflow does not answer, it is tried again: {self.store.reason(error)}")
+                said = True
                 time.sleep(RETRY_S)
 
     def log_picture(self, figure: Any, name: str) -> None:
@@ -303,7 +308,7 @@ class Run:
         """
         if not self.run_id:
             return
-        hurry = status != "FINISHED" if hurry is None else hurry
+        hurry = self._is_given_up or (status != "FINISHED" if hurry is None else hurry)
         deadline = time.monotonic() + PATIENCE_S[hurry]
         self._closing = True
         self._news.set()
@@ -352,8 +357,10 @@ class Tracker(Run):
             self._log_dataset(manifest, data)
         else:
             self.client.set_tag(self.run_id, "resumed.epochs", str(config.epochs))
+        patience, self.patience_s = self.patience_s, 0.0  # the workers are at work already
         self.log_text(config.to_yaml(), "config.yaml")
         self.log_text(manifest.model_dump_json(indent=1), "manifest.json")
+        self.patience_s, self._is_given_up = patience, False
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
@@ -466,6 +473,19 @@ def _artifacts(uri: str, experiment: str) -> str | None:
         return None
     database = Path(uri.removeprefix("sqlite:///"))
     return (database.absolute().parent / "mlartifacts" / experiment).as_uri()
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether this may be a server that is starting again, and not its answer."""
+    import mlflow
+    import requests
+
+    if isinstance(error, mlflow.exceptions.MlflowException):
+        status = int(error.get_http_status_code())
+        return status >= 500 or status == 429
+    if isinstance(error, requests.HTTPError):
+        return error.response is None or error.response.status_code >= 500
+    return isinstance(error, (requests.RequestException, ConnectionError, TimeoutError))
 
 
 @contextlib.contextmanager

@@ -182,6 +182,7 @@ class Training:
                     text = "nodes were lost that the feed counted on; saving a checkpoint to go on with the others"
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
+                    self._end_wish()  # it would take what the last step needs
                     asked, save_by = True, now + STARVED_PATIENCE_S
                 if self._nodes and not asked and now >= wish_at:
                     wish_at = now + self._wish_to_grow(plan)
@@ -193,6 +194,7 @@ class Training:
                     text = "the cluster has room for more workers; saving a checkpoint to grow"
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
+                    self._end_wish()
                     asked = True
 
     def _fit_is_over(self, plan: Plan, ends: dict[str, Event], on_event: Callable[[Event], None]) -> bool:

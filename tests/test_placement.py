@@ -15,6 +15,7 @@ from orchestrator.placement import (
     choose_layout,
     ledger,
     make_plan,
+    room_for,
     share_cpus,
     worker_counts,
 )
@@ -169,3 +170,12 @@ def test_the_ledger_has_a_line_for_every_layout_that_can_be():
     assert names == ["layout data", "layout columns", "layout hybrid"]
     assert [name for name, _ in ledger(digits(), 3, 10)] == ["layout data"]
     assert ledger(digits(), 1, 10)[0][1].endswith("nothing sent")
+
+
+def test_trials_whose_workers_are_spread_take_a_node_for_each():
+    config, nodes = make_config(workers=2, layout="data", spread=True, device="cpu"), [Node("a", 8), Node("b", 8)]
+    assert room_for(config.changed(spread=False), nodes, 4) == 4
+    assert room_for(config, nodes, 4) == 1
+    assert make_plan(config, nodes, 10, side_by_side=1)
+    with pytest.raises(JobError, match="--workers 2 --spread: a node for each"):
+        make_plan(config, nodes[:1], 10, side_by_side=room_for(config, nodes[:1], 4))

@@ -138,6 +138,11 @@ def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
 def test_small_images_in_folders_are_stored_small(many):
     assert open_source(str(many)).image_size == 256
     small = picture(np.random.default_rng(0), 0, (32, 32))
+    first = min(many.glob("train/*/*.JPEG"))
+    whole = first.read_bytes()
+    first.write_bytes(small)
+    assert open_source(str(many)).image_size == 256, "one small image among photographs"
+    first.write_bytes(whole)
     for path in many.glob("*/*/*.JPEG"):
         path.write_bytes(small)
     assert open_source(str(many)).image_size == 72

@@ -7,10 +7,13 @@ import sys
 import mlflow
 import numpy as np
 import pytest
+import requests
 import torch
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from safetensors.torch import save_file
 
 import alexnet
+from orchestrator import tracking
 from orchestrator.recipes import digits
 from orchestrator.storage import Place
 from orchestrator.tracking import Tracker, tracking_uri, ui_command, without_password
@@ -98,6 +101,44 @@ def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, di
     assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert len(said) == 1
     assert "503" in said[0]
+
+
+AWAY, REFUSED = (
+    mlflow.exceptions.MlflowException("503"),
+    mlflow.exceptions.MlflowException("no", error_code=INVALID_PARAMETER_VALUE),
+)
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "errors", "succeeds"),
+    [
+        (60.0, [AWAY, ConnectionError(), requests.Timeout()], True),
+        (60.0, [PermissionError()], False),
+        (60.0, [REFUSED], False),
+        (0.0, [AWAY], False),
+    ],
+)
+def test_a_server_that_is_away_is_waited_for_and_one_that_answers_is_taken_at_its_word(
+    uri, monkeypatch, patience_s, errors, succeeds
+):
+    monkeypatch.setattr(tracking, "RETRY_S", 0.01)
+    said, left = [], [*errors, None]
+    run = tracking.Run(tracking.Store(uri), said.append)
+    run.patience_s = patience_s
+
+    def call():
+        if error := left.pop(0):
+            raise error
+        return "done"
+
+    if succeeds:
+        assert run._patiently(call) == "done"
+        assert len(said) == 1
+        assert "is tried again" in said[0]
+    else:
+        with pytest.raises(type(errors[0])):
+            run._patiently(call)
+        assert (left, said) == ([None], [])
 
 
 def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):

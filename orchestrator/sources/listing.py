@@ -1,6 +1,7 @@
 """A listing of images: where each one's bytes are, and what it shows."""
 
 import collections
+import contextlib
 import errno
 import functools
 import os
@@ -21,6 +22,7 @@ SPLITS = ("train", "val")
 OF_ONE_FILE = {  # errors that say something of a file, and not of the disk or the machine
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO,
 }  # fmt: skip
+SAMPLE = 16  # images that are looked at for their size
 SMALL, STORED_SMALL = 64, 72  # pixels: smaller images than this are stored at that, which the net's 64 are cut from
 RECENT_BYTES = 2**28  # of row groups that a process remembers
 
@@ -151,14 +153,13 @@ def image_column(schema: Any) -> str | None:
 
 
 def stored_size(entries: list[Entry], say: Say) -> int:
-    """What suits images as large as the first that can be read."""
-    for entry in entries[:16]:
-        try:
-            side = min(decode(read(entry)).shape[:2])
-        except NotAnImage:
-            continue
-        if side < SMALL:
-            say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
-            return STORED_SMALL
-        break
-    return 256
+    """What suits images as large as the largest of these."""
+    sides = []
+    for entry in entries:
+        with contextlib.suppress(NotAnImage):
+            sides.append(min(decode(read(entry)).shape[:2]))
+    side = max(sides, default=SMALL)
+    if side >= SMALL:
+        return 256
+    say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+    return STORED_SMALL
