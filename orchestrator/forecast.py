@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .costs import NodeType, node_types, usd_per_hour, would_start
 from .dataset import Dataset
 from .exits import JobError
-from .placement import CPU_FLOPS, GPU_FLOPS, Node, alive, choose_layout, ledger, make_plan, worker_counts
+from .placement import CPU_FLOPS, GPU_FLOPS, Node, alive, choose_layout, ledger, make_plan, uses_gpu, worker_counts
 from .progress import duration, table
 from .runs import RESULT
 from .storage import Place
@@ -66,7 +66,7 @@ def describe(config: TrainConfig, output: Place, images_per_s: float | None) -> 
     except JobError as error:
         plan, reason = None, f"no: {error}"
     gpus = sum(node.gpus for node in machines.nodes)
-    use_gpu = config.device == "gpu" or (config.device == "auto" and gpus > 0)
+    use_gpu = uses_gpu(config.device, gpus)
     layout = plan.layout if plan else choose_layout(
         config, worker_counts(config)[0], num_classes, machines.nodes, use_gpu
     )[0]  # fmt: skip

@@ -80,13 +80,18 @@ class Plan:
         return "STRICT_PACK" if self.layout.kind == "columns" and self.layout.replicas == 1 else "PACK"
 
 
+def uses_gpu(device: str, gpus: float) -> bool:
+    """Whether a run with this setting takes GPUs of a cluster that has so many."""
+    return device == "gpu" or (device == "auto" and gpus > 0)
+
+
 def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
     """Divide the cluster so that the workers and every worker's feed fit at once.
 
     A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
     worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
     """
-    use_gpu = device == "gpu" or (device == "auto" and total_gpus > 0)
+    use_gpu = uses_gpu(device, total_gpus)
     if use_gpu and total_gpus < workers:
         raise JobError(
             f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one of its own; "
@@ -137,7 +142,7 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
     """
     low, high = config.worker_range
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    use_gpu = config.device == "gpu" or (config.device == "auto" and total_gpus > 0)
+    use_gpu = uses_gpu(config.device, total_gpus)
     if side_by_side:
         total_cpus = total_cpus / side_by_side - OVERSEER_CPUS
     for workers in worker_counts(config):
@@ -187,7 +192,7 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
     """
     workers = config.worker_range[1]
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    use_gpu = config.device == "gpu" or (config.device == "auto" and gpus > 0)
+    use_gpu = uses_gpu(config.device, gpus)
     if use_gpu:
         # the columns of a net stay on one node
         together = 2 if config.layout == "columns" else 1

@@ -28,7 +28,7 @@ from .exits import Interrupted, JobError, catch_signals, signals_deferred
 from .findings import as_result, expected_epochs, rungs
 from .journal import JOURNAL, PAPERS, Journal, TrialRecord
 from .mailbox import SAVE, Event
-from .placement import OVERSEER_CPUS, Node, alive, make_plan, room_for, threads_for
+from .placement import OVERSEER_CPUS, Node, alive, make_plan, room_for, threads_for, uses_gpu
 from .progress import duration, table
 from .runs import KEPT, RunFolder
 from .search_config import SearchConfig, search_of
@@ -279,9 +279,8 @@ class Search:
         """Of the trials: a process that starts again while no GPU lives would take `auto` for the CPU."""
         import ray
 
-        gpus = ray.cluster_resources().get("GPU", 0)
-        train = self.config.train
-        return train if train.device != "auto" else train.changed(device="gpu" if gpus else "cpu")
+        on_gpu = uses_gpu(self.config.train.device, ray.cluster_resources().get("GPU", 0))
+        return self.config.train.changed(device="gpu" if on_gpu else "cpu")
 
     # what the judge and Ray Tune tell
 
@@ -290,7 +289,7 @@ class Search:
         self._begin_child(record)
 
     def _begin_child(self, record: TrialRecord) -> None:
-        """The trial's run in MLflow; where the server is away, it is tried again at each of its epochs."""
+        """The trial's run in MLflow; where the server is away, it is tried again at later epochs, and at the end."""
         if record.number in self.children:
             return
         run = self.children[record.number] = Run(self.store, self._warn)

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .costs import node_types
 from .exits import Interrupted, JobError, last_line, signals_deferred
 from .mailbox import DROP, SAVE, Event, Mailbox
-from .placement import Plan, alive, make_plan, worker_counts
+from .placement import Plan, alive, make_plan, uses_gpu, worker_counts
 from .runs import RunFolder
 from .storage import Place
 
@@ -341,10 +341,8 @@ class Training:
         """Settled by the first plan; before there is one, auto takes what the cluster has."""
         import ray
 
-        if self.config.device != "auto":
-            return self.config.device == "gpu"
         with signals_deferred():
-            return bool(ray.cluster_resources().get("GPU"))
+            return uses_gpu(self.config.device, ray.cluster_resources().get("GPU", 0))
 
     def _stop(self, on_event: Callable[[Event], None], how: str) -> None:
         """Let the workers come to an end by themselves, and SAVE where they are, or DROP it."""
