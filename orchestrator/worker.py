@@ -33,6 +33,11 @@ SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
 STUCK_STEPS = 50  # from then on a loss that is not below ln(classes) is worth a word
 STUCK_MARGIN = 0.01
+STUCK_REMEDIES = {
+    "paper": "The paper's initialisation can lie still for long on small data; "
+    "the remedy is --init he --pixel-scale 0.0156",
+    "he": "If that lasts, another --lr may wake it: the paper's, 0.01, is meant for batches of 128",
+}
 NEVER_BEST = 2.0  # error of a checkpoint without validation; infinity would become null on Ray's disk
 TOLD = {SAVE: 1.0, DROP: 2.0}  # about stopping, as a number that travels with the losses; 0: nothing
 CUT = ("top", "left", "flip", "label")  # what travels beside an image's pixels
@@ -304,8 +309,7 @@ class Worker:
         self.tell(
             "warning",
             text=f"after {self.state.step} steps the loss is {mean:.4f}, no better than guessing, "
-            f"ln({self.num_classes}) = {guess:.4f}. The paper's initialisation can lie still for long on small data; "
-            "the remedy is --init he --pixel-scale 0.0156",
+            f"ln({self.num_classes}) = {guess:.4f}. " + STUCK_REMEDIES[self.config.init],
         )
 
     def save(self, metrics: dict[str, float]) -> None:
