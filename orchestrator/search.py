@@ -6,6 +6,7 @@ and what follows after an interruption is decided here, from the journal alone.
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -141,7 +142,7 @@ class Search:
         self.children: dict[int, Run] = {}
         self.rooms: dict[int, str] = {}  # placement groups of the trials' workers
         self.stop: int | str | None = None  # a signal's number, or why else the search is to end
-        self.deadline = time.monotonic() + (config.time_budget_s or float("inf"))
+        self.deadline = math.inf
         self._told, self._drained, self._try_mlflow_at = False, 0.0, 0.0
         self._endings: list[threading.Thread] = []  # of runs in MLflow
         self.usd = self.journal.usd  # so far, of all nodes
@@ -175,6 +176,7 @@ class Search:
         left = len(begun) + max(0, self.config.num_trials - len(self.journal.trials))
         wish = min(left, self.config.max_concurrent or left)
         wait_for_nodes(self.config.most_workers, wish, self.folder.output, self.view.say)
+        self.deadline = time.monotonic() + (self.config.time_budget_s or math.inf)
         self.data.prepare(self.config.train, self.view.say)
         with signals_deferred():
             nodes = alive(ray.nodes())

@@ -41,7 +41,9 @@ class SearchSettings(BaseModel):
         None, ge=1, description="trials at a time; automatic is as many as the cluster has room for"
     )
     time_budget: str | None = Field(
-        None, description="such as 90s, 30m or 2h; then the trials save, and the search ends with what it has"
+        None,
+        description="such as 90s, 30m or 2h, from when a cluster's nodes are there; "
+        "then the trials save, and the search ends with what it has",
     )
     search_seed: int = Field(0, ge=0, lt=2**40, description="of the configurations that are drawn")
 
