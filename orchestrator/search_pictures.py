@@ -140,21 +140,21 @@ def rung_picture(config: SearchConfig, records: list[TrialRecord]) -> Figure:
         there = [record for record in records if record.epoch >= epoch]
         if not there:
             continue
-        for group, colour, text in (
-            ([r for r in there if r.epoch > epoch or not r.ended], "steelblue", "went on"),
-            ([r for r in there if r.epoch == epoch and r.ended], "lightgray", "stopped"),
+        across = place + (np.linspace(-0.15, 0.15, len(there)) if len(there) > 1 else np.zeros(1))
+        spots = {r.number: (x, _shown(config, r.history[epoch - 1])) for x, r in zip(across, there, strict=True)}
+        papers = spots.pop(PAPERS, None)
+        ended = {record.number for record in there if record.ended and record.epoch == epoch}
+        for numbers, colour, text in (
+            (spots.keys() - ended, "steelblue", "went on"),
+            (spots.keys() & ended, "lightgray", "stopped"),
         ):
-            values = [_shown(config, record.history[epoch - 1]) for record in group]
-            shift = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(len(values))
-            axes.scatter(
-                place + shift, values, color=colour, edgecolors="gray", s=50, label=text if not place else None
-            )
-        for record in there:
-            if record.number == PAPERS:
-                axes.scatter([place], [_shown(config, record.history[epoch - 1])], color=RED, marker="D", s=45)
-        stopped = sum(record.epoch == epoch and record.ended for record in there)
+            points = np.array([spots[number] for number in sorted(numbers)]).reshape(-1, 2)
+            label = text if not place else None
+            axes.scatter(points[:, 0], points[:, 1], color=colour, edgecolors="gray", s=50, label=label)
+        if papers:
+            axes.scatter(papers[0], papers[1], color=RED, marker="D", s=45)
         top = max(_shown(config, record.history[epoch - 1]) for record in there)
-        axes.annotate(f"{len(there) - stopped} of {len(there)} on", (place, top), textcoords="offset points",
+        axes.annotate(f"{len(there) - len(ended)} of {len(there)} on", (place, top), textcoords="offset points",
                       xytext=(0, 8), ha="center", fontsize=9)  # fmt: skip
     axes.set_xticks(range(len(stages)), [f"rung {i + 1}\nepoch {epoch}" for i, epoch in enumerate(stages)])
     axes.set_xlim(-0.6, len(stages) - 0.4)

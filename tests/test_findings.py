@@ -93,6 +93,9 @@ def test_every_picture_is_drawn_also_of_a_search_that_just_began(searched, tmp_p
         assert axes.lines or axes.collections or axes.patches, name
     lengths = {len(line.get_xdata()) for line in drawn["learning_curves.png"].axes[0].lines if line.get_marker() == "."}
     assert lengths == {1, 3, 9}
+    marks = sum(len(group.get_offsets()) for group in drawn["rungs.png"].axes[0].collections)
+    judged = [sum(record.epoch >= epoch for record in journal.trials.values()) for epoch in findings.rungs(config)]
+    assert marks == sum(judged)  # a mark a trial and rung, the paper's too
 
     young = Journal(tmp_path / "young.jsonl")
     assert all_pictures(config, young) == {}
