@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 NETWORK = "10.77.0"
+KEPT = sorted({Path(__file__).parent.parent, Path(sys.prefix), Path(sys.base_prefix)})  # outer folders first
 NEEDED = {  # command: Debian's package
     "ip": "iproute2",
     "unshare": "util-linux",
@@ -73,11 +74,20 @@ class Host:
         self._join()
         passwd = self.folder / "passwd"
         passwd.write_text(f"root:x:0:0:root:{self.home}:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n")
-        self.run(
-            f"hostname {name} && mount --bind {self.folder}/home /home && mount --bind {self.folder}/tmp /tmp"
-            f" && mount --bind {passwd} /etc/passwd && mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/sshd"
-            " && mount -t tmpfs -o size=3g,mode=1777 tmpfs /dev/shm", cwd="/",
-        )  # fmt: skip
+        self.run(f"hostname {name} && mount --bind {passwd} /etc/passwd", cwd="/")
+        self.mount(f"--bind {self.folder}/home /home")
+        self.mount(f"--bind {self.folder}/tmp /tmp")
+        self.mount("-t tmpfs -o mode=755 tmpfs /run")
+        self.mount("-t tmpfs -o size=3g,mode=1777 tmpfs /dev/shm")
+        self.run("mkdir /run/sshd", cwd="/")
+
+    def mount(self, what: str) -> None:
+        """Mount over a folder. The project and its Python, if they are below it, stay where they are."""
+        place = what.split()[-1]
+        below = {path: self.folder / "kept" / path.relative_to("/") for path in KEPT if path.is_relative_to(place)}
+        aside = [f"mkdir -p {kept} && mount --bind {path} {kept}" for path, kept in below.items()]
+        back = [f"mkdir -p {path} && mount --bind {kept} {path}" for path, kept in below.items()]
+        self.run(" && ".join([*aside, f"mount {what}", *back]), cwd="/")
 
     def _join(self) -> None:
         """Put a cable between this host and the bridge."""

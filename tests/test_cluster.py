@@ -38,7 +38,7 @@ class Cluster:
         self.shared.mkdir()
         self.project = network.folder / "laptop/home/user/project"
         _copy_project(self.project)
-        self.workers[0].run("mount -t tmpfs -o size=1g,mode=1777 tmpfs /tmp")  # a disk that can be filled
+        self.workers[0].mount("-t tmpfs -o size=1g,mode=1777 tmpfs /tmp")  # a disk that can be filled
         for host in (self.head, *self.workers):
             host.serve_ssh()
             lend_environment(host, host.home / "alexnet")
