@@ -40,7 +40,7 @@ cluster: setup  ## a cluster of several hosts in namespaces, as root; FAULTS=1 a
 	$(BIN)/python -m pytest tests/test_cluster.py tests/test_growing.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
 
 quick: setup  ## the tests that start no Ray and need no patience
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow and not long and not cluster"
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
