@@ -13,7 +13,7 @@ from typing import Any
 from .config import TrainConfig
 from .costs import Meter, NodeType, node_types, would_start
 from .exits import JobError, catch_signals, last_line, signals_deferred
-from .placement import alive
+from .placement import alive, uses_gpu
 from .runs import OUTPUT
 from .storage import Place
 from .tracking_server import CLIENT, FOLDER, read_settings
@@ -178,8 +178,7 @@ def _wait_for_room(
 ) -> None:
     import ray
 
-    on_gpu = bool(kind.gpus) and config.device != "cpu"
-    wish = Wish(config, config.worker_range[0], on_gpu=on_gpu, runs=runs)
+    wish = Wish(config, config.worker_range[0], on_gpu=uses_gpu(config.device, kind.gpus), runs=runs)
     began, said = time.monotonic(), -math.inf
     try:
         while time.monotonic() - began < patience_s:

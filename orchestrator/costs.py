@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .config import TrainConfig
+from .placement import uses_gpu
 
 PRICE = "usd-per-hour"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the yaml on the head
@@ -61,7 +62,7 @@ def would_start(
     """
     workers = config.worker_range[0]
     with_gpu = [kind for kind in types if kind.gpus]
-    if config.device == "gpu" or (config.device == "auto" and with_gpu):
+    if uses_gpu(config.device, len(with_gpu)):
         together = min(workers, 2 if config.layout in ("columns", "auto") else 1)
         rooms = [(kind, int(kind.gpus) // together * together) for kind in with_gpu]
     else:

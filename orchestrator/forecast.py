@@ -105,7 +105,7 @@ def time_and_cost(
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Lines about so many epochs of runs of so many workers, some at once; start-up and the waiting for nodes are not
     counted. images_per_s: of a run, as the user states."""
-    use_gpu = config.device != "cpu" and sum(node.gpus for node in machines.nodes) > 0
+    use_gpu = uses_gpu(config.device, sum(node.gpus for node in machines.nodes))
     if images_per_s is not None:
         rate, whence = images_per_s * at_once, "as stated" + (f", for {at_once} at once" if at_once > 1 else "")
     else:
