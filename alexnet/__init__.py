@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .allocator import keep_freed_memory
+    from .allocator import keep_freed_memory, release_freed_memory
     from .augment import MeanSubtraction
     from .evaluate import count_errors, topk_wrong
     from .lrn import LocalResponseNorm, local_response_norm
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .optim import PaperSGD, plateau_schedule
 
 _HOMES = {
-    "allocator": ("keep_freed_memory",),
+    "allocator": ("keep_freed_memory", "release_freed_memory"),
     "augment": ("MeanSubtraction",),
     "evaluate": ("count_errors", "topk_wrong"),
     "lrn": ("LocalResponseNorm", "local_response_norm"),
@@ -40,6 +40,7 @@ __all__ = [
     "local_response_norm",
     "num_parameters",
     "plateau_schedule",
+    "release_freed_memory",
     "topk_wrong",
 ]
 

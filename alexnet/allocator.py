@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
@@ -12,15 +13,27 @@ def keep_freed_memory() -> bool:
     By default glibc maps every tensor above a few megabytes afresh and hands it back to the kernel when it is freed,
     so that each training step pays for clearing all of its pages again. In two runs one after the other, the full net
     trained at 91 images/s in bfloat16 with this and at 76 without (`benchmarks/step.py`, `--keep-default-malloc`; two
-    cores, 2026-11-21); in float32 there was no difference. The process then holds on to its peak memory until it ends:
-    call this in training processes only. Only glibc on Linux knows these options.
+    cores, 2026-11-21); in float32 there was no difference. The process then holds on to its peak memory until it ends,
+    or calls `release_freed_memory`: call this in training processes only. Only glibc on Linux knows these options.
     """
-    if sys.platform != "linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
     done = [mallopt(option, value) == 1 for option, value in settings]
     return all(done)
+
+
+def release_freed_memory() -> bool:
+    """Hand what is kept back to the kernel, such as between two trainings in one process; returns whether any was."""
+    trim = _of_glibc("malloc_trim")
+    return trim is not None and trim(0) == 1
+
+
+def _of_glibc(name: str) -> Any:
+    if sys.platform != "linux":
+        return None
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):
+        return None

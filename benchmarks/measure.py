@@ -20,7 +20,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--json", type=Path, default=RESULTS / f"{name}.json", metavar="FILE", help="where the result goes"
     )
-    flags.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    flags.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)")
     flags.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own choice)"
     )

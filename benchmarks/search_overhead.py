@@ -101,38 +101,46 @@ def start_up(journal: Path) -> dict[str, Any]:
     }
 
 
+def take_turn(args: Any, folder: Path) -> dict[str, Any]:
+    """The search, and then the same loops."""
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--scheduler", "fifo", "--name", "search"]
+    command += ["--num-samples", str(args.trials), "--epochs", str(args.epochs)]
+    begin = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, env={k: v for k, v in os.environ.items() if "MLFLOW" not in k})
+    search_s = time.perf_counter() - begin
+    run = folder / "runs" / "search"
+    parts, trials = start_up(run / "journal.jsonl"), Journal(run / "journal.jsonl").trials
+    train = read_yaml(run / "search.yaml")["train"]
+    place = Place.of(folder / "runs" / "_data" / "digits")
+    manifest = read_manifest(place)
+    plain_loop(make_config(**train | {"epochs": 1}), place, manifest)  # warm-up
+    loops = []
+    for record in trials.values():
+        begin = time.perf_counter()
+        error = plain_loop(make_config(**train | record.values), place, manifest)
+        loops.append(time.perf_counter() - begin)
+        theirs = record.history[-1]["val/top1_error"]
+        print(f"trial {record.number}: {loops[-1]:.1f} s, error {error:.4f}, in the search {theirs:.4f}")
+        assert abs(error - theirs) < 0.03, "not the same training"
+    ratio = search_s / sum(loops)
+    print(f"search {search_s:.0f} s, loops one after the other {sum(loops):.0f} s: {ratio:.2f} times", flush=True)
+    return {"search_s": search_s, "loops_s": loops, "ratio": ratio, "start_up_s": parts}
+
+
 def main() -> None:
     flags = measure.parser(__doc__, "search_overhead")
     flags.add_argument("--trials", type=int, default=8)
     flags.add_argument("--epochs", type=int, default=30)
+    flags.set_defaults(rounds=2)
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     alexnet.keep_freed_memory()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--scheduler", "fifo", "--name", "search"]
-        command += ["--num-samples", str(args.trials), "--epochs", str(args.epochs)]
-        begin = time.perf_counter()
-        subprocess.run(command, cwd=folder, check=True, env={k: v for k, v in os.environ.items() if "MLFLOW" not in k})
-        search_s = time.perf_counter() - begin
-        run = folder / "runs" / "search"
-        parts, trials = start_up(run / "journal.jsonl"), Journal(run / "journal.jsonl").trials
-        train = read_yaml(run / "search.yaml")["train"]
-        place = Place.of(folder / "runs" / "_data" / "digits")
-        manifest = read_manifest(place)
-        plain_loop(make_config(**train | {"epochs": 1}), place, manifest)  # warm-up
-        loops = []
-        for record in trials.values():
-            begin = time.perf_counter()
-            error = plain_loop(make_config(**train | record.values), place, manifest)
-            loops.append(time.perf_counter() - begin)
-            theirs = record.history[-1]["val/top1_error"]
-            print(f"trial {record.number}: {loops[-1]:.1f} s, error {error:.4f}, in the search {theirs:.4f}")
-            assert abs(error - theirs) < 0.03, "not the same training"
-    ratio = search_s / sum(loops)
-    print(f"search {search_s:.0f} s, loops one after the other {sum(loops):.0f} s: {ratio:.2f} times")
-    print(json.dumps(parts, indent=1))
-    measure.write(args.json, {"search_s": search_s, "loops_s": loops, "ratio": ratio, "start_up_s": parts})
+    turns = []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as temporary:
+            turns.append(take_turn(args, Path(temporary)))
+    print(json.dumps([turn["start_up_s"] for turn in turns], indent=1))
+    measure.write(args.json, {"turns": turns})
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ class Comparison:
 
 
 def compare(config: SearchConfig, journal: Journal, num_val: int) -> Comparison | None:
-    """None where either has no epoch."""
+    """None where either has no epoch, or failed."""
     ranked = journal.ranked(config.metric)
-    papers = journal.trials[PAPERS].best(config.metric) if PAPERS in journal.trials else None
+    trial = journal.trials.get(PAPERS)
+    papers = trial.best(config.metric) if trial and trial.status != "FAILED" else None
     if not ranked or papers is None:
         return None
     first = ranked[0].best(config.metric)
@@ -115,6 +116,7 @@ def expected_epochs(config: SearchConfig) -> int:
 def as_result(config: SearchConfig, journal: Journal, num_val: int) -> dict[str, Any]:
     """For result.json."""
     ranked, comparison = journal.ranked(config.metric), compare(config, journal, num_val)
+    best = ranked[0].number if ranked and ranked[0].status != "FAILED" else None
     return {
         "metric": config.metric,
         "trials": [
@@ -124,7 +126,7 @@ def as_result(config: SearchConfig, journal: Journal, num_val: int) -> dict[str,
             }
             for record in journal.trials.values()
         ],
-        "best": ranked[0].number if ranked else None,
+        "best": best,
         "against_the_paper": str(comparison) if comparison else None,
         "importance": importance(config, journal),
         "epochs_used": epochs_used(journal),

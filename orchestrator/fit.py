@@ -30,6 +30,8 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
+from alexnet.allocator import release_freed_memory
+
 from .feed import warm_up
 from .placement import Plan
 from .runs import RunFolder
@@ -188,6 +190,7 @@ def _clear() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     gc.collect()
+    release_freed_memory()  # it would grow with every run: pieces of what one kept do not fit the next
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

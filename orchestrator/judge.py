@@ -13,6 +13,7 @@ from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from .checkpoints import STATE
+from .exits import JobError
 from .journal import PAPERS, Journal, TrialRecord
 from .proposals import Unstored, trial_config, trial_id
 from .search_config import SearchConfig
@@ -88,7 +89,8 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
         path = Path(trial.error_file) if trial.error_file else None
         text = path.read_text() if path and path.is_file() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        self._end(self.journal.trials[int(trial.trial_id)], "FAILED", lines[-1] if lines else "its process died")
+        why = lines[-1].removeprefix(f"{JobError.__module__}.{JobError.__name__}: ") if lines else "its process died"
+        self._end(self.journal.trials[int(trial.trial_id)], "FAILED", why)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self.inner.on_trial_remove(tune_controller, trial)

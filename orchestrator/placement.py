@@ -170,11 +170,11 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
                 f"--workers {workers} --spread: a node for each is asked for, and the cluster has {able} node(s) "
                 f"with {'GPUs' if use_gpu else 'CPUs'}; ask for fewer workers, or say --no-spread"
             )
-        if len(nodes) == 1 or layout.kind != "columns" or side_by_side > 1:  # then Ray packs them where there is room
+        if len(nodes) == 1 or layout.kind != "columns":  # Ray packs them where there is room
             return plan
         places = place_groups(nodes, resources, layout, use_gpu, elastic)
-        if places:
-            return Plan(layout, resources, reason, places)
+        if places:  # runs side by side are packed by Ray, in any order
+            return plan if side_by_side > 1 else replace(plan, node_of_worker=places)
         if not elastic:
             size = layout.group_size
             raise JobError(

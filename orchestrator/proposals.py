@@ -1,15 +1,15 @@
 """Which configuration comes next: Ray Tune asks here for trials, all of them functions of the seed and the journal."""
 
+import itertools
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from .journal import PAPERS, Journal, TrialRecord
-from .search_config import GRID, SearchConfig
+from .search_config import GRID, REDRAWS, SearchConfig
 from .space import Space, Values
 
-REDRAWS = 100
 STARTUP_SHARE = 3  # one in so many trials is drawn at random before Optuna's model is asked
 
 
@@ -78,7 +78,8 @@ class Proposals(Unstored, SearchAlgorithm):  # type: ignore[misc]
         if number == PAPERS:
             return config.papers
         if config.searcher == GRID:
-            return [values for values in config.space.grid() if values != config.papers][number - 1]
+            others = (values for values in config.space.grid() if values != config.papers)
+            return next(itertools.islice(others, number - 1, None))
         if config.searcher == "tpe":
             values = ask_optuna(config, list(self.journal.trials.values()), number)
             if config.fits(values):

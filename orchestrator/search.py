@@ -83,6 +83,7 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
     epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
     stages = ", ".join(map(str, rungs(config)))
     judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
+    judged += ", each bracket from another of them on" if stages and config.scheduler == "hyperband" else ""
     machines = Machines.of(config.most_workers, config.max_concurrent or config.num_trials)
     workers = config.most_workers.worker_range[1]
     at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
@@ -93,6 +94,7 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
     facts = [
         ("data", f"{config.train.data}: {data}"),
         ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
+        *([("left out", config.left_out)] if config.left_out else []),
         ("number 0", ", ".join(f"{name} {value}" for name, value in config.papers.items()) + ": the paper's constants"),
         *((d.name, str(d)) for d in config.space.dimensions),
         ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
@@ -110,7 +112,7 @@ def check_all(config: SearchConfig, data: Dataset) -> None:
     config.trial(config.papers)
     for dimension in config.space.dimensions:
         for value in dimension.values:
-            data.check(config.train.changed(**{dimension.name: value}))
+            data.check(config.trial(config.some_with(dimension.name, value)))
 
 
 def age_of_kept(name: str) -> tuple[int, int]:
@@ -201,12 +203,14 @@ class Search:
             f"{self.config.searcher}, {self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
             f"{manifest.rows['val']} val images"
         )
+        if self.config.left_out:
+            self._warn(self.config.left_out)
         if left:
             self._tune(at_once)
         unfinished = [record for record in self.journal.trials.values() if not record.ended]
-        if self.stop is None and not self.journal.results:
-            errors = [f"trial {record.number}: {record.error}" for record in self.journal.trials.values()]
-            raise JobError(f"no trial finished an epoch; {errors[0] if errors else 'there was none'}")
+        errors = [record.error for record in self.journal.trials.values() if record.status == "FAILED"]
+        if self.stop is None and len(errors) == len(self.journal.trials):
+            raise JobError(f"every trial failed; trial 0: {errors[0]}" if errors else "no trial was begun")
         if isinstance(self.stop, int):
             self._wrap_up("KILLED", f"stopped by {signal.Signals(self.stop).name}")
         else:
@@ -236,6 +240,7 @@ class Search:
         from .trial import Trial
 
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # that trials failed, which is said at their end
         trials = self.folder.path / TRIALS
         (self.folder.path / TUNES_OWN).remove()
         storage, folder = self.folder.path.opened()

@@ -1,5 +1,6 @@
 """Every setting of a search: how it chooses and judges trials, the training settings they share, and their space."""
 
+import math
 import re
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ from .space import Space, Values, make_space
 
 METRICS = Literal["val/top1_error", "val/top5_error", "val/loss"]
 GRID = "grid"
+REDRAWS = 100  # of values that do not go together
 # what a trial may change on its way
 MOVABLE = (
     "lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta", "flip", "color_noise",
@@ -24,7 +26,7 @@ class SearchSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_samples: int = Field(
-        16, ge=1, description="trials, the first of which has the paper's constants; with --searcher grid at most"
+        16, ge=1, description="trials, the first of which has the paper's constants; a grid of more is cut there"
     )
     searcher: Literal["random", "grid", "tpe"] = Field(
         "random", description="random: drawn by the seed; grid: all combinations of listed values; tpe: Optuna's"
@@ -79,6 +81,19 @@ class SearchConfig(SearchSettings):
     def fits(self, values: Values) -> bool:
         return self.why_not(values) is None
 
+    def some_with(self, name: str, value: Any) -> Values:
+        """Values of which one is this: beside what all trials share, or else beside others of the space that it goes
+        with. Raises ValueError where none is found."""
+        alone = {name: value}
+        why = self.why_not(alone)
+        if why is None:
+            return alone
+        for attempt in range(REDRAWS):
+            values = self.space.draw(self.search_seed, attempt) | alone
+            if self.fits(values):
+                return values
+        raise ValueError(f"space: {name} = {value}: {why}")
+
     @property
     def most_workers(self) -> TrainConfig:
         """What all trials share, with the most workers that one may have."""
@@ -91,9 +106,23 @@ class SearchConfig(SearchSettings):
 
     @property
     def num_trials(self) -> int:
-        if self.searcher != GRID:
-            return self.num_samples
-        return min(self.num_samples, 1 + sum(values != self.papers for values in self.space.grid()))
+        return self.num_samples if self.searcher != GRID else min(self.num_samples, self.grid_size)
+
+    @property
+    def grid_size(self) -> int:
+        """Trials of a whole grid: all combinations, and the paper's constants if they are none of them."""
+        papers = self.papers
+        known = all(papers[d.name] in d.values for d in self.space.dimensions)
+        return math.prod(len(d.values) for d in self.space.dimensions) + (not known)
+
+    @property
+    def left_out(self) -> str | None:
+        """What of a grid is not tried."""
+        if self.searcher != GRID or self.num_trials == self.grid_size:
+            return None
+        return (
+            f"{self.num_trials} of the grid's {self.grid_size} trials; for all of them: --num-samples {self.grid_size}"
+        )
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SearchSettings.model_fields}

@@ -102,8 +102,11 @@ class SearchView:
         ranked = self.journal.ranked(self.config.metric)
         lines = [f"best of {len(self.journal.trials)} trials", *self.table(ranked[:TOP])]
         comparison = compare(self.config, self.journal, num_val)
+        papers = self.journal.trials[PAPERS]
         if comparison:
             lines += ["", str(comparison)]
+        elif papers.status == "FAILED":
+            lines += ["", f"no comparison with the paper's constants, whose trial failed: {papers.error}"]
         return lines
 
     def _metric(self, entry: dict[str, Any], *, bare: bool = False) -> str:

@@ -67,6 +67,21 @@ def test_the_best_is_held_against_the_paper_s_with_the_noise_of_the_validation_s
     assert "within twice" in str(findings.compare(config, journal, 10))
 
 
+def test_what_failed_is_no_finding(tmp_path):
+    config = make_search({}, digits().changed(workers=1, layout="single"), SPACE)
+    journal = Journal(tmp_path / "journal.jsonl")
+    for number in range(2):
+        journal.write("trial", number=number, values=config.papers)
+        journal.write("epoch", number=number, metrics=metrics(1, 0.1 * (number + 1)))
+    journal.write("end", number=0, status="FAILED", error="training diverged")
+    assert findings.as_result(config, journal, 100)["best"] == 1, "though its error is larger"
+    assert findings.compare(config, journal, 100) is None
+    said = SearchView(config, journal).findings(100)
+    assert said[-1] == "no comparison with the paper's constants, whose trial failed: training diverged"
+    journal.write("end", number=1, status="FAILED", error="training diverged")
+    assert findings.as_result(config, journal, 100)["best"] is None
+
+
 def test_epochs_used_and_expected(searched):
     config, journal = searched
     assert findings.epochs_used(journal) == sum(record.epoch for record in journal.trials.values())

@@ -128,10 +128,10 @@ def test_a_failed_trial_is_written_down_with_its_line_and_an_interrupted_one_is_
     judge.on_trial_complete(None, FakeTrial(1), {"interrupted": True, "done": True})
     judge.on_trial_error(None, FakeTrial(2))
     assert [record.status for record in journal.trials.values()] == ["FAILED", "RUNNING", "RUNNING"]
-    (tmp_path / "error.txt").write_text("Traceback\n  ...\nActorDiedError: out of memory\n")
+    (tmp_path / "error.txt").write_text("Traceback\n  ...\norchestrator.exits.JobError: worker 0: out of memory\n")
     judge.give_up(SimpleNamespace(trial_id="0002", error_file=str(tmp_path / "error.txt")))
     assert journal.trials[0].error == "loss is nan at step 7 (epoch 1)"
-    assert (journal.trials[2].status, journal.trials[2].error) == ("FAILED", "ActorDiedError: out of memory")
+    assert (journal.trials[2].status, journal.trials[2].error) == ("FAILED", "worker 0: out of memory")
     assert [name for name, *_ in told.heard] == ["on_end", "on_end"]
 
 

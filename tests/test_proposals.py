@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.journal import Journal
-from orchestrator.proposals import Proposals, ask_optuna
+from orchestrator.proposals import Proposals, ask_optuna, draw_fitting
 from orchestrator.recipes import PAPERS_SPACE, digits
 from orchestrator.search_config import make_search
 
@@ -96,3 +96,27 @@ def test_wrong_settings_are_one_line(settings, words):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="lr: is a grid; say --searcher grid, or use choice"):
         search({"lr": {"grid": [0.1, 0.2]}})
+
+
+def test_a_grid_that_is_cut_says_so(tmp_path):
+    space = {"lr": {"grid": [0.01, 0.02, 0.05]}, "lrn_n": {"grid": [3, 5]}}
+    whole = search(space, searcher="grid", num_samples=16)
+    assert (whole.num_trials, whole.left_out) == (6, None), "the paper's are one of them"
+    values = proposed(whole, tmp_path / "whole.jsonl")
+    assert len({str(each) for each in values}) == 6
+    cut = search(space, searcher="grid", num_samples=4)
+    assert cut.left_out == "4 of the grid's 6 trials; for all of them: --num-samples 6"
+    assert proposed(cut, tmp_path / "cut.jsonl") == values[:4]
+    others = search({"lr": {"grid": [0.02, 0.05]}}, searcher="grid", num_samples=16)
+    assert (others.num_trials, others.grid_size) == (3, 3), "and the paper's"
+
+
+def test_settings_that_go_together_only_in_pairs_can_be_searched():
+    space = {"workers": {"choice": [1, 2]}, "layout": {"choice": ["single", "columns"]}}
+    config = search(space)
+    assert config.some_with("workers", 2) == {"workers": 2, "layout": "columns"}
+    assert config.some_with("workers", 1) == {"workers": 1}
+    found = {(v["workers"], v["layout"]) for v in (draw_fitting(config, number) for number in range(20))}
+    assert found == {(1, "single"), (2, "columns")}
+    with pytest.raises(ValueError, match="space: workers = 2: "):
+        search({"workers": {"choice": [1, 2]}}).some_with("workers", 2)
