@@ -74,30 +74,34 @@ def plain_loop(config: TrainConfig, folder: Place, manifest: Manifest) -> float:
 
 
 def start_up(journal: Path) -> dict[str, Any]:
-    """Seconds, from the journal's times."""
-    events = [json.loads(line) for line in journal.read_text().splitlines()]
-    asked = {e["number"]: e["at_s"] for e in events if e["event"] == "trial"}
-    ready = {e["number"]: e["at_s"] for e in events if e["event"] == "run" and "number" in e}
-    workers = {e["number"]: e["after_s"] for e in events if e["event"] == "started"}
+    """Seconds, from the journal's times; they add up but for medians, and news that is fetched twice a second."""
+    at: dict[str, dict[int, float]] = {"trial": {}, "run": {}, "started": {}}
+    workers: dict[int, float] = {}
     epochs: dict[int, list[float]] = {}
-    for e in events:
-        if e["event"] == "epoch":
-            epochs.setdefault(e["number"], []).append(e["at_s"])
-    first = sorted(asked, key=lambda number: asked[number])
-    until = {n: times[0] - asked[n] - statistics.median(np.diff(times)) for n, times in epochs.items()}
-    cold, warm = first[:2], first[2:]
-    return {
-        "ray_and_data": asked[first[0]],
-        "cold": {
-            "trial_s_process": statistics.median(ready[n] - asked[n] for n in cold),
-            "workers": statistics.median(workers[n] for n in cold),
-            "in_all": statistics.median(until[n] for n in cold),
-        },
-        "warm": {
-            "trial_s_process": statistics.median(ready[n] - asked[n] for n in warm),
-            "workers": statistics.median(workers[n] for n in warm),
-            "in_all": statistics.median(until[n] for n in warm),
-        },
+    for event in (json.loads(line) for line in journal.read_text().splitlines()):
+        if event["event"] in at and "number" in event:
+            at[event["event"]].setdefault(event["number"], event["at_s"])
+        if event["event"] == "started":
+            workers.setdefault(event["number"], event["after_s"])
+        elif event["event"] == "epoch":
+            epochs.setdefault(event["number"], []).append(event["at_s"])
+
+    def parts(number: int) -> dict[str, float]:
+        asked, ready, started = (at[event][number] for event in ("trial", "run", "started"))
+        first, usual = epochs[number][0], statistics.median(np.diff(epochs[number]))
+        return {
+            "trial_s_process": ready - asked,
+            "end_of_the_trial_before": started - workers[number] - ready,
+            "workers": workers[number],
+            "first_epoch_beyond_others": first - started - usual,
+            "in_all": first - usual - asked,
+        }
+
+    numbers = sorted(at["trial"], key=lambda number: at["trial"][number])
+    found = [parts(number) for number in numbers]
+    return {"ray_and_data": at["trial"][numbers[0]]} | {
+        name: {part: statistics.median(each[part] for each in some) for part in some[0]}
+        for name, some in (("cold", found[:2]), ("warm", found[2:]))
     }
 
 
