@@ -37,7 +37,7 @@ long: setup  ## the tests of faults that take minutes each, half an hour in all
 	$(BIN)/python -m pytest -m "long and not cluster"
 
 cluster: setup  ## a cluster of several hosts in namespaces, as root; FAULTS=1 adds the faults, which take much longer
-	$(BIN)/python -m pytest tests/test_cluster.py tests/test_growing.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
+	$(BIN)/python -m pytest tests/cluster/test_cluster.py tests/cluster/test_growing.py -s $(if $(FAULTS),-m cluster,-m "cluster and not long")
 
 quick: setup  ## the tests that start no Ray and need no patience
 	$(BIN)/python -m pytest -m "not ray and not slow and not long and not cluster"

@@ -65,13 +65,13 @@ def crop(data: Any, out: np.ndarray) -> None:
 
 def feed(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
     """A run of some epochs, training and validation."""
-    from orchestrator.cluster import connect
+    from orchestrator.cluster.connection import connect
 
     connect()
-    from orchestrator.feed import Feed
-    from orchestrator.recipes import imagenette
-    from orchestrator.shards import read_manifest
-    from orchestrator.storage import Place
+    from orchestrator.base.storage import Place
+    from orchestrator.config.recipes import imagenette
+    from orchestrator.data.feed import Feed
+    from orchestrator.data.shards import read_manifest
 
     config = imagenette().changed(color_noise="none", epochs=PASSES)
     place = Place.of(shards)

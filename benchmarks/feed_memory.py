@@ -22,9 +22,9 @@ from typing import Any
 import measure
 import psutil
 
-from orchestrator.recipes import imagenette
-from orchestrator.shards import Manifest, read_manifest
-from orchestrator.storage import Place
+from orchestrator.base.storage import Place
+from orchestrator.config.recipes import imagenette
+from orchestrator.data.shards import Manifest, read_manifest
 
 EVERY_S = 0.1
 FACTOR = 10
@@ -69,12 +69,12 @@ def main() -> None:
     flags.add_argument("--json", type=Path, default=measure.RESULTS / "feed_memory.json", metavar="FILE")
     args = flags.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    from orchestrator.cluster import QUIET
+    from orchestrator.cluster.connection import QUIET
 
     os.environ |= QUIET
     import ray
 
-    from orchestrator.feed import Feed
+    from orchestrator.data.feed import Feed
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init(address="local", include_dashboard=False, log_to_driver=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from alexnet.cost import communication, estimate
 from alexnet.layouts import Layout
-from orchestrator.placement import LINKS
+from orchestrator.cluster.layout_choice import LINKS
 
 NET = {"num_classes": 1000, "input_size": 224, "width": 1.0}
 SHOWN = ("PCIe 3.0 x16", "NVLink 3", "100 GbE", "10 GbE")

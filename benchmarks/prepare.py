@@ -25,13 +25,13 @@ import torch
 from torchvision.transforms import v2
 
 from alexnet import keep_freed_memory
-from orchestrator import images
-from orchestrator import prepare as preparation
-from orchestrator.feed import Task, TaskReader
-from orchestrator.recipes import imagenette
-from orchestrator.shards import Manifest, Shard, schema
-from orchestrator.sources import open_source, read
-from orchestrator.storage import Place
+from orchestrator.base.storage import Place
+from orchestrator.config.recipes import imagenette
+from orchestrator.data import images
+from orchestrator.data import prepare as preparation
+from orchestrator.data.reader import Task, TaskReader
+from orchestrator.data.shards import Manifest, Shard, schema
+from orchestrator.data.sources import open_source, read
 
 SIZE = 256
 QUALITIES = (75, 85, 90, 95, 100)

@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 
-from orchestrator.journal import PAPERS, Journal
+from orchestrator.search.journal import PAPERS, Journal
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--width", "0.125", "--global-batch-size", "128", "--flip", "--precision", "fp32"]

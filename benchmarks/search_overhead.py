@@ -26,12 +26,14 @@ from torch.nn import functional as F
 import alexnet
 from alexnet.dropout import Where
 from alexnet.layouts import Layout, PlacedNet
-from orchestrator.config import TrainConfig, make_config, read_yaml
-from orchestrator.feed import Task, TaskReader, worker_stretch
-from orchestrator.journal import Journal
-from orchestrator.shards import Manifest, read_manifest, read_mean_image
-from orchestrator.storage import Place
-from orchestrator.worker import build_net
+from orchestrator.base.storage import Place
+from orchestrator.config.models import read_yaml
+from orchestrator.config.train import TrainConfig, make_config
+from orchestrator.data.order import worker_stretch
+from orchestrator.data.reader import Task, TaskReader
+from orchestrator.data.shards import Manifest, read_manifest, read_mean_image
+from orchestrator.search.journal import Journal
+from orchestrator.train.model import build_net
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import alexnet
-from orchestrator.worker import wants_bf16
+from orchestrator.train.rendezvous import wants_bf16
 
 
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, bf16: bool) -> None:

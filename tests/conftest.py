@@ -22,10 +22,10 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
-from orchestrator.prepare import prepare  # noqa: E402
-from orchestrator.shards import Manifest  # noqa: E402
-from orchestrator.sources import digits  # noqa: E402
-from orchestrator.storage import Place  # noqa: E402
+from orchestrator.base.storage import Place  # noqa: E402
+from orchestrator.data.prepare import prepare  # noqa: E402
+from orchestrator.data.shards import Manifest  # noqa: E402
+from orchestrator.data.sources import open_source  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def ray_here():
     """A private Ray in this process."""
     import ray
 
-    from orchestrator.cluster import connect
+    from orchestrator.cluster.connection import connect
 
     connect()
     yield
@@ -58,7 +58,7 @@ def here(ray_here) -> dict[str, str]:
 def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
     """The embedded digits as shards of uneven size, several to a split."""
     folder = tmp_path_factory.mktemp("digits") / "shards"
-    return folder, prepare(digits(), Place.of(folder), rows_per_shard=500)
+    return folder, prepare(open_source("digits"), Place.of(folder), rows_per_shard=500)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,24 @@
+"""What the environment says: the cluster that a job is one of, and where its output goes."""
+
+import json
+import os
+
+OUTPUT = (
+    "ALEXNET_OUTPUT"  # in the environment: where runs live unless --output says otherwise; a cluster's yaml sets it
+)
+
+
+def default_output() -> str:
+    return os.environ.get(OUTPUT) or "runs"
+
+
+def on_cluster() -> bool:
+    """Whether this job is one of a cluster: submitted to it, or told its address."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def job_id() -> str | None:
+    """Of `ray job submit`, under which the cluster keeps this job's log and status."""
+    found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    name: str | None = found.get("metadata", {}).get("job_submission_id")
+    return name

@@ -1,0 +1,310 @@
+"""Files and folders, on this machine or in object storage: s3://, gs:// and whatever else pyarrow or fsspec opens.
+
+A place is known by what the user wrote, and opened where it is used: it travels to other processes as a short text.
+Object storage is tried again when it fails, beside what its own client tries, and then named in one line.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs
+
+from orchestrator.base.exits import JobError, last_line
+
+PAUSES_S = (2.0, 5.0)  # between attempts; pyarrow's S3 client tries for six seconds each time
+PARTIAL = ".partial"
+QUERY = ("region", "endpoint_override", "scheme", "allow_bucket_creation")  # none of them is a secret
+QUESTION = "%3F"  # a question mark in the name of an object
+PYARROWS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+ROOTED = ("hdfs", "viewfs", "sftp", "ssh", "local")  # their paths begin with a slash
+
+PIECE_BYTES = 2**24
+
+T = TypeVar("T")
+
+
+class StorageError(JobError):
+    """Object storage that does not answer, or refuses; the message names the place."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or a file: an absolute path, or a URI, whose query (`?region=...`) belongs to its whole bucket."""
+
+    text: str
+
+    @staticmethod
+    def of(text: "str | Path | Place") -> "Place":
+        """Raises ValueError for a URI of a kind that nothing here opens, or one that holds credentials."""
+        if isinstance(text, Place):
+            return text
+        if "://" not in str(text):
+            return Place(str(Path(text).absolute()))
+        scheme, _, rest = str(text).partition("://")
+        if scheme.lower() == "file":
+            return Place(str(Path(urllib.parse.unquote("/" + rest.lstrip("/"))).absolute()))
+        base, mark, query = rest.rstrip("/").partition("?")
+        bucket = base.split("/")[0]
+        if re.search(r":(?!\d+$)", bucket) or "@" in "/".join(base.split("/")[1:]):
+            raise ValueError(
+                f"{scheme}://...: the URI holds credentials, which would end up in logs; give them as the client wants "
+                "them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        if not bucket:
+            raise ValueError(f"{text}: names no bucket; expected {scheme}://BUCKET/FOLDER")
+        for key in urllib.parse.parse_qs(query, keep_blank_values=True):
+            if key not in QUERY:
+                raise ValueError(f"{scheme}://{base}?{key}=...: cannot be set in a URI; these can: {', '.join(QUERY)}")
+        place = Place(f"{scheme.lower()}://{base.rstrip('/')}{mark}{query}")
+        place.attempt(place._opened, "reached")
+        return place
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __truediv__(self, name: str) -> "Place":
+        if self.local is not None:
+            return Place(str(self.local / name))
+        base, mark, query = self.text.partition("?")
+        return Place(f"{base}/{name.replace('?', QUESTION)}{mark}{query}")
+
+    @property
+    def local(self) -> Path | None:
+        """The path, if it is on this machine."""
+        return None if "://" in self.text else Path(self.text)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        if self.local is not None:
+            return self.local.name
+        return self.text.partition("?")[0].rsplit("/", 1)[-1].replace(QUESTION, "?")
+
+    def size(self) -> int | None:
+        """Bytes of a file; None where there is no file."""
+        info = self._info()
+        return info.size if info.type == pa.fs.FileType.File else None
+
+    def is_folder(self) -> bool:
+        return bool(self._info().type == pa.fs.FileType.Directory)
+
+    def read(self) -> bytes:
+        """Raises OSError where the file is not there, StorageError where it cannot be had."""
+
+        def whole() -> bytes:
+            fs, path = self._opened()
+            with fs.open_input_file(path) as file:
+                data: bytes = file.read()
+                return data
+
+        return self.attempt(whole, "read")
+
+    def open(self) -> Any:
+        """A pyarrow file for reading anywhere in it: mapped into memory where it is local."""
+        if self.local is not None:
+            return pa.memory_map(str(self.local))
+
+        def opened() -> Any:
+            fs, path = self._opened()
+            return fs.open_input_file(path)
+
+        return self.attempt(opened, "opened")
+
+    def read_at(self, start: int, length: int) -> bytes:
+        """A part of the file, or what there is of it. A remote file stays open for the next part."""
+        if self.local is not None:
+            with open(self.local, "rb") as file:
+                return os.pread(file.fileno(), length, start)
+        data: bytes = self.attempt(lambda: _open_file(self).read_at(length, start), "read")
+        return data
+
+    def pieces(self, size: int = PIECE_BYTES) -> Iterator[bytes]:
+        """The file from its beginning to its end."""
+        start = 0
+        while data := self.read_at(start, size):
+            yield data
+            start += len(data)
+
+    def write(self, data: bytes) -> None:
+        """Whole or not at all: a reader never sees a part."""
+        if self.local is not None:
+            partial = self.local.with_name(f".{self.local.name}.{secrets.token_hex(4)}{PARTIAL}")
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            os.replace(partial, self.local)
+            return
+
+        def whole() -> None:
+            fs, path = self._opened()
+            with fs.open_output_stream(path) as file:  # an object appears when its upload is complete
+                file.write(data)
+
+        self.attempt(whole, "written")
+
+    def remove(self) -> None:
+        """The file, or the folder with all that is in it; nothing where there is none."""
+        if self.local is not None and self.local.is_dir():
+            shutil.rmtree(self.local, ignore_errors=True)  # others may be removing it, too
+            return
+        kind = self._info().type
+        if kind == pa.fs.FileType.File:
+            self.attempt(lambda: self._opened()[0].delete_file(self._opened()[1]), "removed")
+        elif kind == pa.fs.FileType.Directory:
+            self.attempt(lambda: self._opened()[0].delete_dir(self._opened()[1]), "removed")
+
+    def copy_folder(self, target: "Place", last: str) -> None:
+        """The files of this folder, in the same storage, as another folder. On disk it is there whole or not at all,
+        and no byte is copied if the file system can do without; elsewhere it is whole when the file `last` is there."""
+        if self.local is not None and target.local is not None:
+            partial = target.local.with_suffix(PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(self.local, partial, copy_function=_link)
+            os.replace(partial, target.local)
+            return
+        for name in sorted(self.files(), key=lambda name: name == last):
+            (target / name).write((self / name).read())
+
+    @contextlib.contextmanager
+    def fetched(self) -> Iterator[Path]:
+        """The folder on this machine's disk: itself, or a copy for the time being."""
+        if self.local is not None:
+            yield self.local
+            return
+        with tempfile.TemporaryDirectory(prefix="fetched-") as folder:
+            for name in self.files():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    file.writelines((self / name).pieces())
+            yield Path(folder)
+
+    def children(self) -> dict[str, bool]:
+        """Names in the folder, sorted, and whether each is a folder. None of a folder that is not there."""
+        if self.local is not None:
+            found = sorted(self.local.iterdir()) if self.local.is_dir() else []
+            return {path.name: path.is_dir() for path in found}
+        infos = self._selected(recursive=False)
+        return {info.base_name: info.type == pa.fs.FileType.Directory for info in infos}
+
+    def files(self) -> list[str]:
+        """Paths below the folder of everything in it, and in its folders, that is no folder; sorted."""
+        if self.local is not None:
+            return sorted(_walk(self.local))
+        infos = self._selected(recursive=True)
+        root = self._opened()[1].strip("/")
+        return sorted(info.path.strip("/")[len(root) + 1 :] for info in infos if info.type == pa.fs.FileType.File)
+
+    def free_bytes(self) -> int | None:
+        """Of the disk; None where there is no end to it."""
+        if self.local is None:
+            return None
+        folder = self.local
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def _info(self) -> Any:
+        return self.attempt(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+
+    def _selected(self, *, recursive: bool) -> list[Any]:
+        def listed() -> list[Any]:
+            fs, path = self._opened()
+            selector = pa.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+            return [info for info in fs.get_file_info(selector) if info.path.strip("/") != path.strip("/")]
+
+        return sorted(self.attempt(listed, "listed"), key=lambda info: info.path)
+
+    def opened(self) -> tuple[pa.fs.FileSystem, str]:
+        """The file system, and the path in it: for those who want pyarrow's own. Raises StorageError."""
+        return self.attempt(self._opened, "reached")
+
+    def _opened(self) -> tuple[pa.fs.FileSystem, str]:
+        """The file system, and the path in it."""
+        if self.local is not None:
+            return pa.fs.LocalFileSystem(), self.text
+        base, mark, query = self.text.partition("?")
+        scheme, _, rest = base.partition("://")
+        bucket, *parts = rest.replace(QUESTION, "?").split("/")
+        fs, root = _file_system(f"{scheme}://{bucket}{mark}{query}")
+        path = "/".join(part for part in (root.strip("/"), *parts) if part)
+        return fs, "/" + path if scheme in ROOTED else path
+
+    def attempt(self, action: Callable[[], T], done: str) -> T:
+        """Do what reads or writes this place; on object storage more than once.
+
+        Raises FileNotFoundError at once, StorageError in the end.
+        """
+        if self.local is not None:
+            return action()
+        for pause in (*PAUSES_S, None):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if pause is None:
+                    text = f"{self}: cannot be {done}, after {len(PAUSES_S) + 1} attempts: {_short(error)}"
+                    raise StorageError(text) from error
+                _open_file.cache_clear()
+                time.sleep(pause)
+        raise AssertionError
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(root: str) -> tuple[pa.fs.FileSystem, str]:
+    """Of the URI of a bucket. Raises ValueError; OSError where it cannot be reached."""
+    scheme = root.split("://")[0]
+    try:
+        if scheme in PYARROWS:
+            found: tuple[pa.fs.FileSystem, str] = pa.fs.FileSystem.from_uri(root)
+            return found
+        import fsspec
+
+        opened, path = fsspec.core.url_to_fs(root)
+    except (ValueError, ImportError) as error:  # pa.ArrowInvalid is a ValueError
+        hint = "give a folder, or a URI such as s3://BUCKET/FOLDER"
+        raise ValueError(f"{root}: cannot be opened ({last_line(error)}); {hint}") from None
+    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(opened)), path
+
+
+@functools.lru_cache(maxsize=8)
+def _open_file(place: Place) -> Any:
+    return place.open()
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Dangling links included, and links to folders, which are not followed. Raises OSError for a folder that cannot be
+    listed: nothing is skipped silently."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(root, onerror=stop):
+        below = os.path.relpath(parent, root)
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (name if below == "." else f"{below}/{name}" for name in (*names, *links))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _short(error: BaseException) -> str:
+    """The reason at the end of what the AWS client says, which also repeats key and operation."""
+    return last_line(error).split("; Details: ")[-1]

@@ -1,0 +1,104 @@
+"""What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    pass
+
+
+LOG_EVERY_S = 5.0
+
+
+class LiveLine:
+    """A line that rewrites itself on a terminal and repeats itself, seldom, anywhere else."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self._last = 0.0
+        self._shown = False
+
+    def update(self, text: str) -> None:
+        now = time.monotonic()
+        if self.live:
+            width = shutil.get_terminal_size().columns  # of a longer one a part would stay behind
+            self.stream.write("\r\x1b[2K" + text[: width - 1])
+            self.stream.flush()
+            self._shown = True
+        elif now - self._last >= LOG_EVERY_S:
+            self._last = now
+            print(text, file=self.stream, flush=True)
+
+    def print(self, text: str = "") -> None:
+        """A line that stays."""
+        if self._shown:
+            self.stream.write("\r\x1b[2K")
+            self._shown = False
+        print(text, file=self.stream, flush=True)
+
+
+class LiveBlock:
+    """Lines that rewrite themselves on a terminal, as many as fit on it, and repeat themselves, seldom, elsewhere."""
+
+    def __init__(self, every_s: float, stream: TextIO | None = None) -> None:
+        self.stream, self.every_s = stream or sys.stdout, every_s
+        self.live = self.stream.isatty()
+        self._last = -every_s
+        self._shown = 0
+
+    def update(self, lines: list[str]) -> None:
+        now = time.monotonic()
+        if self.live:
+            width, height = shutil.get_terminal_size()
+            shown = [line[: width - 1] for line in lines[: height - 1]]
+            self._clear()
+            self.stream.write("\n".join(shown) + "\n")
+            self.stream.flush()
+            self._shown = len(shown)
+        elif now - self._last >= self.every_s:
+            self._last = now
+            print("\n".join(lines), file=self.stream, flush=True)
+
+    def print(self, text: str = "") -> None:
+        """Lines that stay, above the others."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self.stream.write(f"\x1b[{self._shown}F\x1b[J")
+            self._shown = 0
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def bar(done: float, width: int = 20) -> str:
+    """A fraction from 0 to 1, for eyes."""
+    full = int(done * width)
+    return "[" + "#" * full + "." * (width - full) + "]"
+
+
+def columns(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns under their titles."""
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [titles, *rows]
+    ]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def percent(error: float) -> str:
+    return f"{100 * error:.2f} %"

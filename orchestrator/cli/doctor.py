@@ -1,0 +1,43 @@
+"""Look a cluster over before it costs money: versions, GPUs, network, storage, tracking server, clocks, disks, ports.
+
+    ray job submit -- python jobs/doctor.py         the cluster, from its head
+    python jobs/doctor.py                           this machine
+
+Every line is ok, warn or fail, and what is not ok has its remedy below.
+Exit status: 0 nothing failed, 1 something did, 2 wrong usage.
+"""
+
+from collections import Counter
+
+from orchestrator.base.environment import default_output
+from orchestrator.base.exits import FAILED, run_job
+from orchestrator.base.storage import Place
+from orchestrator.cli.flags import Parser
+from orchestrator.cluster.diagnosis import Finding
+from orchestrator.cluster.doctor import Doctor
+
+
+def main() -> int:
+    flags = Parser("doctor.py", __doc__)
+    flags.add_argument("--output", default=default_output(), metavar="DIR",
+                       help="the storage to try, a folder or a URI (default: %(default)s)")  # fmt: skip
+    args = flags.parse_args()
+    try:
+        doctor = Doctor(Place.of(args.output))
+    except ValueError as error:
+        flags.error(str(error))
+    found: list[Finding] = []
+    for finding in doctor.findings():
+        found.append(finding)
+        print(f"{finding.verdict:<4}  {finding.check:<10}  {finding.where:<24}  {finding.text}", flush=True)
+    bad = [finding for finding in found if finding.verdict != "ok"]
+    for finding in bad:
+        print(f"\n{finding.verdict}: {finding.check}, {finding.where}: {finding.text}\n  remedy: {finding.remedy}")
+    count = Counter(finding.verdict for finding in found)
+    print(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail")
+    return FAILED if count["fail"] else 0
+
+
+def script() -> int:
+    """The console script, and jobs/doctor.py: returns the exit status."""
+    return run_job(main)

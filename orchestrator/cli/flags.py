@@ -1,0 +1,136 @@
+"""Command lines: flags made from the settings' own fields, and errors of one line."""
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from orchestrator.base.exits import USAGE
+
+DEFAULT_RECIPE = "digits"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the file's docstring as its help, no abbreviations, and a one-line error with a suggestion."""
+
+    def __init__(self, prog: str, doc: str | None) -> None:
+        super().__init__(
+            prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            given = unknown[1].split("=")[0]
+            near = difflib.get_close_matches(given, self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            message = f"unknown argument {given}; {hint}"
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> None:
+    """A flag for every field of the model, grouped by the class that declares it; defaults are shown, not set."""
+    groups: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        owner = next(c for c in reversed(model.__mro__) if name in inspect.get_annotations(c))
+        title = (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".").lower()
+        if title not in groups:
+            groups[title] = flags.add_argument_group(title)
+        default = getattr(defaults, name)
+        shown = (
+            "automatic"
+            if default is None
+            else {True: "yes", False: "no"}[default]
+            if field.annotation is bool
+            else default
+        )
+        groups[title].add_argument(
+            "--" + name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} (default: {shown})".replace("%", "%%"),
+            **_reading(name, field),
+        )
+
+
+def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
+    """The positional argument; `recipe_of` reads it."""
+    shown = f"{', '.join(recipes)} (default: {DEFAULT_RECIPE}); its defaults are shown below"
+    flags.add_argument("recipe", nargs="?", metavar="RECIPE", help=shown)
+
+
+def shown_recipe(recipes: Collection[str]) -> str:
+    """The one whose defaults --help shows: as the command line has it, before it is parsed."""
+    return next((word for word in sys.argv[1:] if word in recipes), DEFAULT_RECIPE)
+
+
+def recipe_of(args: argparse.Namespace, recipes: Collection[str]) -> str:
+    """Raises ValueError of one line."""
+    recipe: str = args.recipe or DEFAULT_RECIPE
+    if recipe not in recipes:
+        raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(recipes)}")
+    return recipe
+
+
+def only_resume(args: argparse.Namespace, *others: str) -> None:
+    """Raises ValueError of one line where --resume is not the only word on what is to be done."""
+    for flag in ("recipe", *others):
+        if getattr(args, flag):
+            shown = "RECIPE" if flag == "recipe" else f"--{flag}"
+            raise ValueError(f"--resume {args.resume}: has settings; leave out {shown}")
+
+
+def given_fields(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
+    """The fields that the command line named, and only those."""
+    return {name: value for name, value in vars(args).items() if name in model.model_fields}
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must not be negative")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
+    return value
+
+
+def _reading(name: str, field: FieldInfo) -> dict[str, Any]:
+    """How argparse reads a field's value; ranges are left to the model, whose messages name what would work."""
+    kind = field.annotation
+    if isinstance(kind, types.UnionType):  # X | None, or int | str, which the model reads itself
+        kind = [part for part in typing.get_args(kind) if part is not type(None)][-1]
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    for plain, metavar in ((int, "N"), (float, "X"), (str, "TEXT")):
+        if kind is plain:
+            return {"type": plain, "metavar": metavar}
+    raise AssertionError(f"no flag for {name} of type {kind}")

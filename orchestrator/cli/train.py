@@ -1,0 +1,97 @@
+"""Train AlexNet on Ray: Ray Data feeds it, Ray Train runs it, MLflow keeps what came of it.
+
+    python jobs/train.py                                      the digits that are embedded, about a minute
+    python jobs/train.py imagenette --data SHARDS             the full net on photographs (jobs/prepare.py makes SHARDS)
+    python jobs/train.py --resume NAME                        go on with an interrupted run
+    python jobs/train.py --config runs/NAME/config.yaml       the settings of an earlier run again
+
+Settings come from the recipe, then --config, then flags; each overrides what came before.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
+"""
+
+import argparse
+import re
+import time
+from pathlib import PurePosixPath
+
+from orchestrator.base.environment import default_output
+from orchestrator.base.exits import run_job
+from orchestrator.base.storage import Place
+from orchestrator.cli.flags import (
+    Parser,
+    add_fields,
+    add_recipe,
+    given_fields,
+    only_resume,
+    positive,
+    recipe_of,
+    shown_recipe,
+)
+from orchestrator.config.models import read_yaml
+from orchestrator.config.recipes import RECIPES
+from orchestrator.config.train import TrainConfig, make_config
+from orchestrator.train import session
+from orchestrator.train.forecast import describe
+from orchestrator.train.run_folder import RunFolder
+
+
+def parser(recipe: str) -> Parser:
+    flags = Parser("train.py", __doc__)
+    add_recipe(flags, RECIPES)
+    place = flags.add_argument_group("the run")
+    place.add_argument(
+        "--output",
+        default=default_output(),
+        metavar="DIR",
+        help="where runs live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
+    )
+    place.add_argument("--name", help="of the run: its folder in --output (default: the recipe and the time)")
+    place.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="go on with this run from its last checkpoint",
+    )
+    place.add_argument("--config", metavar="FILE", help="YAML of settings, such as a run's config.yaml")
+    place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost; start nothing")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="a speed that --dry-run counts with")
+    add_fields(flags, TrainConfig, RECIPES[recipe]())
+    return flags
+
+
+def main() -> int:
+    flags = parser(shown_recipe(RECIPES))
+    args = flags.parse_args()
+    try:
+        run, config, resume = resolve(args)
+        if args.dry_run:
+            print(describe(config, Place.of(args.output), args.images_per_s))
+            return 0
+        prepared = session.Session(
+            run, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")
+        )
+    except ValueError as error:
+        flags.error(str(error))
+    prepared.train()
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
+    """The run's folder and settings, and whether it goes on. Raises ValueError of one line."""
+    changes = given_fields(args, TrainConfig)
+    recipe = recipe_of(args, RECIPES)
+    if args.resume:
+        only_resume(args, "config", "name")
+        run = RunFolder(args.output, args.resume)
+        return run, session.resumed(run.config(), changes), True
+    fields = RECIPES[recipe]().model_dump()
+    if args.config:
+        fields |= read_yaml(args.config)
+    kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
+    kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
+    run = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return run, make_config(**fields | changes), False
+
+
+def script() -> int:
+    """The console script, and jobs/train.py: returns the exit status."""
+    return run_job(main)

@@ -1,0 +1,106 @@
+"""Search for better settings than the paper's: trials are whole training runs, Ray Tune runs them side by side.
+
+    python jobs/tune.py                                       learning rate, decay and LRN on the embedded digits
+    python jobs/tune.py imagenette --data SHARDS --num-samples 32 --time-budget 8h
+    python jobs/tune.py --space space.yaml --scheduler fifo   a space of your own (lr: {loguniform: [0.001, 0.1]})
+    python jobs/tune.py --resume NAME                         go on with an interrupted search
+
+The first trial has the paper's constants, so that every search says whether it found better ones. It leaves best.yaml,
+for jobs/train.py --config, a table of the best, and pictures of what it learned.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from orchestrator.base.environment import default_output
+from orchestrator.base.exits import run_job
+from orchestrator.base.storage import Place
+from orchestrator.cli.flags import (
+    Parser,
+    add_fields,
+    add_recipe,
+    given_fields,
+    only_resume,
+    positive,
+    recipe_of,
+    shown_recipe,
+)
+from orchestrator.config.models import read_yaml
+from orchestrator.config.train import TrainConfig
+from orchestrator.search.config import SearchConfig, SearchSettings, make_search
+from orchestrator.search.folder import SearchFolder
+from orchestrator.search.forecast import describe
+from orchestrator.search.recipes import SEARCHES
+from orchestrator.search.search import Search
+
+MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that goes on
+
+
+def parser(recipe: str) -> Parser:
+    flags = Parser("tune.py", __doc__)
+    add_recipe(flags, SEARCHES)
+    place = flags.add_argument_group("the search as a whole")
+    place.add_argument(
+        "--output",
+        default=default_output(),
+        metavar="DIR",
+        help="where searches live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
+    )
+    place.add_argument("--name", help="of the search: its folder in --output (default: tune, the recipe and the time)")
+    place.add_argument("--resume", metavar="NAME", help="go on with this search: ended trials are not run again")
+    place.add_argument(
+        "--space",
+        type=Path,
+        metavar="FILE",
+        help="YAML of the settings that vary: choice, uniform, loguniform, randint or grid (default: the recipe's)",
+    )
+    place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost; start nothing")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="of a trial, that --dry-run counts with")
+    defaults = SEARCHES[recipe]()
+    add_fields(flags, SearchSettings, defaults)
+    add_fields(flags, TrainConfig, defaults.train)
+    return flags
+
+
+def main() -> int:
+    flags = parser(shown_recipe(SEARCHES))
+    args = flags.parse_args()
+    try:
+        folder, config, resume = resolve(args)
+        if args.dry_run:
+            print(describe(config, Place.of(args.output), args.images_per_s))
+            return 0
+        prepared = Search(folder, config, resume=resume)
+    except ValueError as error:
+        flags.error(str(error))
+    prepared.run()
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]:
+    """The search's folder and settings, and whether it goes on. Raises ValueError of one line."""
+    recipe = recipe_of(args, SEARCHES)
+    training, settings = given_fields(args, TrainConfig), given_fields(args, SearchSettings)
+    if args.resume:
+        only_resume(args, "space", "name")
+        if wrong := [*training, *(name for name in settings if name not in MAY_CHANGE)]:
+            allowed = ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
+            raise ValueError(f"--{wrong[0].replace('_', '-')}: cannot change when a search is resumed, only {allowed}")
+        folder = SearchFolder(args.output, args.resume)
+        config = folder.search()
+        config = make_search(config.settings() | settings, config.train, config.space.to_dict())
+        return folder, config, True
+    defaults = SEARCHES[recipe]()
+    space = read_yaml(args.space, "--space") if args.space else defaults.space.to_dict()
+    if both := [name for name in training if name in space]:
+        raise ValueError(f"--{both[0].replace('_', '-')}: {both[0]} varies in this search; leave out the flag")
+    config = make_search(defaults.settings() | settings, defaults.train.changed(**training), space)
+    folder = SearchFolder(args.output, args.name or f"tune-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return folder, config, False
+
+
+def script() -> int:
+    """The console script, and jobs/tune.py: returns the exit status."""
+    return run_job(main)

@@ -1,0 +1,173 @@
+"""Which layout, on which workers, on which nodes: decided from the settings and from what the cluster has."""
+
+from dataclasses import dataclass, field, replace
+
+from alexnet.layouts import Layout
+from orchestrator.base.exits import JobError
+from orchestrator.cluster.layout_choice import choose_layout, worker_counts
+from orchestrator.cluster.nodes import Node, uses_gpu, worker_slots
+from orchestrator.config.train import TrainConfig
+
+OVERSEER_CPUS = 0.001  # of the process that follows one of several runs: Ray Tune wants something to reserve
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run asks of the cluster."""
+
+    use_gpu: bool
+    worker_cpus: float  # of each training worker
+    feed_cpus: float  # of each of its Ray Data tasks
+    feed_tasks: int  # of each worker, at a time
+
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.worker_cpus} | ({"GPU": 1.0} if self.use_gpu else {})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What Ray Train is asked for."""
+
+    layout: Layout
+    resources: Resources
+    reason: str  # of the layout, one line
+    node_of_worker: tuple[str, ...] = field(default=())  # empty: Ray chooses
+    spread: bool = False  # a worker a node
+
+    def strategy(self) -> str:
+        """Ray's word for how the workers lie over nodes; a lone group of columns stays together whatever comes."""
+        if self.spread:
+            return "STRICT_SPREAD"
+        return "STRICT_PACK" if self.layout.kind == "columns" and self.layout.replicas == 1 else "PACK"
+
+
+def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
+    """Divide the cluster so that the workers and every worker's feed fit at once.
+
+    A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
+    worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
+    """
+    use_gpu = uses_gpu(device, total_gpus)
+    if use_gpu and total_gpus < workers:
+        raise JobError(
+            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one of its own; "
+            "ask for fewer workers, or say --device cpu"
+        )
+    if total_cpus <= 0:
+        raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
+    for_feed = 1.0 if total_cpus >= 2 else total_cpus / 2
+    worker_cpus = _down(min(1.0, (total_cpus - for_feed) / workers))
+    each = (total_cpus - workers * worker_cpus) / workers
+    feed_cpus = _down(min(1.0, each))
+    return Resources(use_gpu, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
+
+
+def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_side: int = 0) -> Plan | None:
+    """The best plan for these nodes, or None where an elastic run finds too little.
+
+    Of so many runs side by side, each with a process that follows it, each gets an equal part of the cluster; 0 is a
+    run that has the cluster for itself.
+
+    Raises JobError where a fixed number of workers does not fit.
+    """
+    low, high = config.worker_range
+    total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    use_gpu = uses_gpu(config.device, total_gpus)
+    if side_by_side:
+        total_cpus = total_cpus / side_by_side - OVERSEER_CPUS
+    for workers in worker_counts(config):
+        elastic = low != high
+        if elastic and workers > sum(worker_slots(node, use_gpu) for node in nodes):
+            continue
+        try:
+            resources = share_cpus(total_cpus, total_gpus, workers, config.device)
+        except JobError:
+            if elastic:
+                continue
+            raise
+        if use_gpu:  # a worker's CPUs are where its GPU is
+            beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
+            resources = replace(resources, worker_cpus=_down(min(resources.worker_cpus, beside)))
+        layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
+        plan = Plan(layout, resources, reason, spread=config.spread)
+        if config.spread:
+            able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
+            if able >= workers * max(1, side_by_side):
+                return plan
+            if elastic:
+                continue
+            raise JobError(
+                f"--workers {workers} --spread: a node for each is asked for, and the cluster has {able} node(s) "
+                f"with {'GPUs' if use_gpu else 'CPUs'}; ask for fewer workers, or say --no-spread"
+            )
+        if len(nodes) == 1 or layout.kind != "columns":  # Ray packs them where there is room
+            return plan
+        places = place_groups(nodes, resources, layout, use_gpu, elastic)
+        if places:  # runs side by side are packed by Ray, in any order
+            return plan if side_by_side > 1 else replace(plan, node_of_worker=places)
+        if not elastic:
+            size = layout.group_size
+            raise JobError(
+                f"--workers {workers}: the nodes have no room for {layout.replicas} group(s) of {size} workers, each "
+                f"group on one node; ask for fewer workers, or say --layout data"
+            )
+    return None
+
+
+def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int | None = None) -> int:
+    """How many runs of these settings the cluster takes side by side: `wanted`, or as many as there is room for.
+
+    On CPUs a run takes one for each worker, unless `at_most` says that more runs are to share them; a GPU is not
+    shared. Raises JobError where not even one fits, or `at_most` is more than there are GPUs for.
+    """
+    workers = config.worker_range[1]
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    use_gpu = uses_gpu(config.device, gpus)
+    if use_gpu:
+        # the columns of a net stay on one node
+        together = 2 if config.layout == "columns" else 1
+        room = sum(int(node.gpus) // together for node in nodes) * together // workers
+        if not room:
+            raise JobError(
+                f"a trial of {workers} worker(s) needs as many GPUs"
+                + (", two at a time on one node," if together > 1 else "")
+                + f" and the cluster has {gpus:g} on {len(nodes)} node(s); ask for fewer --workers, or say --device cpu"
+            )
+        if at_most and at_most > room:
+            raise JobError(f"max_concurrent = {at_most}: the cluster's {gpus:g} GPU(s) have room for {room} trial(s)")
+    else:
+        if cpus <= 0:
+            raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
+        room = at_most or max(1, int(cpus) // workers)
+    if config.spread:  # a node a worker
+        able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
+        room = min(room, max(1, able // workers))
+    return min(wanted, room, at_most or room)
+
+
+def threads_for(config: TrainConfig, nodes: list[Node], side_by_side: int, cpus_here: int) -> int:
+    """CPU threads of a worker, so that those of all runs together are as many as there are CPUs."""
+    on_a_node = -(-side_by_side * config.worker_range[1] // max(1, len([node for node in nodes if node.cpus])))
+    least = min((node.cpus for node in nodes if node.cpus), default=1)
+    return config.threads or max(1, int(min(least, cpus_here)) // on_a_node)
+
+
+def place_groups(
+    nodes: list[Node], resources: Resources, layout: Layout, use_gpu: bool, elastic: bool
+) -> tuple[str, ...] | None:
+    """A node for every worker, so that no group is split; None if the nodes are too small for that."""
+    room = {}
+    for node in nodes:
+        slots = int((node.cpus + 1e-6) / resources.worker_cpus) if resources.worker_cpus else int(node.gpus)
+        slots = min(slots, int(node.gpus)) if use_gpu else slots
+        room[node.id] = min(slots, worker_slots(node, use_gpu)) if elastic else slots
+    places: list[str] = []
+    for node in sorted(nodes, key=lambda node: -room[node.id]):
+        while room[node.id] >= layout.group_size and len(places) < layout.workers:
+            places += [node.id] * layout.group_size
+            room[node.id] -= layout.group_size
+    return tuple(places) if len(places) == layout.workers else None
+
+
+def _down(cpus: float) -> float:
+    return int(cpus * 1000) / 1000  # Ray counts in ten-thousandths

@@ -1,0 +1,49 @@
+"""Validated settings from fields or YAML, with errors of one line."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.base.storage import Place
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def make_model(model: type[Settings], **fields: Any) -> Settings:
+    """A model of settings. Raises ValueError of one line that names the field, its value and what is wrong with it."""
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            name = str(first["loc"][0])  # what follows are pydantic's own words for a union's branches
+            if first["type"] == "extra_forbidden":
+                message = f"{name}: no such setting; --help lists them"
+            else:
+                message = f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+        raise ValueError(message) from None
+
+
+def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
+    """The settings in a YAML file, not validated yet; a path or a URI. Raises ValueError, naming the flag, where it is
+    no mapping, StorageError where object storage does not answer."""
+    try:
+        place = Place.of(path)
+        text = place.local.read_text() if place.local is not None else place.read().decode()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror or 'no such file'}") from None
+    return parse_yaml(text, f"{flag} {path}")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The settings in a YAML text. Raises ValueError where it is no mapping."""
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"{where}: expected lines of the form 'setting: value'")
+    return fields

@@ -1,0 +1,84 @@
+"""A data set held against its manifest, and the feed run alone over all of it."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.base.storage import Place
+from orchestrator.config.train import TrainConfig, make_config
+from orchestrator.data.feed import Feed, warm_up
+from orchestrator.data.shards import (
+    DamagedData,
+    Manifest,
+    check_labels,
+    label_ranges,
+    read_manifest,
+    read_mean_image,
+    verify,
+)
+
+PICTURES = 48  # on the contact sheet
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found; a data set with a fault has none, but raises."""
+
+    manifest: Manifest
+    size_bytes: int
+    images: int
+    images_per_s: float
+    num_tasks: int
+    samples: NDArray[np.uint8]  # (N, H, W, C) training images as the net sees them, before the mean is subtracted
+    labels: NDArray[np.int64]  # (N,)
+
+
+def feed_config(manifest: Manifest) -> TrainConfig:
+    """Settings under which the feed makes full use of the stored images: the paper's 224 of 256 pixels, or as much."""
+    size = manifest.image_size
+    return make_config(epochs=1, input_size=max(64, min(size, size * 224 // 256)), global_batch_size=128)
+
+
+def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
+    """Checksums, counts, labels, then every image decoded and cut by the feed. Ray must be connected.
+
+    `say` gets a line after each part, `progress` images done, images in all and images/s while the feed runs.
+    Raises ValueError where there is no data set, JobError naming the file that is not what the manifest says.
+    """
+    import ray
+
+    manifest = read_manifest(folder)
+    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    verify(folder, manifest)
+    read_mean_image(folder, manifest)
+    say(f"checksums  {len(manifest.shards)} shards, {size_bytes / 1e6:.1f} MB, and the mean image: as in the manifest")
+    check_labels(folder, manifest, label_ranges(folder, manifest), len(manifest.classes))
+    config = feed_config(manifest)
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # no trainer here: all of them are the feed's
+    feed = Feed(folder, manifest, config, rank=0, world_size=1, num_cpus=1.0, num_tasks=cpus)
+    images = sum(manifest.rows.values())
+    samples: NDArray[np.uint8] | None = None
+    labels = np.empty(0, np.int64)
+    ray.get([ray.remote(num_cpus=1)(warm_up).remote() for _ in range(cpus)])  # Ray's own start is not the feed's speed
+    done, start = 0, time.monotonic()
+    with closing(feed):
+        feed.start(0)
+        for split in ("train", "val"):
+            counts = np.zeros(len(manifest.classes), np.int64)
+            for batch in feed.batches(split, 0):
+                if samples is None:
+                    samples, labels = batch["image"][:PICTURES].copy(), batch["label"][:PICTURES].copy()
+                done += len(batch["label"])
+                counts += np.bincount(batch["label"], minlength=len(counts))
+                progress(done, images, done / max(time.monotonic() - start, 1e-9))
+            if tuple(counts.tolist()) != manifest.class_rows[split]:
+                raise DamagedData(
+                    f"{folder}: {split} has {counts.tolist()} rows of each class, not what the manifest says"
+                )
+    assert samples is not None
+    rate = done / max(time.monotonic() - start, 1e-9)
+    return Report(manifest, size_bytes, images, rate, cpus, samples, labels)

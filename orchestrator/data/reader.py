@@ -1,0 +1,186 @@
+"""Tasks of the feed: which rows, read, decoded, cropped, mirrored and coloured. Runs in Ray Data's processes."""
+
+import collections
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import simplejpeg
+from numpy.typing import NDArray
+
+from alexnet import augment
+from alexnet.allocator import keep_freed_memory
+from orchestrator.base.exits import JobError
+from orchestrator.base.storage import Place
+from orchestrator.config.train import TrainConfig
+from orchestrator.data.order import Order, plan_epoch, plan_validation, row_groups, worker_stretch
+from orchestrator.data.shards import DamagedData, Manifest, Shard
+
+DECODED_AT_A_TIME = 4
+RECENT_BYTES = 2**27  # of row groups that a feed process remembers; a window of 4096 JPEG rows is 90 MB
+
+Batch = dict[str, NDArray[Any]]
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some steps of one pass, for one worker."""
+
+    epoch: int
+    split: str
+    first_step: int
+    last_step: int  # exclusive
+
+
+class TaskReader:
+    """Reads, decodes and augments the rows of a task. Runs in Ray Data's processes, which need no torch."""
+
+    def __init__(self, folder: Place, manifest: Manifest, config: TrainConfig, rank: int, world_size: int) -> None:
+        self.folder, self.manifest, self.config, self.rank, self.world_size = folder, manifest, config, rank, world_size
+        self.margin = manifest.image_size - config.input_size
+
+    def order(self, split: str, epoch: int) -> Order:
+        return _order(self.manifest.split(split), split, self.config.seed, epoch, self.config.shuffle_window)
+
+    def stretches(self, task: Task) -> list[tuple[int, int]]:
+        num_rows = self.manifest.rows[task.split]
+        size = self.config.global_batch_size
+        steps = range(task.first_step, task.last_step)
+        return [worker_stretch(step, num_rows, size, self.rank, self.world_size) for step in steps]
+
+    def __call__(self, rows: Columns) -> Iterator[Columns]:
+        """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, id, position in the pass."""
+        keep_freed_memory()
+        results = []
+        for fields in chain.from_iterable(json.loads(text) for text in rows["tasks"]):
+            task = Task(*fields)
+            positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.stretches(task)])
+            if len(positions):
+                try:
+                    results.append(self.read(task, positions))
+                except JobError as failure:  # its one line, which Ray Data would bury under its own
+                    kind = "damaged" if isinstance(failure, DamagedData) else "failure"
+                    results = [{kind: np.array([str(failure)])}]
+                    break
+        yield from results
+
+    def read(self, task: Task, positions: NDArray[np.int64]) -> Columns:
+        """The rows at these positions of the task's pass: group by group, decoded, and cut into their places."""
+        config, manifest, total = self.config, self.manifest, len(positions)
+        order, shards = self.order(task.split, task.epoch), manifest.split(task.split)
+        places = row_groups(shards)
+        group, row = order.group[positions], order.row[positions]
+        labels, ids = np.empty(total, np.int64), np.empty(total, np.int64)
+        groups: list[tuple[RowGroup, NDArray[np.int64]]] = []
+        for g in np.unique(group):
+            shard, index, _ = places[g]
+            where = np.flatnonzero(group == g)
+            found = read_row_group(self.folder / shards[shard].file, index, shards[shard].pixels_at[index : index + 1])
+            labels[where], ids[where] = found.labels[row[where]], found.ids[row[where]]
+            groups.append((found, where))
+        if task.split == "val":
+            draws, noise = augment.center(total, margin=self.margin), "none"
+        else:
+            draws = augment.draw(ids, seed=config.seed, epoch=task.epoch, margin=self.margin, flip=config.flip)
+            noise = config.color_noise
+        values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
+        shift = augment.color_shift(draws.normal, values, vectors, noise)
+        image = np.empty((total, config.input_size, config.input_size, 3), np.uint8)
+        for found, where in groups:
+            for pixels, which, place in found.decoded(row[where].astype(np.int64), where, manifest.image_size):
+                augment.crop_flip_shift(
+                    pixels, draws.of(place), shift[place], config.input_size, which=which, out=image, place=place
+                )
+        result: Columns = {"image": image, "label": labels, "id": ids, "position": positions}
+        return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group in memory."""
+
+    images: pa.Array | NDArray[np.uint8]  # binary: JPEG; binary of a fixed size, or bytes from their first: raw pixels
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    name: str  # for people
+    size: int  # bytes
+
+    def decoded(
+        self, rows: NDArray[np.int64], place: NDArray[np.int64], size: int
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
+        """Pixels (M, size, size, 3), which of them are wanted, and their places: the i-th of `rows` at `place[i]`.
+
+        Raw pixels are all there, as they lie in the file. JPEG is decoded a few images at a time, whose pixels stay in
+        the processor's cache until they are cut.
+        """
+        if isinstance(self.images, np.ndarray):
+            count = len(self.labels)
+            yield self.images[: count * 3 * size**2].reshape(count, size, size, 3), rows, place
+            return
+        if pa.types.is_fixed_size_binary(self.images.type):
+            pixels = np.frombuffer(self.images.buffers()[1], np.uint8).reshape(-1, size, size, 3)
+            yield pixels[self.images.offset :], rows, place
+            return
+        pixels = np.empty((DECODED_AT_A_TIME, size, size, 3), np.uint8)
+        for first in range(0, len(rows), DECODED_AT_A_TIME):
+            part = rows[first : first + DECODED_AT_A_TIME]
+            for target, row in zip(pixels, part, strict=False):
+                data = memoryview(self.images[row].as_buffer()).cast("B")
+                try:
+                    simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=target)
+                except ValueError as error:
+                    raise DamagedData(f"{self.name}: image {self.ids[row]} cannot be decoded: {error}") from None
+            yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
+
+
+_recent: collections.OrderedDict[tuple[Place, int], RowGroup] = collections.OrderedDict()
+
+
+def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
+    """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
+
+    A process remembers the last RECENT_BYTES of them, so each is read about once a pass by every process at work, and
+    not once a task. Raw pixels of a local file whose place in it is known are not read at all, but mapped into memory.
+    """
+    found = _recent.pop((place, index), None)
+    if found is None:
+        mapped = bool(pixels_at) and place.local is not None
+        columns = ["label", "id"] if mapped else ["image", "label", "id"]
+        try:
+            table = place.attempt(lambda: _open(place).read_row_group(index, columns=columns), "read")
+        except (OSError, pa.ArrowException) as error:
+            text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, or the way there: it may pass
+                raise JobError(text) from None
+            raise DamagedData(text) from None
+        images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
+        labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
+        found = RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)
+        total = found.size + sum(group.size for group in _recent.values())
+        while _recent and total > RECENT_BYTES:
+            total -= _recent.popitem(last=False)[1].size
+    _recent[place, index] = found
+    return found
+
+
+@lru_cache(maxsize=4)
+def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window: int) -> Order:
+    rows = np.array([rows for _, _, rows in row_groups(shards)], np.int64)
+    return plan_validation(rows) if split == "val" else plan_epoch(rows, seed=seed, epoch=epoch, window=window)
+
+
+@lru_cache(maxsize=64)
+def _mapped(place: Place) -> NDArray[np.uint8]:
+    return np.asarray(np.memmap(place.text, np.uint8, mode="r"))
+
+
+@lru_cache(maxsize=64)
+def _open(place: Place) -> pq.ParquetFile:
+    return pq.ParquetFile(place.open(), pre_buffer=place.local is None)

@@ -1,0 +1,179 @@
+"""Shards: Parquet files of encoded images of one size, and the manifest that describes them.
+
+A shard has the columns image (JPEG bytes, or raw RGB pixels), label (int32), id (int64) and name (where it came from),
+uncompressed, in row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one is no data set,
+whatever else is in it.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.base.exits import JobError
+from orchestrator.base.storage import Place
+
+MANIFEST = "manifest.json"
+UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
+REJECTED = "rejected.jsonl"
+MEAN_IMAGE = "mean_image.npy"
+ROW_GROUP_ROWS = 128
+
+READ_AT_A_TIME = 8  # shards
+ENCODINGS = ("jpeg", "raw")
+
+
+def schema(encoding: str, image_size: int) -> pa.Schema:
+    image = pa.binary() if encoding == "jpeg" else pa.binary(3 * image_size**2)
+    return pa.schema([("image", image), ("label", pa.int32()), ("id", pa.int64()), ("name", pa.string())])
+
+
+class DamagedData(JobError):
+    """A shard is not what its manifest says; the message names it."""
+
+
+class Shard(BaseModel):
+    """One Parquet file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: str  # below the data set's folder
+    split: str
+    rows: int
+    row_groups: tuple[int, ...]  # rows of each
+    pixels_at: tuple[int, ...] = ()  # of raw images: the byte of the file where those of each row group begin
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a folder of shards holds. Pixel statistics are over the training images, in units of [0, 255]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int = 1
+    source: str
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...] = ()  # in words, where the source tells them
+    image_size: int  # side of the stored images in pixels
+    encoding: Literal["jpeg", "raw"] = "jpeg"
+    jpeg_quality: int | None  # of jpeg
+    seed: int  # of the global shuffle
+    rows: dict[str, int]  # train, val
+    class_rows: dict[str, tuple[int, ...]]  # train, val: rows of each class, in the order of classes
+    rejected: int
+    mean_rgb: tuple[float, ...]
+    covariance_rgb: tuple[tuple[float, ...], ...]
+    eigenvalues: tuple[float, ...]  # of the covariance, largest first
+    eigenvectors: tuple[tuple[float, ...], ...]  # row i, column j: component i of the j-th eigenvector
+    mean_image_file: str = MEAN_IMAGE  # (image_size, image_size, 3) float32
+    mean_image_sha256: str
+    shards: tuple[Shard, ...]
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    @property
+    def digest(self) -> str:
+        """A short name for exactly these bytes."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: Place) -> Manifest:
+    """Raises ValueError where the folder holds no data set, or one that this version cannot read."""
+    place = folder / MANIFEST
+    if place.size() is None:
+        if not folder.is_folder():
+            raise ValueError(
+                f"--data {folder}: no such folder; make one with: python jobs/prepare.py --source DIR --output {folder}"
+            )
+        found = folder.children()
+        hint = "it looks like a source; " if found.get("train") and found.get("val") else ""
+        raise ValueError(
+            f"--data {folder}: has no {MANIFEST}; {hint}make shards with: "
+            "python jobs/prepare.py --source DIR --output DIR"
+        )
+    try:
+        return Manifest.model_validate_json(place.read())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place}: {where or 'the file'}: {first['msg']}; prepare the data again") from None
+
+
+def read_mean_image(folder: Place, manifest: Manifest) -> NDArray[np.float32]:
+    """(image_size, image_size, 3), in [0, 255]. Raises DamagedData."""
+    place = folder / manifest.mean_image_file
+    data = place.read() if place.size() is not None else b""
+    if hashlib.sha256(data).hexdigest() != manifest.mean_image_sha256:
+        raise DamagedData(f"{place}: missing or changed since it was written; prepare the data again")
+    mean: NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
+    return mean
+
+
+def verify(
+    folder: Place, manifest: Manifest, *, whole: bool = True, on_done: Callable[[int], None] = lambda size: None
+) -> None:
+    """Hold every shard against the manifest: there, of its size, and, if `whole`, unchanged. Raises DamagedData.
+
+    `on_done` gets the bytes of each shard that is as it should be.
+    """
+    with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
+        for shard, problem in zip(
+            manifest.shards, pool.map(lambda shard: _damage(folder, shard, whole), manifest.shards), strict=True
+        ):
+            if problem:
+                raise DamagedData(problem)
+            on_done(shard.size_bytes)
+
+
+def label_ranges(folder: Place, manifest: Manifest) -> list[tuple[int, int]]:
+    """The least and the greatest label of every shard. DamagedData if one cannot be read."""
+    with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
+        return list(pool.map(lambda shard: _label_range(folder / shard.file), manifest.shards))
+
+
+def check_labels(folder: Place, manifest: Manifest, ranges: list[tuple[int, int]], num_classes: int) -> None:
+    """ranges: of `label_ranges`. Raises ValueError if a label is not below num_classes, naming the shard."""
+    for shard, (least, greatest) in zip(manifest.shards, ranges, strict=True):
+        if not 0 <= least <= greatest < num_classes:
+            worst = greatest if greatest >= num_classes else least
+            raise ValueError(
+                f"{folder / shard.file}: has label {worst}, but there are {num_classes} classes; "
+                "set --num-classes to what the data has"
+            )
+
+
+def sha256(place: Place) -> str:
+    digest = hashlib.sha256()
+    for data in place.pieces():
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _label_range(place: Place) -> tuple[int, int]:
+    """The least and the greatest label of a shard; zeros of an empty one."""
+    try:
+        with place.open() as file:
+            labels = pq.read_table(file, columns=["label"])["label"].to_numpy()
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedData(f"{place}: shard cannot be read: {str(error).splitlines()[0]}") from None
+    return (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+
+
+def _damage(folder: Place, shard: Shard, whole: bool) -> str | None:
+    """What is wrong with a shard, or None."""
+    place = folder / shard.file
+    size = place.size()
+    if size is None:
+        return f"{place}: shard is missing"
+    if size != shard.size_bytes:
+        return f"{place}: shard has {size} bytes where the manifest says {shard.size_bytes}; prepare the data again"
+    if whole and sha256(place) != shard.sha256:
+        return f"{place}: shard is damaged: its checksum differs from the manifest's; prepare the data again"
+    return None

@@ -1,0 +1,86 @@
+"""CIFAR-10 in the form that its page calls the python version: pickles, read by an unpickler that knows arrays only."""
+
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+
+from orchestrator.base.storage import Place
+from orchestrator.data.sources.devkit import read_small_archive
+from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source
+
+ARCHIVE = "cifar-10-python.tar.gz"
+FOLDER = "cifar-10-batches-py"
+META = "batches.meta"
+TRAIN, VAL = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
+SIDE = 32
+
+# all that the real files name: an array of bytes and its type. A pickle that names anything else is not read.
+ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+def open_cifar10(root: Place, say: Say = lambda line: None) -> Source:
+    """From the archive as downloaded, or its folder. Raises ValueError naming the file that is missing or no batch."""
+    names = {*TRAIN, *VAL, META}
+    folder = next((f for f in (root, root / FOLDER) if (f / TRAIN[0]).size()), None)
+    if folder is not None:
+        files = {name: (folder / name).read() for name in names if (folder / name).size() is not None}
+        where = folder
+    else:
+        where = root if root.name == ARCHIVE else root / ARCHIVE
+        files = read_small_archive(where, names) if where.size() else {}
+    missing = sorted(names - files.keys())
+    if missing:
+        raise ValueError(f"--source {root}: {where} has no {missing[0]}; expected {FOLDER}/ or {ARCHIVE}")
+    meta = _read(files[META], where / META, "label_names")
+    classes = tuple(_text(name) for name in meta["label_names"])
+    splits: dict[str, list[Entry]] = {"train": [], "val": []}
+    next_id = 0
+    for split, batches in (("train", TRAIN), ("val", VAL)):
+        for batch in batches:
+            content = _read(files[batch], where / batch, "data", "labels")
+            pixels, labels = np.asarray(content["data"]), content["labels"]
+            if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape != (len(labels), 3 * SIDE**2):
+                raise ValueError(
+                    f"{where / batch}: holds {pixels.dtype} of shape {pixels.shape}, not rows of 3072 bytes"
+                )
+            if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+                raise ValueError(f"{where / batch}: has a label outside of 0 to {len(classes) - 1}")
+            images = np.ascontiguousarray(pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+            shown = content.get("filenames") or [f"{batch}-{i:05d}" for i in range(len(labels))]
+            for image, label, name in zip(images, labels, shown, strict=True):
+                data = b"P6 %d %d 255\n" % (SIDE, SIDE) + image.tobytes()  # PPM: the pixels, and a line before them
+                splits[split].append(Entry(next_id, int(label), f"{split}/{_text(name)}", data=data))
+                next_id += 1
+    say(f"its images have {SIDE} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+    return Source("cifar10", "cifar10", classes, splits, image_size=STORED_SMALL)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"names {module}.{name}, which a CIFAR batch does not")
+        return super().find_class(module, name)
+
+
+def _read(data: bytes, where: Place, *wanted: str) -> dict[str, Any]:
+    try:
+        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        content = {_text(key): value for key, value in found.items()}
+        missing = [key for key in wanted if key not in content]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        return content
+    except Exception as error:  # damaged bytes can end a pickle anyhow
+        raise ValueError(f"{where}: is no batch of CIFAR-10: {error}") from None
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

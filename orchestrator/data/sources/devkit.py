@@ -1,0 +1,160 @@
+"""What ImageNet says about its images beside them: synsets in words, and the labels of the validation images.
+
+The devkit of ILSVRC2012 (as an archive, or unpacked) numbers the classes in an order of its own, which its meta.mat
+translates; Kaggle's copy has LOC_synset_mapping.txt and LOC_val_solution.csv instead.
+"""
+
+import csv
+import gzip
+import io
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from orchestrator.base.storage import Place
+
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "data", "")
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+META = "meta.mat"
+SOLUTION = "LOC_val_solution.csv"
+WORDS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+MAX_BYTES = 2**26  # of a file in such an archive: the largest real one is half of it
+MAX_ARCHIVE = 2**29
+
+
+@dataclass(frozen=True)
+class Synsets:
+    """Classes of ImageNet by their WordNet id."""
+
+    words: dict[str, str]
+    ids: dict[int, str] = field(default_factory=dict)  # the devkit's number of each
+
+    def in_words(self, classes: tuple[str, ...]) -> tuple[str, ...]:
+        """Empty unless all of them are known."""
+        return tuple(self.words[name] for name in classes) if all(name in self.words for name in classes) else ()
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Labels of flat validation images, by the name's stem."""
+
+    where: str
+    label_of: dict[str, int]
+
+    def label(self, name: str) -> int | None:
+        return self.label_of.get(PurePosixPath(name).stem)
+
+    def why_not(self, name: str) -> tuple[str, str]:
+        """What is said of an image that has no label."""
+        return f"val/{name}", f"has no label in {self.where}"
+
+    def absent(self, names: list[str]) -> list[tuple[str, str]]:
+        """What is said of the images that have labels and are not among these."""
+        missing = sorted(self.label_of.keys() - {PurePosixPath(name).stem for name in names})
+        return [(f"val/{stem}", f"not there, though {self.where} names it") for stem in missing]
+
+
+def find_synsets(root: Place) -> Synsets:
+    """From the devkit, or a list of words; none where there is neither. Raises ValueError where one is damaged."""
+    found = _devkit_file(root, META)
+    if found is not None:
+        return read_meta(found[1], found[0])
+    for name in WORDS:
+        place = root / name
+        if place.size():
+            lines = [line.split(None, 1) for line in place.read().decode("utf-8", "replace").splitlines()]
+            return Synsets({wnid: words.strip() for wnid, words in (line for line in lines if len(line) == 2)})
+    return Synsets({})
+
+
+def find_truth(root: Place, label_of_class: dict[str, int], synsets: Synsets) -> Truth:
+    """Raises ValueError of one line where there is none, or one that does not fit the classes."""
+    solution = root / SOLUTION
+    if solution.size():
+        text = solution.read().decode("utf-8", "replace")
+        rows = [row for row in csv.reader(io.StringIO(text)) if len(row) >= 2 and row[0] != "ImageId"]
+        named = {row[0]: (row[1].split() or [""])[0] for row in rows}
+        return _truth(solution, named, label_of_class)
+    found = _devkit_file(root, GROUND_TRUTH)
+    if found is None or not synsets.ids:
+        raise ValueError(
+            f"--source {root}: val/ is flat, so its labels must come from {DEVKIT} or {SOLUTION} in that folder; "
+            "neither is there"
+        )
+    where, data = found
+    try:
+        numbers = [int(line) for line in data.decode().split()]
+        named = {f"ILSVRC2012_val_{i:08d}": synsets.ids[number] for i, number in enumerate(numbers, start=1)}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where}: {error} is no number of a class in {META}") from None
+    return _truth(where, named, label_of_class)
+
+
+def read_meta(data: bytes, where: object) -> Synsets:
+    """The devkit's meta.mat. Raises ValueError."""
+    import scipy.io
+
+    try:
+        synsets = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+        rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]), int(s["num_children"])) for s in synsets]
+    except Exception as error:  # whatever scipy makes of damaged bytes
+        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({type(error).__name__}: {error})") from None
+    leaves = [row for row in rows if row[3] == 0]
+    return Synsets({wnid: words for _, wnid, words, _ in leaves}, {number: wnid for number, wnid, _, _ in leaves})
+
+
+def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
+    """Raises ValueError for a member that points out of its archive: nothing is unpacked here, but it bodes ill."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{archive}: member {member.name!r} has an absolute or parent path; not reading this archive")
+    if not (member.isreg() or member.isdir()):
+        raise ValueError(f"{archive}: member {member.name!r} is a link or device, not a file; not reading this archive")
+
+
+def read_small_archive(archive: Place, wanted: set[str]) -> dict[str, bytes]:
+    """The wanted files of a gzipped archive that fits in memory, by their last name. Raises ValueError."""
+    found = {}
+    try:
+        # all of it first: tarfile would stop before the checksum at the end
+        with gzip.GzipFile(fileobj=io.BytesIO(archive.read())) as packed:
+            unpacked = packed.read(MAX_ARCHIVE + 1)
+        if len(unpacked) > MAX_ARCHIVE:
+            raise ValueError(f"{archive}: unpacks to more than {MAX_ARCHIVE} bytes: not the real one")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
+            for member in tar:
+                refuse_unsafe(member, archive)
+                name = PurePosixPath(member.name).name
+                if member.isreg() and name in wanted:
+                    if member.size > MAX_BYTES:
+                        raise ValueError(f"{archive}: member {member.name!r} has {member.size} bytes: not the real one")
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[name] = file.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{archive}: damaged: {error}; download it again") from None
+    return found
+
+
+def _devkit_file(root: Place, name: str) -> tuple[Place, bytes] | None:
+    """Where a file of the devkit is, and what is in it."""
+    archive = root / DEVKIT
+    if archive.size():
+        data = read_small_archive(archive, {name}).get(name)
+        if data is None:
+            raise ValueError(f"{archive}: has no {name}")
+        return archive / name, data
+    for folder in DEVKIT_FOLDERS:
+        place = (root / folder / name) if folder else root / name
+        if place.size():
+            return place, place.read()
+    return None
+
+
+def _truth(where: Place, named: dict[str, str], label_of_class: dict[str, int]) -> Truth:
+    for stem, wnid in named.items():
+        if wnid not in label_of_class:
+            raise ValueError(f"{where}: {stem} is of class {wnid!r}, which is not in train")
+    return Truth(str(where), {stem: label_of_class[wnid] for stem, wnid in named.items()})

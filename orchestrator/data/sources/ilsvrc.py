@@ -1,0 +1,154 @@
+"""The archives of ILSVRC2012 as they are downloaded: a tar of a thousand tars, a flat tar, and the devkit.
+
+Nothing is unpacked: an entry is a stretch of bytes in the archive.
+"""
+
+import collections
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+from orchestrator.base.storage import Place
+from orchestrator.data.sources.devkit import DEVKIT, find_synsets, find_truth, refuse_unsafe
+from orchestrator.data.sources.listing import Entry, Say, Source
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+MD5 = {
+    TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT: "fa75699e90414af021442c21a62c3abf",
+    "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+}
+WINDOW_BYTES = 2**16  # read at a time of a remote archive's headers: the next may be near
+READERS = 16  # of a remote archive's parts
+SAY_EVERY = 100  # archives
+BLOCK = tarfile.BLOCKSIZE
+
+
+def open_ilsvrc(root: Place, say: Say = lambda line: None) -> Source:
+    """The classes are the names of train's inner archives, sorted. Raises ValueError naming archive and member."""
+    for name in (TRAIN, VAL):
+        if (root / name).size() is None:
+            raise ValueError(f"--source {root}: has no {name}; ILSVRC2012 is {TRAIN}, {VAL} and {DEVKIT}")
+    say(f"listing {TRAIN} and {VAL}")
+    splits: dict[str, list[Entry]] = {"train": [], "val": []}
+    misplaced: list[tuple[str, str]] = []
+    train, val = root / TRAIN, root / VAL
+    inner = sorted((PurePosixPath(member.name).name, start, member.size) for member, start in members(train))
+    _refuse_twice(train, [name for name, _, _ in inner])
+    wrong = [name for name, _, _ in inner if not name.endswith(".tar")]
+    if wrong:
+        raise ValueError(f"{train}: member {wrong[0]!r} is not a class's archive, such as n01440764.tar")
+    classes = tuple(name.removesuffix(".tar") for name, _, _ in inner)
+    for label, found in enumerate(_listings(train, inner, say)):
+        for member, at in found:
+            shown = f"train/{classes[label]}/{PurePosixPath(member.name).name}"
+            entry = Entry(len(splits["train"]), label, shown, path=train.text, start=at, length=member.size)
+            splits["train"].append(entry)
+    synsets = find_synsets(root)
+    truth = find_truth(root, {name: label for label, name in enumerate(classes)}, synsets)
+    there = sorted((PurePosixPath(member.name).name, start, member.size) for member, start in members(val))
+    names = [name for name, _, _ in there]
+    _refuse_twice(val, names)
+    for name, start, length in there:
+        label_or_none = truth.label(name)
+        if label_or_none is None:
+            misplaced.append(truth.why_not(name))
+            continue
+        number = len(splits["train"]) + len(splits["val"])
+        splits["val"].append(Entry(number, label_or_none, f"val/{name}", path=val.text, start=start, length=length))
+    misplaced += truth.absent(names)
+    words = synsets.in_words(classes)
+    return Source(root.name, "ilsvrc", classes, splits, class_names=words, misplaced=misplaced)
+
+
+def _listings(train: Place, inner: list[tuple[str, int, int]], say: Say) -> Iterator[list[tuple[tarfile.TarInfo, int]]]:
+    """Of each inner archive, in order; many at a time where each look is a request."""
+
+    def listing(each: tuple[str, int, int]) -> list[tuple[tarfile.TarInfo, int]]:
+        name, start, length = each
+        return list(members(train, start, length, f"{train}: {name}"))
+
+    with ThreadPoolExecutor(1 if train.local else READERS) as pool:
+        for number, found in enumerate(pool.map(listing, inner), start=1):
+            if number % SAY_EVERY == 0:
+                say(f"listed {number} of {len(inner)} archives in {train.name}")
+            yield found
+
+
+def _refuse_twice(archive: Place, names: list[str]) -> None:
+    twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{archive}: has a member named {twice!r} twice; which is the right one?")
+
+
+def members(
+    archive: Place, start: int = 0, length: int | None = None, shown: str | None = None
+) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The files of an uncompressed archive, and the byte of the whole file where each begins.
+
+    The archive may be a member of another: `length` bytes from `start`. Raises ValueError for what is damaged, cut off
+    or points out of the archive.
+    """
+    shown = shown or str(archive)
+    window = _Window(archive, start, (archive.size() or 0) - start if length is None else length)
+    try:
+        with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                refuse_unsafe(member, shown)
+                if member.offset_data + member.size > window.length:
+                    raise ValueError(f"{shown}: cut off within member {member.name!r}; download it again")
+                if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's notes
+                    yield member, start + member.offset_data
+            # tarfile takes a damaged header for the end; the real end is a block of zeros
+            window.seek(tar.offset)  # type: ignore[attr-defined]
+            end = window.read(BLOCK)
+    except tarfile.TarError as error:
+        raise ValueError(f"{shown}: damaged: {error}; download it again") from None
+    if len(end) < BLOCK or end.strip(b"\0"):
+        what = "cut off" if len(end) < BLOCK else "damaged: no header of a member"
+        raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
+
+
+def verify_md5(root: Place, say: Say) -> None:
+    """Hold the archives against their publishers' checksums. Raises ValueError naming the one that differs."""
+    present = {name: root / name for name in MD5 if (root / name).size() is not None}
+    if root.name in MD5:
+        present = {root.name: root}
+    if not present:
+        raise ValueError(f"--verify: {root} has none of the archives whose checksums are known: {', '.join(MD5)}")
+    for name, place in present.items():
+        say(f"checking the MD5 of {name}, {(place.size() or 0) / 1e9:.1f} GB")
+        digest = hashlib.md5(usedforsecurity=False)
+        for data in place.pieces():
+            digest.update(data)
+        if digest.hexdigest() != MD5[name]:
+            raise ValueError(f"{place}: its MD5 is {digest.hexdigest()}, not {MD5[name]}; download it again")
+
+
+class _Window:
+    """A stretch of a file as a file."""
+
+    def __init__(self, place: Place, start: int, length: int) -> None:
+        self.place, self.start, self.length, self.at = place, start, length, 0
+        self.ahead = (0, b"")  # where it begins, and what is there
+
+    def seek(self, at: int, whence: int = 0) -> int:
+        self.at = at + (0, self.at, self.length)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.length - self.at)
+        count = left if size < 0 else min(size, left)
+        begin, data = self.ahead
+        if not begin <= self.at <= self.at + count <= begin + len(data):
+            more = max(count, min(WINDOW_BYTES, left)) if self.place.local is None else count
+            begin, data = self.ahead = self.at, self.place.read_at(self.start + self.at, more) if more else b""
+        data = data[self.at - begin : self.at - begin + count]
+        self.at += len(data)
+        return data

@@ -1,0 +1,78 @@
+"""What the user sees of preparing and checking data."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.base.terminal import LiveLine, bar, duration
+
+if TYPE_CHECKING:
+    from orchestrator.base.storage import Place
+    from orchestrator.data.check import Report
+    from orchestrator.data.prepare import Progress
+    from orchestrator.data.shards import Manifest
+    from orchestrator.data.sources import Source
+
+
+class PrepareView:
+    """The life of `jobs/prepare.py`."""
+
+    def __init__(self, source: "Source", output: "Place") -> None:
+        self.line, self.output, self.kept = LiveLine(), output, 0
+        counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
+        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")
+
+    def progress(self, progress: "Progress") -> None:
+        new = progress.images_done - progress.images_kept
+        rate = new / max(progress.elapsed_s, 1e-9)
+        left = duration((progress.images_total - progress.images_done) / rate) if rate else "--:--"
+        self.line.update(
+            f"prepared {bar(progress.images_done / progress.images_total)} "
+            f"{progress.images_done}/{progress.images_total} images  {rate:.0f} images/s  "
+            f"rejected {progress.rejected}  ETA {left}"
+        )
+        self.kept = progress.images_kept
+
+    def finished(self, manifest: "Manifest") -> None:
+        size = sum(shard.size_bytes for shard in manifest.shards)
+        rows = manifest.rows
+        recipe = "imagenette " if manifest.image_size >= 224 else ""
+        if self.kept:
+            self.line.print(f"{self.kept} images were there from an earlier attempt and are kept")
+        self.line.print(
+            f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
+            f"train with: python jobs/train.py {recipe}--data {shlex.quote(str(self.output))}"
+        )
+        self.line.print(
+            f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
+            + (f", listed in {self.output / 'rejected.jsonl'}" if manifest.rejected else "")
+        )
+
+
+class CheckView:
+    """The life of `jobs/prepare.py --check`."""
+
+    def __init__(self) -> None:
+        self.line = LiveLine()
+
+    def progress(self, done: int, total: int, images_per_s: float) -> None:
+        eta = duration((total - done) / images_per_s) if images_per_s else "--:--"
+        self.line.update(f"checked {done}/{total} images  {images_per_s:.0f} images/s  ETA {eta}")
+
+    def finished(self, report: "Report", picture: Path) -> None:
+        from alexnet.pictures import contact_sheet
+
+        rows, classes = report.manifest.rows, report.manifest.classes
+        self.line.print(
+            f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes: as there"
+        )
+        self.line.print(f"decoding   all {report.images} images")
+        names = report.manifest.class_names or classes
+        captions = [names[label].split(",")[0] for label in report.labels]
+        title = f"{report.manifest.source}: training images as the net sees them"
+        contact_sheet(report.samples, captions, title).savefig(picture, dpi=100)
+        self.line.print(f"picture    {picture}")
+        self.line.print(
+            f"{report.images} images ok, {report.images_per_s:.0f} images/s decoded and cut by {report.num_tasks} "
+            f"tasks (digest {report.manifest.digest})"
+        )

@@ -1,0 +1,55 @@
+"""What a search would be, for --dry-run, and whether its trials can be trained."""
+
+from alexnet.cost import estimate
+from orchestrator.base.storage import Place
+from orchestrator.base.terminal import table
+from orchestrator.cluster.layout_choice import worker_counts
+from orchestrator.cluster.placement import room_for
+from orchestrator.data.dataset import Dataset
+from orchestrator.search.analysis import expected_epochs, rungs
+from orchestrator.search.config import SearchConfig
+
+
+def describe(config: SearchConfig, output: Place, images_per_s: float | None) -> str:
+    """What a search would be, for --dry-run; images_per_s: of a trial, as the user states. Raises ValueError of one
+    line."""
+    from orchestrator.train.forecast import Machines, time_and_cost
+
+    data = Dataset(config.train, output, verify=False)
+    check_all(config, data)
+    epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
+    stages = ", ".join(map(str, rungs(config)))
+    judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
+    judged += ", each bracket from another of them on" if stages and config.scheduler == "hyperband" else ""
+    machines = Machines.of(config.most_workers, config.max_concurrent or config.num_trials)
+    workers = config.most_workers.worker_range[1]
+    at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
+    cost = estimate(
+        num_classes=data.num_classes(config.train), input_size=config.train.input_size, width=config.train.width,
+        global_batch_size=config.train.global_batch_size,
+    )  # fmt: skip
+    facts = [
+        ("data", f"{config.train.data}: {data}"),
+        ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
+        *([("left out", config.left_out)] if config.left_out else []),
+        ("number 0", ", ".join(f"{name} {value}" for name, value in config.papers.items()) + ": the paper's constants"),
+        *((d.name, str(d)) for d in config.space.dimensions),
+        ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
+        ("nodes", machines.text),
+        *([("would start", f"{machines.started[1]} of {machines.started[0]}")] if machines.started else []),
+        ("at once", f"{at_once} trial(s)"),
+        *time_and_cost(config.train, output, data, epochs, machines, cost, workers, images_per_s, at_once),
+    ]
+    return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
+
+
+def check_all(config: SearchConfig, data: Dataset) -> None:
+    """Hold the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
+    data.check(config.train)
+    worker_counts(config.train)
+    config.trial(config.papers)
+    for dimension in config.space.dimensions:
+        for value in dimension.values:
+            trial = config.trial(config.some_with(dimension.name, value))
+            data.check(trial)
+            worker_counts(trial)

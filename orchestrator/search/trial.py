@@ -1,0 +1,179 @@
+"""A trial of a search: a whole training run, as Ray Tune sees one.
+
+It lives in a process that trials use one after the other, and leaves its workers to the next. Importing what they need
+is most of a run's start-up.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestrator.base.storage import Place
+from orchestrator.config.train import make_config
+from orchestrator.data.shards import DamagedData
+from orchestrator.train.checkpoints import STATE, checkpoint_name
+from orchestrator.train.mailbox import Event
+from orchestrator.train.run_folder import KEPT, RunFolder
+from orchestrator.train.training import Training, TrainingFailed
+
+SEARCH = "search"  # the mailbox's topic for what the trials tell the driver, and for its wish that they stop
+POLL_S = 0.5
+TELL_EVERY_S = 2.0  # of steps
+END_PATIENCE_S = 90.0  # longer than Training takes to save, or to kill its workers
+CHECKPOINT_PATIENCE_S = 120.0
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]
+    """Trains in the background and returns an epoch a step.
+
+    A result holds an epoch's metrics; `failed`, one line, where training failed as it would again; `interrupted` where
+    the search is stopping and a checkpoint has been saved. Anything else is raised, for Ray Tune to try again. The
+    epochs of an earlier session are returned again, from the checkpoint: the journal knows them.
+    """
+
+    def setup(self, config: dict[str, Any], **search: Any) -> None:
+        """config: of proposals.trial_config. search: what all trials share, of search.Search._tune."""
+        self.search, self._team = search, None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end(save=False)
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        with contextlib.suppress(RuntimeError):  # then they end with this process
+            self._end(save=False)
+        if self._team is not None:
+            self._team.release()
+
+    def step(self) -> dict[str, Any]:
+        while True:
+            if ray.get(self.search["mailbox"].is_stopping.remote(SEARCH)):
+                self._end(save=True)
+                return {"interrupted": True, "done": True}
+            try:
+                event = self._run.news.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if event["kind"] == "epoch":
+                epoch = event["metrics"]["epoch"]
+                done = epoch >= self._run.train.epochs
+                if done:
+                    self._run.thread.join(END_PATIENCE_S)  # the last checkpoint is on its way
+                elif event["live"] and self.search["keep_every"] and epoch % self.search["keep_every"] == 0:
+                    self._run.keep(epoch)
+                return dict(event["metrics"]) | {"done": done}
+            if event["kind"] == "failed":
+                return {"failed": event["text"], "done": True}
+            if event["kind"] == "broken":
+                raise event["error"]
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing for Ray Tune to keep: Ray Train has stored it, and the trial finds it there."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        pass
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        team, self._team = self._team, None
+        self._run = _Run(config, self.search, team)
+
+    def _end(self, *, save: bool) -> None:
+        """Raises RuntimeError where the workers do not come to an end; this process is then started anew."""
+        self._run.cancel(save=save)
+        self._run.thread.join(END_PATIENCE_S)
+        if self._run.thread.is_alive():
+            raise RuntimeError(f"the workers of trial {self._run.number} did not end in {END_PATIENCE_S:.0f} s")
+        self._team, self._run.team = self._run.team, None
+
+
+class _Run:
+    """The training run of one trial, followed in a thread."""
+
+    def __init__(self, config: dict[str, Any], search: dict[str, Any], team: Any) -> None:
+        self.number, self.folder, self.start = config["number"], config["folder"], config["start"]
+        self.search, self.team = search, team
+        self.train = make_config(**search["train"] | config["values"])
+        self.news: queue.Queue[Event] = queue.Queue()
+        self._cancelled, self._told, self._since, self._epoch = threading.Event(), 0.0, time.monotonic(), 0
+        self._training: Training | None = None
+        if team is not None:
+            self._tell({"kind": "room", "id": team.room_id})
+        self.thread = threading.Thread(target=self._follow, name="trial", daemon=True)
+        self.thread.start()
+
+    def cancel(self, *, save: bool) -> None:
+        self._cancelled.set()
+        if self._training is not None:
+            self._training.cancel(save=save)
+
+    def keep(self, epoch: int) -> None:
+        """Set an epoch's checkpoint aside for trials that may want to go on from it."""
+        target = kept_checkpoint(Place(self.search["output"]), self.folder, epoch)
+        if (target / STATE).size() is not None:
+            return
+        deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
+        while found is None and self.thread.is_alive() and time.monotonic() < deadline:
+            found = self._training.checkpoint_after(epoch) if self._training else None
+            time.sleep(POLL_S / 5)
+        if found is not None:
+            with contextlib.suppress(OSError):  # a later epoch's has replaced it meanwhile
+                Place(found).copy_folder(target, last=STATE)
+
+    def _follow(self) -> None:
+        run = RunFolder(Place(self.search["output"]), self.folder)
+        try:
+            if not run.exists():
+                run.create(self.train)
+            training = Training(
+                self.train, Place(self.search["data"]), run, self.search["num_classes"],
+                side_by_side=self.search["side_by_side"], mailbox=self.search["mailbox"], start=self.start,
+                team=self.team, keep_team=True,
+            )  # fmt: skip
+            self._training, self.team = training, None
+            if self._cancelled.is_set():
+                training.cancel(save=False)
+            try:
+                training.follow(self._on_event)
+            finally:
+                self.team = training.team
+        except (TrainingFailed, DamagedData, ValueError) as error:
+            self.news.put({"kind": "failed", "text": str(error)})
+        except BaseException as error:
+            self.news.put({"kind": "broken", "error": error})
+
+    def _on_event(self, event: Event) -> None:
+        if event["kind"] == "started":
+            for metrics in event["history"]:
+                self._put(metrics, live=False)
+            after_s = time.monotonic() - self._since
+            self._tell({"kind": "started", "after_s": after_s, "crashed": event["crashed"], "epoch": event["epoch"]})
+        elif event["kind"] == "epoch":
+            self._put(event["metrics"], live=True)
+        elif event["kind"] == "step":
+            if time.monotonic() - self._told >= TELL_EVERY_S:
+                self._told = time.monotonic()
+                self._tell({name: event[name] for name in ("kind", "epoch", "step", "steps", "loss", "images_per_s")})
+        elif event["kind"] in ("room", "warning"):
+            self._tell(event)
+
+    def _put(self, metrics: dict[str, Any], *, live: bool) -> None:
+        """An epoch, once: a worker that was replaced tells what its checkpoint has."""
+        if metrics["epoch"] == self._epoch + 1:
+            self._epoch += 1
+            self.news.put({"kind": "epoch", "metrics": metrics, "live": live})
+
+    def _tell(self, event: Event) -> None:
+        self.search["mailbox"].put.remote(SEARCH, event | {"number": self.number})
+
+
+def kept_checkpoint(output: Place, folder: str, epoch: int) -> Place:
+    """Where a trial, by its run's folder, sets the checkpoint of an epoch aside."""
+    return output / KEPT / f"{folder}-{checkpoint_name(epoch)}"

@@ -1,0 +1,142 @@
+"""Where MLflow runs are kept: a server or a database, and an experiment in it."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.base.environment import on_cluster
+from orchestrator.base.exits import last_line
+
+EXPERIMENT = "alexnet"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# of one call to a server; MLflow's own seven tries take four minutes, in which nothing else would happen
+ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+T = TypeVar("T")
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Absolute, because Ray's workers run elsewhere.
+
+    A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    if not uri.startswith(("http://", "https://")) or uri == without_password(uri):
+        return uri
+    parts = urllib.parse.urlsplit(uri)
+    found = {USER: parts.username, PASSWORD: parts.password, "MLFLOW_TRACKING_URI": without_password(uri)}
+    os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
+    return without_password(uri)
+
+
+def ui_command(uri: str) -> str:
+    """What opens the UI on these runs."""
+    if uri.startswith(("http://", "https://")):
+        through_ssh = ", or make ui on your own machine, which opens a way to the cluster" if on_cluster() else ""
+        return f"open {without_password(uri)} in a browser{through_ssh}"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
+    address = uri if uri == without_password(uri) else '"$MLFLOW_TRACKING_URI"'
+    return f"{shown} ui --host 127.0.0.1 --backend-store-uri {address}"
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored."""
+    scheme, separator, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else uri
+
+
+class Store:
+    """Where runs are kept: a server or a database, and an experiment in it."""
+
+    def __init__(self, uri: str) -> None:
+        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
+        for variable, setting in (QUIET | ONE_CALL).items():
+            os.environ.setdefault(variable, setting)
+        import mlflow
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.uri = uri
+        mlflow.set_tracking_uri(uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        try:
+            with _alone(uri):  # two jobs that make one database break it
+                self.client = mlflow.MlflowClient(uri)
+                experiment = self.client.get_experiment_by_name(name) or self._create(name)
+        except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
+            reason = self.masked((str(error).strip() or type(error).__name__).splitlines()[0])
+            raise ValueError(f"MLflow at {without_password(uri)} cannot be reached: {reason[:200]}") from None
+        self.experiment_id = experiment.experiment_id
+        if experiment.lifecycle_stage != "active":
+            raise ValueError(
+                f"MLflow experiment {name!r} was deleted: restore it with `mlflow experiments restore -x "
+                f"{experiment.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME to another"
+            )
+
+    def _create(self, name: str) -> Any:
+        """The experiment, new, unless another job was faster."""
+        import mlflow
+
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI then opens on training runs
+        try:
+            self.client.create_experiment(name, _artifacts(self.uri, name), tags=kind)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return self.client.get_experiment_by_name(name)
+
+    def masked(self, text: str) -> str:
+        """Without the password that the store's address may have."""
+        return text.replace(self.uri, without_password(self.uri))
+
+    def reason(self, error: BaseException) -> str:
+        return self.masked(last_line(error))
+
+    def exists(self, run_id: str) -> bool:
+        """False for a run that was deleted, or belongs to another store."""
+        import mlflow
+
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """A local store keeps its files beside its database; a server decides for itself."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    database = Path(uri.removeprefix("sqlite:///"))
+    return (database.absolute().parent / "mlartifacts" / experiment).as_uri()
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process of this machine at a time, where the store is a file."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+    lock = os.open(folder, os.O_RDONLY) if folder.is_dir() else None
+    try:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

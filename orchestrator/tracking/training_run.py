@@ -1,0 +1,131 @@
+"""The MLflow run of a training run: parameters, dataset, model."""
+
+import contextlib
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.base.storage import Place
+from orchestrator.config.train import TrainConfig
+from orchestrator.data.shards import Manifest
+from orchestrator.tracking.run import PATIENCE_S, Run
+from orchestrator.tracking.store import Store
+
+
+class Tracker(Run):
+    """The MLflow run of a training run."""
+
+    def __init__(self, uri: str) -> None:
+        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
+        super().__init__(Store(uri))
+        self.patience_s = PATIENCE_S[False]
+        self._monitor: Any = None
+
+    def start(
+        self,
+        name: str,
+        config: TrainConfig,
+        manifest: Manifest,
+        data: Place,
+        *,
+        run_id: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Begin a run, or go on with an earlier one; log what is known at the start.
+
+        From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
+        """
+        self.warn = warn
+        if self.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
+            self._log_dataset(manifest, data)
+        else:
+            self.client.set_tag(self.run_id, "resumed.epochs", str(config.epochs))
+        patience, self.patience_s = self.patience_s, 0.0  # the workers are at work already
+        self.log_text(config.to_yaml(), "config.yaml")
+        self.log_text(manifest.model_dump_json(indent=1), "manifest.json")
+        self.patience_s, self._is_given_up = patience, False
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
+        self._monitor.start()
+
+    def log_model(
+        self, weights: Path, mean_image: Path, description: dict[str, Any], image_size: int, num_classes: int
+    ) -> None:
+        """The net as an MLflow model: stored images in, class probabilities out. Nothing in it is pickled.
+
+        `description` is what orchestrator/tracking/served_model.py reads.
+        """
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, image_size, image_size, 3))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
+        )
+        # advice for authors of models; not catch_warnings, which is no good beside MLflow's own threads
+        warnings.filterwarnings("ignore", message="(?is).*input example", category=UserWarning)
+        here = Path(__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            described = Path(folder, "net.json")
+            described.write_text(json.dumps(description, indent=1))
+
+            def log() -> None:
+                with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+                    mlflow.pyfunc.log_model(
+                        name="model",
+                        python_model=str(here / "served_model.py"),
+                        artifacts={"weights": str(weights), "mean_image": str(mean_image), "net": str(described)},
+                        code_paths=[str(here.parent.parent / "alexnet")],
+                        signature=signature,
+                        pip_requirements=["torch", "numpy", "numba", "safetensors"],
+                    )
+
+            try:
+                self._patiently(log)
+            except Exception as error:
+                self.warn(f"the model did not reach MLflow; its weights are in {weights}: {self.store.reason(error)}")
+
+    def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
+        if self._monitor is not None:
+            with contextlib.suppress(Exception):  # the run's status is worth more
+                self._monitor.finish()
+        super().finish(status, error, hurry=hurry)
+
+    def _log_dataset(self, manifest: Manifest, data: Place) -> None:
+        from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.entities import DatasetInput, InputTag
+
+        class Folder(FileSystemDatasetSource):  # type: ignore[misc]
+            """A folder of shards; MLflow records its path and never loads it."""
+
+            uri = property(lambda self: str(data))
+
+            @staticmethod
+            def _get_source_type() -> str:
+                return "local" if data.local else data.text.split("://")[0]
+
+            def load(self, dst_path: str | None = None) -> str:
+                return str(data)
+
+            @staticmethod
+            def _can_resolve(raw_source: Any) -> bool:
+                return False
+
+            def to_dict(self) -> dict[str, str]:
+                return {"uri": self.uri}
+
+            @classmethod
+            def from_dict(cls, source_dict: dict[str, str]) -> "Folder":
+                return cls()
+
+        dataset = MetaDataset(Folder(), name=manifest.source, digest=manifest.digest)
+        entity = dataset._to_mlflow_entity()
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
+        self.client.log_inputs(self.run_id, inputs)

@@ -1,0 +1,5 @@
+"""A worker's side of the talk with the driver."""
+
+from orchestrator.train.mailbox import DROP, SAVE
+
+TOLD = {SAVE: 1.0, DROP: 2.0}  # about stopping, as a number that travels with the losses; 0: nothing

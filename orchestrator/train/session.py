@@ -1,0 +1,228 @@
+"""A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from alexnet import pictures
+from orchestrator.base.exits import Interrupted, JobError, signals_deferred
+from orchestrator.base.storage import Place
+from orchestrator.base.terminal import duration, percent, table
+from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
+from orchestrator.cluster.connection import connect
+from orchestrator.cluster.join import join
+from orchestrator.cluster.layout_choice import worker_counts
+from orchestrator.cluster.prices import Meter
+from orchestrator.config.train import TrainConfig
+from orchestrator.data.dataset import Dataset
+from orchestrator.tracking.store import tracking_uri, ui_command, without_password
+from orchestrator.tracking.training_run import Tracker
+from orchestrator.train import checkpoints
+from orchestrator.train.claim import Claim
+from orchestrator.train.mailbox import Event
+from orchestrator.train.run_folder import RESULT, RunFolder
+from orchestrator.train.training import Training
+from orchestrator.train.view import TrainView
+
+MAY_CHANGE = (
+    "epochs",
+    "workers",
+    "layout",
+    "device",
+    "precision",
+    "threads",
+    "spread",
+    "data",
+    "max_failures",
+)  # on resuming
+
+
+def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on. Raises ValueError for a change that its checkpoint would contradict."""
+    wrong = [name for name, value in changes.items() if name not in MAY_CHANGE and value != getattr(config, name)]
+    if wrong:
+        flag, allowed = wrong[0].replace("_", "-"), ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
+        raise ValueError(f"--{flag}: cannot change when a run is resumed, only {allowed} can; start a new run instead")
+    return config.changed(**changes)
+
+
+class Session:
+    """One run of jobs/train.py. What the user can have wrong is found when it is made.
+
+    ValueError of one line for wrong settings, DamagedData for shards that are not what their manifest says.
+    """
+
+    def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
+        self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
+        self.view = TrainView()
+        join(run.output)
+        self.data = Dataset(config, run.output)
+        worker_counts(config)  # says why not
+        if run.exists() and not resume:
+            run.create(config)  # says why not
+        self.tracker = Tracker(tracking_uri())
+        if not resume:
+            run.create(config)
+        self.claim = Claim(run)
+        self.result = self.run.result()
+        self.started = time.monotonic()
+        self.under_way = False
+
+    def train(self) -> None:
+        """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
+        try:
+            self._begin().follow(self.on_event)
+            self._log_what_came_of_it()
+        except Interrupted as stop:
+            self._end("KILLED", f"stopped by {stop}")
+            self.view.line.print(f"stopped; go on with: python jobs/train.py{self.run.flag} --resume {self.run.name}")
+            raise
+        except BaseException as error:
+            self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
+            raise
+        self._end("FINISHED")
+        self._show_results()
+
+    def _begin(self) -> Training:
+        """Ray, the embedded data if it is asked for, the workers, the MLflow run, the first result."""
+        say = self.view.line.print
+        connect()
+        self.meter = Meter(self.result.get("cost_usd") or 0.0)
+        wait_for_nodes(self.config, 1, self.run.output, say)
+        self.data.prepare(self.config, say)
+        manifest = self.data.manifest
+        say(
+            f"run {self.run.name}: {manifest.source}, {len(manifest.classes)} classes, "
+            f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
+            f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
+        )
+        # the workers start while MLflow does; should that fail, they end with Ray
+        with signals_deferred():
+            training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
+        self.tracker.start(
+            self.run.name,
+            self.config,
+            manifest,
+            self.data.folder,
+            run_id=self.result.get("mlflow_run_id"),
+            warn=lambda text: self.view.event({"kind": "warning", "text": text}),
+        )
+        self.result |= {
+            "name": self.run.name,
+            "status": "RUNNING",
+            "recipe": self.recipe or self.result.get("recipe"),
+            "config": self.config.model_dump(),
+            "mlflow_run_id": self.tracker.run_id,
+            "mlflow_tracking_uri": without_password(self.tracker.store.uri),
+        }
+        self.run.write_result(self.result)
+        return training
+
+    def on_event(self, event: Event) -> None:
+        usd = self._cost()
+        if event["kind"] == "started":
+            self._on_start(event)
+        elif event["kind"] == "step" and event["log"]:
+            self.tracker.log({"train/step_loss": event["loss"]}, step=event["total_step"])
+        elif event["kind"] == "epoch":
+            metrics = event["metrics"]
+            cost = {} if usd is None else {"cost/usd": usd}
+            self.tracker.log_epoch(metrics, cost)
+            self._keep(event["history"])
+        elif event["kind"] == "stopped":
+            where = f"{event['epoch']} epochs and {event['step']} steps"
+            self.view.event({"kind": "note", "text": f"a checkpoint was saved after {where}"})
+        elif event["kind"] == "finished":
+            self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
+        self.view.event(event)
+
+    def _cost(self) -> float | None:
+        """Dollars so far, kept for the result."""
+        usd = cost_so_far(self.meter)
+        if usd is not None:
+            self.result["cost_usd"] = round(usd, 4)
+        return usd
+
+    def _keep(self, history: list[dict[str, float]]) -> None:
+        """What is known after each epoch, into the result."""
+        self.result |= {
+            "metrics": history[-1],
+            "best": min(history, key=lambda entry: entry["val/top1_error"]),
+            "history": history,
+            "images_per_s": history[-1]["train/images_per_s"],
+        }
+        self.run.write_result(self.result)
+
+    def _on_start(self, event: Event) -> None:
+        if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down, or sent
+            self._keep(event["history"])
+            if self.resume and not self.under_way:
+                self.tracker.complete(event["history"], "val/loss")
+        if self.resume and not self.under_way:
+            self.run.change(self.config)  # now that it is known to train
+        self.under_way = True
+        text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
+        where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
+        if event["crashed"]:
+            text = f"a worker was lost; going on from the last checkpoint, after {where}"
+        elif event["epoch"] or event["step"]:
+            text += f", resumed after {where}"
+        self.view.event({"kind": "note", "text": text})
+
+    def _log_what_came_of_it(self) -> None:
+        history = self.result.get("history")
+        if not history:
+            return
+        figure = pictures.learning_curves(history, self.run.name)
+        self.run.write_picture("learning_curves.png", figure, dpi=120)
+        self.tracker.log_picture(figure, "learning_curves.png")
+        config, manifest = self.config, self.data.manifest
+        num_classes = self.data.num_classes(config)
+        build = {
+            "preset": config.preset,
+            "num_classes": num_classes,
+            "input_size": config.input_size,
+            "width": config.width,
+            "dropout": config.dropout,
+            "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
+        }
+        description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
+        best = Place.of(self.result["best_checkpoint"] or self.result["checkpoint"])
+        with best.fetched() as folder, tempfile.TemporaryDirectory() as temporary:
+            weights = folder / checkpoints.WEIGHTS
+            mean_image = Path(temporary, manifest.mean_image_file)
+            mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
+            self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
+
+    def _end(self, status: str, error: str | None = None) -> None:
+        self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
+        try:
+            if status != "FINISHED":
+                self.result["checkpoint"] = self.run.latest_checkpoint()
+            self.run.write_result(self.result)
+        finally:  # storage may be what failed
+            self.tracker.finish(status, error)
+            self.claim.release()
+
+    def _show_results(self) -> None:
+        result: dict[str, Any] = self.result
+        last, best = result["metrics"], result["best"]
+        rows = [
+            (
+                "top-1 error",
+                f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
+            ),
+            ("top-5 error", percent(last["val/top5_error"])),
+            ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
+            ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
+            ("time", duration(result["elapsed_s"])),
+            *([("cost", f"${result['cost_usd']:.2f} for all nodes")] if "cost_usd" in result else []),
+            ("checkpoint", result["checkpoint"]),
+            ("result", str(self.run.path / RESULT)),
+            ("MLflow run", result["mlflow_run_id"]),
+            ("see it", ui_command(self.tracker.store.uri)),
+        ]
+        self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
+        sys.stdout.flush()

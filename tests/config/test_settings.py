@@ -1,0 +1,103 @@
+"""Settings, recipes, flags: what is accepted, what is refused, and with which words."""
+
+import re
+
+import pytest
+import yaml
+
+from orchestrator.cli.flags import Parser, add_fields, given_fields
+from orchestrator.config.models import read_yaml
+from orchestrator.config.recipes import RECIPES
+from orchestrator.config.train import TrainConfig, make_config
+
+
+def test_the_defaults_are_the_paper_s():
+    config = make_config()
+    assert (config.lr, config.momentum, config.weight_decay) == (0.01, 0.9, 0.0005)
+    assert (config.global_batch_size, config.epochs, config.dropout) == (128, 90, 0.5)
+    assert (config.lrn_k, config.lrn_n, config.lrn_alpha, config.lrn_beta) == (2.0, 5, 1e-4, 0.75)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_source_command_cost_and_result(name):
+    assert isinstance(RECIPES[name](), TrainConfig)
+    for word in ("Source:", "Command:", "Cost:", "Result:"):
+        assert word in RECIPES[name].__doc__, word
+    for word in ("Cost:", "Result:"):
+        assert re.search(word + r"[^:]*\d", RECIPES[name].__doc__), f"{word} has no figure"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lr": -0.1}, ["lr = -0.1", "greater than 0"]),
+        ({"lr": 0}, ["lr = 0", "greater than 0"]),
+        ({"epochs": 0}, ["epochs = 0"]),
+        ({"lr": float("inf")}, ["lr = inf"]),
+        ({"lrn_n": 4}, ["lrn_n = 4", "odd"]),
+        ({"workers": "8..2"}, ["workers = '8..2'", "a number such as 4, or a range such as 2..8"]),
+        ({"workers": 0}, ["workers = 0", "a number such as 4"]),
+        ({"layout": "rows"}, ["layout = 'rows'", "columns"]),
+        ({"learning_rate": 0.1}, ["learning_rate", "no such setting"]),
+        ({"precision": "fp16"}, ["precision = 'fp16'", "bf16"]),
+        ({"input_size": 10}, ["input_size = 10", "64"]),
+        ({"width": "wide"}, ["width = 'wide'"]),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_field_value_and_remedy(fields, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        make_config(**fields)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_survives_yaml(tmp_path):
+    config = RECIPES["digits"]().changed(lr=0.003, num_classes=10)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert make_config(**read_yaml(tmp_path / "c.yaml")) == config
+    assert list(yaml.safe_load(config.to_yaml())) == list(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "No such file"), ("- a\n- b", "setting: value"), ("1: 2", "setting: value"), ("a: [", "not YAML")],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(error.value)
+
+
+def flags_for(recipe="digits"):
+    flags = Parser("train.py", "doc")
+    add_fields(flags, TrainConfig, RECIPES[recipe]())
+    return flags
+
+
+def test_every_field_has_a_flag_with_its_meaning_and_default():
+    text = " ".join(flags_for().format_help().split())
+    for name, field in TrainConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert " ".join(field.description.split())[:30] in text
+    assert "learning rate at the start (default: 0.01)" in text
+
+
+def test_only_the_flags_that_were_given_override():
+    args = flags_for().parse_args(["--lr", "0.5", "--no-flip", "--num-classes", "7"])
+    assert given_fields(args, TrainConfig) == {"lr": 0.5, "flip": False, "num_classes": 7}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"), (["--lr", "fast"], "invalid float value: 'fast'")],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags_for().parse_args(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

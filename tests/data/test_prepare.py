@@ -1,0 +1,254 @@
+"""Preparations that are interrupted, and object storage: a real S3 server on loopback, which comes and goes."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_photographs, picture
+
+from orchestrator.base.exits import JobError
+from orchestrator.base.storage import Place
+from orchestrator.config.recipes import digits
+from orchestrator.data import prepare as preparation
+from orchestrator.data import shards
+from orchestrator.data.feed import Feed
+from orchestrator.data.prepare import Progress, prepare
+from orchestrator.data.sources import open_source
+
+pytestmark = [pytest.mark.ray]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """80 photographs."""
+    return make_photographs(tmp_path / "many", {"train": 32, "val": 8})
+
+
+def test_a_preparation_killed_three_times_ends_with_the_same_bytes(here, many, tmp_path):
+    options = {"image_size": 64, "rows_per_shard": 4, "parallelism": 1}
+    unbroken = prepare(open_source(str(many)), Place.of(tmp_path / "unbroken"), **options)
+    output = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "jobs/prepare.py"), "--source", str(many), "--output", str(output)]
+    command += ["--image-size", "64", "--rows-per-shard", "4", "--parallelism", "1"]
+    written: dict[str, int] = {}
+    for enough in (2, 7, 13):
+        process = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(found(output)) < enough and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (output / shards.MANIFEST).exists()
+        settled(output)
+        now = found(output)
+        assert len(now) < len(unbroken.shards)
+        assert written.items() <= now.items()  # what was there was not made again
+        written = noted(output, now)
+    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "images were there from an earlier attempt and are kept" in done.stdout
+    assert written.items() <= found(output).items()
+    assert shards.read_manifest(Place.of(output)) == unbroken
+    shards.verify(Place.of(output), unbroken)
+    assert not (output / preparation.UNFINISHED).exists()
+
+
+def found(output) -> dict[str, int]:
+    """Shards and when each was written."""
+    return {str(p.relative_to(output)): p.stat().st_mtime_ns for p in output.glob("*/shard-*.parquet")}
+
+
+def noted(output, now: dict[str, int]) -> dict[str, int]:
+    """Those of them that another attempt will keep."""
+    return {name: when for name, when in now.items() if (output / preparation.UNFINISHED / (name + ".npz")).exists()}
+
+
+def settled(output) -> None:
+    """Wait for what a killed driver's task has under way."""
+    before = None
+    while before != (before := (found(output), len(list(output.glob("**/*"))))):
+        time.sleep(0.5)
+
+
+def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, tmp_path):
+    source, output = open_source(str(many)), Place.of(tmp_path / "out")
+    kept: list[int] = []
+
+    def again(**options):
+        manifest = prepare(
+            source, output, rows_per_shard=16, on_progress=lambda p: kept.append(p.images_kept), **options
+        )
+        return manifest, kept[-1]
+
+    class Enough(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.images_done == 80:
+            raise Enough
+
+    with pytest.raises(Enough):
+        prepare(source, output, rows_per_shard=16, image_size=48, on_progress=stop)
+    (tmp_path / "out/train/shard-00001.parquet").write_bytes(b"damaged")
+    first, count = again(image_size=48)
+    assert count == 80 - 16
+    assert again(image_size=48) == (first, 0)  # what is finished leaves no notes
+    with pytest.raises(Enough):
+        prepare(source, output, rows_per_shard=8, image_size=48, on_progress=stop)
+    other, count = again(image_size=40)
+    assert count == 0
+    assert other.image_size == 40
+    assert sorted(p.name for p in (tmp_path / "out/train").iterdir()) == [f"shard-0000{i}.parquet" for i in range(4)]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch):
+    source, output = open_source(str(many)), Place.of(tmp_path / "out")
+    preparation.check_space(source, output, 256, 90, 1024)
+    monkeypatch.setattr(Place, "free_bytes", lambda place: 1_000_000)
+    with pytest.raises(ValueError, match=r"the shards need about 0\.0 GB and its disk has 0\.0 GB free"):
+        preparation.check_space(source, output, 256, 90, 1024)
+    assert preparation.bytes_needed(source, 256, None, 1024) == int(1.1 * (80 * 256**2 * 3 + 256**2 * 12))
+
+
+def test_an_output_among_the_images_is_refused(many, tmp_path):
+    for output in (many, many / "train" / "shards"):
+        with pytest.raises(ValueError, match="is where the images of --source are"):
+            preparation.check_apart(str(many), Place.of(output))
+    preparation.check_apart(str(many), Place.of(tmp_path / "out"))
+    with pytest.raises(ValueError, match="is where the images of --source are"):
+        preparation.check_apart("s3://bucket/photos", Place("s3://bucket/photos/train"))
+    preparation.check_apart("s3://bucket/photos", Place("s3://bucket/shards"))
+
+
+def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
+    for path in (many / "val").glob("*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(JobError, match=r"no image of val could be read; the reasons are listed in .*rejected.jsonl"):
+        prepare(open_source(str(many)), Place.of(tmp_path / "out"), image_size=48, max_rejected=1.0)
+
+
+def test_small_images_in_folders_are_stored_small(many):
+    assert open_source(str(many)).image_size == 256
+    small = picture(np.random.default_rng(0), 0, (32, 32))
+    first = min(many.glob("train/*/*.JPEG"))
+    whole = first.read_bytes()
+    first.write_bytes(small)
+    assert open_source(str(many)).image_size == 256, "one small image among photographs"
+    first.write_bytes(whole)
+    for path in many.glob("*/*/*.JPEG"):
+        path.write_bytes(small)
+    assert open_source(str(many)).image_size == 72
+
+
+def test_only_our_own_leftovers_are_removed(ray_here, many, tmp_path):
+    theirs = [tmp_path / "out/train" / name for name in ("shard-00000.tar", "shard-notes", "x.parquet")]
+    ours = [tmp_path / "out/train" / name for name in ("shard-00099.parquet", ".shard-00000.parquet.0123abcd.partial")]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    prepare(open_source(str(many)), Place.of(tmp_path / "out"), image_size=48)
+    assert all(path.exists() for path in theirs)
+    assert not any(path.exists() for path in ours)
+
+
+def test_files_that_were_mended_are_read_again(ray_here, many, tmp_path):
+    broken = sorted((many / "train").glob("*/*.JPEG"))[:5]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"broken")
+    options = {"image_size": 48, "rows_per_shard": 8}
+    with pytest.raises(JobError, match="5 of 80 files could not be read"):
+        prepare(open_source(str(many)), Place.of(tmp_path / "out"), **options)
+    for path, data in zip(broken, whole, strict=True):
+        path.write_bytes(data)
+    manifest = prepare(open_source(str(many)), Place.of(tmp_path / "out"), **options)
+    assert manifest.rejected == 0
+    assert manifest.rows == {"train": 64, "val": 16}
+
+
+def test_rows_of_a_table_sorted_by_class_are_mixed(ray_here, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from conftest import picture
+
+    data = picture(np.random.default_rng(0), 0, (40, 40))
+    for name, count in (("train", 640), ("val", 20)):
+        labels = sorted(i % 10 for i in range(count))
+        pq.write_table(
+            pa.table({"image": [data] * count, "label": labels}), tmp_path / f"{name}.parquet", row_group_size=8
+        )
+    manifest = prepare(
+        open_source(str(tmp_path)), Place.of(tmp_path / "out"), image_size=32, rows_per_shard=64, encoding="raw"
+    )
+    for shard in manifest.split("train"):
+        labels = pq.read_table(tmp_path / "out" / shard.file)["label"].to_pylist()
+        assert len(set(labels)) >= 4  # from 8 row groups anywhere in the table
+        runs = sum(a != b for a, b in itertools.pairwise(labels))
+        assert runs > 30  # of at most 63
+
+
+def upload(folder, place: Place) -> None:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        (place / path.relative_to(folder).as_posix()).write(path.read_bytes())
+
+
+def test_from_object_storage_to_object_storage_and_through_the_feed(ray_here, s3, many, tmp_path):
+    root, _, _ = s3
+    options = {"image_size": 72, "rows_per_shard": 16}
+    here = prepare(open_source(str(many)), Place.of(tmp_path / "here"), **options)
+    upload(many, root / "photographs")
+    source = open_source((root / "photographs").text)
+    assert source.format == "imagefolder"
+    there = prepare(source, root / "shards", **options)
+    assert there.shards == here.shards
+    assert shards.read_manifest(root / "shards") == there
+    assert (root / "shards").children().keys() == {"manifest.json", "mean_image.npy", "rejected.jsonl", "train", "val"}
+    shards.verify(root / "shards", there)
+    config = digits().changed(epochs=1, global_batch_size=16)
+    feeds = [Feed(p, here, config, rank=0, world_size=1, num_cpus=0.25, num_tasks=1) for p in
+             (root / "shards", Place.of(tmp_path / "here"))]  # fmt: skip
+    for feed in feeds:
+        feed.start(0)
+    for a, b in zip(*(feed.batches("train", 0) for feed in feeds), strict=True):
+        assert a["image"].tobytes() == b["image"].tobytes()
+    for feed in feeds:
+        feed.close()
+    (root / "shards" / there.shards[1].file).remove()
+    with pytest.raises(shards.DamagedData, match="shard is missing"):
+        shards.verify(root / "shards", there, whole=False)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_server_that_goes_away_is_tried_again_then_named_and_the_rerun_completes(ray_here, s3, many, tmp_path):
+    root, stop, restart = s3
+    source = open_source(str(many))
+    options = {"image_size": 48, "rows_per_shard": 8, "parallelism": 1}
+    down = threading.Event()
+
+    def go_away(progress: Progress) -> None:
+        if not down.is_set():
+            down.set()
+            stop()
+
+    start = time.monotonic()
+    with pytest.raises(JobError, match=r"s3://bucket/folder/.*cannot be .*, after 3 attempts: .*kept") as error:
+        prepare(source, root, on_progress=go_away, **options)
+    assert time.monotonic() - start > sum((2.0, 5.0))
+    assert "\n" not in str(error.value)
+    timer = threading.Timer(2, restart)  # it comes back while the next attempt is already trying
+    timer.start()
+    kept: list[int] = []
+    manifest = prepare(source, root, on_progress=lambda p: kept.append(p.images_kept), **options)
+    timer.join()
+    assert kept[-1] >= 8
+    assert manifest == prepare(source, Place.of(tmp_path / "here"), **options)
+    assert json.loads((root / "manifest.json").read())["rows"] == {"train": 64, "val": 16}

@@ -1,0 +1,170 @@
+"""Sources to shards on Ray Data, and what a damaged data set says."""
+
+import json
+import os
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_photographs, picture
+
+from orchestrator.base.exits import JobError
+from orchestrator.base.storage import Place
+from orchestrator.data import images, shards
+from orchestrator.data.prepare import prepare
+from orchestrator.data.sources import open_source
+
+
+def test_the_digits_are_all_there_once_with_balanced_classes():
+    source = open_source("digits")
+    counts = {split: np.bincount([entry.label for entry in entries]) for split, entries in source.splits.items()}
+    assert {split: int(count.sum()) for split, count in counts.items()} == {"train": 1437, "val": 360}
+    assert counts["val"].min() >= 34
+    assert len({entry.id for entries in source.splits.values() for entry in entries}) == 1797
+
+
+def test_an_image_folder_lists_every_file_once_in_order(photographs):
+    source = open_source(str(photographs))
+    assert source.classes == ("apple", "pear")
+    assert [len(source.splits[split]) for split in ("train", "val")] == [24, 8]
+    assert [entry.id for split in ("train", "val") for entry in source.splits[split]] == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.mkdir(), "has no folder train/"),
+        (lambda root: (root / "train" / "a").mkdir(parents=True), "has no folder val/"),
+        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "val/a")], "1 class"),
+        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "train/b", "val/c")], "'c' is not in train"),
+        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "train/b", "val/a")], "holds no files"),
+    ],
+)
+def test_a_folder_that_is_no_source_is_refused_in_one_line(tmp_path, spoil, named):
+    spoil(tmp_path / "source")
+    with pytest.raises(ValueError, match=named) as error:
+        open_source(str(tmp_path / "source"))
+    assert "\n" not in str(error.value)
+
+
+def rows_of(folder, manifest, split):
+    return [row for shard in manifest.split(split) for row in pq.read_table((folder / shard.file).text).to_pylist()]
+
+
+@pytest.mark.ray
+def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, photographs, tmp_path):
+    output = Place.of(tmp_path / "shards")
+    manifest = prepare(open_source(str(photographs)), output, image_size=48, rows_per_shard=10)
+    assert shards.read_manifest(output) == manifest
+    assert manifest.rows == {"train": 24, "val": 8}
+    assert manifest.class_rows == {"train": (12, 12), "val": (4, 4)}
+    assert [shard.rows for shard in manifest.split("train")] == [10, 10, 4]
+    rows = rows_of(output, manifest, "train")
+    ids = [row["id"] for row in rows]
+    assert sorted(ids) == list(range(24))
+    assert ids != sorted(ids)
+    assert all(row["name"].split("/")[1] == manifest.classes[row["label"]] for row in rows)
+
+    source = {entry.id: entry for entry in open_source(str(photographs)).splits["train"]}
+    pixels = []
+    for row in rows:
+        with open(source[row["id"]].path, "rb") as file:
+            original = images.resize_and_center(images.decode(file.read()), 48)
+        assert np.abs(images.decode(row["image"]).astype(int) - original).mean() < 6  # JPEG's own error
+        pixels.append(original)
+    flat = np.array(pixels).reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(manifest.mean_rgb, flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(manifest.covariance_rgb, np.cov(flat.T, bias=True), rtol=1e-9)
+    values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
+    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, manifest.covariance_rgb, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(shards.read_mean_image(output, manifest), np.mean(pixels, axis=0), rtol=1e-6)
+    shards.verify(output, manifest)
+
+
+@pytest.mark.ray
+def test_same_seed_same_bytes_whatever_the_parallelism(ray_here, photographs, tmp_path):
+    source = open_source(str(photographs))
+    made = [
+        prepare(source, Place.of(tmp_path / str(i)), image_size=48, rows_per_shard=5, parallelism=p, seed=seed)
+        for i, (p, seed) in enumerate([(1, 0), (2, 0), (2, 1)])
+    ]
+    assert made[0] == made[1]
+    assert made[0].digest != made[2].digest
+
+
+@pytest.mark.ray
+def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_here, tmp_path):
+    root = make_photographs(tmp_path / "source", {"train": 12, "val": 4})
+    good = picture(np.random.default_rng(0), 0, (50, 50))
+    odd = root / "train" / "apple"
+    for name, data in {
+        "truncated.JPEG": good[:300],
+        "text.JPEG": b"hello",
+        "zero.JPEG": b"",
+        "gif.JPEG": picture(np.random.default_rng(1), 0, (50, 50), "GIF"),
+        "gray.JPEG": picture(np.random.default_rng(1), 0, (50, 50), mode="L"),
+    }.items():
+        (odd / name).write_bytes(data)
+    PIL.Image.new("1", (30_000, 30_000)).save(odd / "bomb.png")
+    os.symlink(root / "nowhere", odd / "dangling.JPEG")
+    os.mkfifo(odd / "pipe.JPEG")
+    with open(os.fsencode(odd) + b"/caf\xe9.JPEG", "wb") as file:
+        file.write(good)
+    (root / "train" / "README").write_text("not in a class folder")
+
+    manifest = prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
+    assert {row["name"].split("/")[-1] for row in rejected} == {
+        "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",
+        "pipe.JPEG", "caf\\udce9.JPEG",
+    }  # fmt: skip
+    assert all(row["reason"] for row in rejected)
+    assert manifest.rejected == 8
+    assert manifest.rows == {"train": 26, "val": 8}  # the GIF and the grayscale picture among them
+
+    with pytest.raises(JobError, match=r"8 of 42 .* more than --max-rejected 0\.01"):
+        prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32)
+    assert not (tmp_path / "out" / shards.MANIFEST).exists()
+
+
+@pytest.mark.ray
+def test_every_kind_of_damage_names_the_shard(digit_shards, tmp_path):
+    import shutil
+
+    original, manifest = digit_shards
+    for number in range(12):
+        folder = tmp_path / str(number)
+        shutil.copytree(original, folder)
+        path = folder / manifest.shards[number % len(manifest.shards)].file
+        data = bytearray(path.read_bytes())
+        if number == 0:
+            path.unlink()
+        elif number == 1:
+            path.write_bytes(data[:-1])
+        else:  # one flipped bit, anywhere
+            data[len(data) * (number - 2) // 10] ^= 1
+            path.write_bytes(data)
+        with pytest.raises(shards.DamagedData, match=path.name):
+            shards.verify(Place.of(folder), manifest)
+
+
+@pytest.mark.ray
+def test_labels_beyond_the_classes_are_refused(digit_shards):
+    folder, manifest = digit_shards
+    ranges = shards.label_ranges(Place.of(folder), manifest)
+    shards.check_labels(Place.of(folder), manifest, ranges, 10)
+    with pytest.raises(ValueError, match="label 9, but there are 9 classes"):
+        shards.check_labels(Place.of(folder), manifest, ranges, 9)
+
+
+def test_a_source_given_for_shards_is_recognised(photographs):
+    with pytest.raises(ValueError, match="looks like a source"):
+        shards.read_manifest(Place.of(photographs))
+
+
+def test_a_manifest_of_another_form_is_refused(tmp_path):
+    (tmp_path / shards.MANIFEST).write_text('{"format": 1}')
+    with pytest.raises(ValueError, match="prepare the data again"):
+        shards.read_manifest(Place.of(tmp_path))

@@ -1,0 +1,164 @@
+"""What a run needs to go on, bit for bit, in whatever layout."""
+
+import json
+
+import pytest
+import test_layouts
+import torch
+from gloo import run_gloo
+
+import alexnet
+from alexnet.dropout import Where
+from alexnet.layouts import Layout, PlacedNet
+from orchestrator.config.recipes import digits
+from orchestrator.train import checkpoints
+from orchestrator.train.model import build_net
+
+
+def trained(steps, placed, optimizer):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        images, where = torch.randn(4, 3, 64, 64, generator=generator), Where(0, step, torch.arange(4))
+        placed(images, where, [4]).square().mean().backward()
+        optimizer.step()
+
+
+def pieces():
+    placed = PlacedNet(build_net(digits(), 10), Layout("single", 1))
+    optimizer = alexnet.PaperSGD(placed.parameters(), lr=0.01)
+    return placed, optimizer, alexnet.plateau_schedule(optimizer, patience=1)
+
+
+def test_six_steps_equal_three_saved_and_loaded_and_three_bit_for_bit(tmp_path):
+    net, optimizer, schedule = pieces()
+    trained(3, net, optimizer)
+    for error in (0.5, 0.5, 0.5):
+        schedule.step(error)
+    state = checkpoints.State(epoch=3, step=3, history=[{"epoch": 1, "val/top1_error": 0.5}])
+    checkpoints.save(tmp_path, net, optimizer, schedule, state)
+    again, optimizer2, schedule2 = pieces()
+    assert checkpoints.load(tmp_path, again, optimizer2, schedule2) == state
+    assert optimizer2.param_groups[0]["lr"] == pytest.approx(0.001)  # the dropped rate, not the config's
+    for pair in ((net, optimizer), (again, optimizer2)):
+        trained(3, *pair)
+    for (name, a), b in zip(net.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert schedule.state_dict() == schedule2.state_dict()
+
+
+def test_a_checkpoint_of_another_net_is_refused_in_one_line(tmp_path):
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    other = PlacedNet(build_net(digits(), 20), Layout("single", 1))
+    with pytest.raises(ValueError, match=r"fc8\.\w+ is 10\b.* there, and 20\b.* in this net") as error:
+        checkpoints.load(tmp_path, other, alexnet.PaperSGD(other.parameters()), schedule)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rate_that_is_scaled_takes_the_velocities_with_it():
+    """Weights taken at a high rate stay what they were under a low one."""
+    moved = {}
+    for factor in (1.0, 1e-4):
+        net, optimizer, schedule = pieces()
+        trained(3, net, optimizer)
+        before = net.part.conv2.weight.detach().clone()
+        checkpoints.scale_rate(factor, optimizer, schedule)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * factor)
+        assert schedule.min_lrs == [pytest.approx(0.01 * 0.1**3 * factor)]
+        trained(1, net, optimizer)
+        moved[factor] = (net.part.conv2.weight - before).norm()
+    assert moved[1e-4] < 2e-4 * moved[1.0]
+
+
+def test_a_checkpoint_holds_the_canonical_names_and_nothing_pickled(tmp_path):
+    from safetensors import safe_open
+
+    net, optimizer, schedule = pieces()
+    trained(1, net, optimizer)
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.json", "velocity.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(net.part.state_dict())
+        assert torch.equal(file.get_tensor("conv2.weight"), net.part.conv2.weight)
+
+
+CHANGES = [("columns", "hybrid"), ("hybrid", "data"), ("data", "columns")]
+
+
+def save_and_go_on(rank, root, workers, dtype):
+    """Three steps in one layout, a checkpoint, and three more in another from it; for every change."""
+    found = {}
+    for first, then in CHANGES:
+        folder, state = root / first, checkpoints.State(step=3)
+        placed, optimizer = test_layouts.make(rank, first, workers, dtype, 0.5)
+        run(placed, optimizer, range(3), dtype)
+        if rank in placed.layout.group_of(0):
+            own = folder if rank == 0 else None
+            checkpoints.save(own, placed, optimizer, alexnet.plateau_schedule(optimizer), state)
+        torch.distributed.barrier()
+        placed, optimizer = test_layouts.make(rank, then, workers, dtype, 0.5)
+        assert checkpoints.load(folder, placed, optimizer, alexnet.plateau_schedule(optimizer)) == state
+        loaded = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
+        run(placed, optimizer, range(3, 6), dtype)
+        later = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
+        found[first] = {"loaded": loaded, "later": later}
+    return found
+
+
+def run(placed, optimizer, steps, dtype):
+    for step in steps:
+        test_layouts.backward(placed, step, dtype)
+        optimizer.step()
+        placed.zero_grad()
+
+
+@pytest.mark.slow
+def test_any_layout_goes_on_from_any_other_s_checkpoint(tmp_path):
+    from safetensors.torch import load_file
+
+    for first, _ in CHANGES:
+        (tmp_path / first).mkdir()
+    unbroken = test_layouts.alone(torch.float64, 0.5, 6)
+    shapes = {name: list(t.shape) for name, t in test_layouts.build(torch.float64, 0.5).state_dict().items()}
+    for first, found in run_gloo(4, save_and_go_on, tmp_path, 4, torch.float64)[0].items():
+        written = load_file(tmp_path / first / "model.safetensors")
+        assert {name: list(tensor.shape) for name, tensor in written.items()} == shapes
+        for name, tensor in written.items():
+            assert torch.equal(tensor, found["loaded"][f"weight {name}"]), name
+        for name, tensor in found["later"].items():
+            assert test_layouts.difference(tensor, unbroken[name]) < 1e-10, (first, name)
+
+
+def test_one_process_goes_on_from_four_and_four_from_one(tmp_path):
+    """The parts that each worker reads are those of the whole: no process group is needed to see it."""
+    placed, optimizer, schedule = pieces()
+    trained(1, placed, optimizer)
+    checkpoints.save(tmp_path, placed, optimizer, schedule, checkpoints.State())
+    whole = dict(placed.part.named_parameters())
+    for kind, workers in (("columns", 2), ("hybrid", 4)):
+        for rank in range(workers):
+            part = PlacedNet.__new__(PlacedNet)
+            torch.nn.Module.__init__(part)
+            part.layout, part.rank, part.member = Layout(kind, workers), rank, rank
+            read = dict(checkpoints._read(tmp_path / "model.safetensors", part))
+            assert read["conv4.weight"].shape[0] == (48 if kind == "columns" else 96)
+            assert torch.equal(read["fc7.bias"], whole["fc7.bias"].chunk(workers)[rank])
+            assert torch.equal(read["fc8.weight"], whole["fc8.weight"].chunk(workers, 1)[rank])
+            assert torch.equal(read["fc8.bias"], whole["fc8.bias"])
+
+
+def test_a_checkpoint_of_another_net_is_refused(tmp_path):
+    placed, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, placed, optimizer, schedule, checkpoints.State())
+    del placed.part.conv5
+    with pytest.raises(ValueError, match=r"conv5\.bias is in the checkpoint or in the net, but not in both"):
+        checkpoints.load(tmp_path, placed, optimizer, schedule)
+
+
+def test_a_run_broken_off_within_an_epoch_keeps_its_losses(tmp_path):
+    placed, optimizer, schedule = pieces()
+    state = checkpoints.State(epoch=2, step=49, losses=[0.5, 0.25, 1 / 3])
+    checkpoints.save(tmp_path, placed, optimizer, schedule, state)
+    assert checkpoints.load(tmp_path, placed, optimizer, schedule) == state
+    assert json.loads((tmp_path / "state.json").read_text())["state"]["losses"][2] == 1 / 3

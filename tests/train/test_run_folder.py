@@ -1,0 +1,106 @@
+"""Runs' folders, on disk and in object storage."""
+
+import json
+
+import pytest
+
+from orchestrator.base.environment import default_output
+from orchestrator.base.storage import Place
+from orchestrator.config.recipes import digits
+from orchestrator.search.journal import Journal
+from orchestrator.train.run_folder import RunFolder
+
+
+@pytest.fixture(params=["disk", "s3"])
+def output(request, tmp_path):
+    return Place.of(tmp_path / "runs") if request.param == "disk" else request.getfixturevalue("s3")[0] / "runs"
+
+
+def test_a_folder_keeps_settings_and_result_wherever_it_is(output):
+    run = RunFolder(output, "first")
+    with pytest.raises(ValueError, match=r"--resume first: no run of that name in .*; it has none"):
+        run.config()
+    assert (run.exists(), run.result(), run.latest_checkpoint()) == (False, {}, None)
+    run.create(digits())
+    assert run.exists()
+    assert run.config() == digits()
+    with pytest.raises(ValueError, match=r"first\S* exists; choose another name, or go on with: --resume first"):
+        RunFolder(output, "first").create(digits())
+    with pytest.raises(ValueError, match="it has: first"):
+        RunFolder(output, "other").config()
+    run.write_result({"status": "FINISHED"})
+    assert run.result() == {"status": "FINISHED"}
+    for epoch in (2, 10):
+        (run.path / f"checkpoint-epoch-{epoch:04d}" / "state.json").write(b"{}")
+    assert run.latest_checkpoint() == str(run.path / "checkpoint-epoch-0010")
+
+
+def test_a_journal_goes_on_where_it_was_wherever_it_is(output):
+    place = RunFolder(output, "search").path
+    if place.local is not None:
+        place.local.mkdir(parents=True)
+    journal = Journal(place / "journal.jsonl")
+    journal.write("trial", number=0, values={"lr": 0.1})
+    journal.write("epoch", number=0, metrics={"epoch": 1, "val/loss": 1.0, "val/top1_error": 0.5})
+    journal.close()
+    again = Journal(place / "journal.jsonl")
+    assert again.trials[0].epoch == 1
+    again.write("end", number=0, status="FINISHED")
+    again.close()
+    again.close()
+    assert (place / "journal.jsonl").read().count(b"\n") == 3
+    assert Journal(place / "journal.jsonl").trials[0].status == "FINISHED"
+
+
+def test_a_folder_is_copied_or_fetched_whole(output):
+    folder = output / "one"
+    for name in ("a.txt", "deeper/b.txt"):
+        (folder / name).write(name.encode())
+    folder.copy_folder(output / "two", last="a.txt")
+    for place in (folder, output / "two"):
+        with place.fetched() as path:
+            assert {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*.txt")} == {
+                "a.txt": "a.txt", "deeper/b.txt": "deeper/b.txt",
+            }  # fmt: skip
+    folder.remove()
+    assert not folder.is_folder()
+    assert (output / "two" / "a.txt").read() == b"a.txt"
+
+
+def test_where_runs_live_may_be_said_once_for_all(monkeypatch):
+    monkeypatch.setenv("ALEXNET_OUTPUT", "/shared/runs")
+    assert default_output() == "/shared/runs"
+    assert RunFolder(default_output(), "x").flag == ""
+    monkeypatch.delenv("ALEXNET_OUTPUT")
+    assert default_output() == "runs"
+    assert RunFolder("/shared runs", "x").flag == " --output '/shared runs'"
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_run_and_a_search_live_in_object_storage_and_are_resumed_there(job, s3, here, digit_shards, tmp_path):
+    output = (s3[0] / "runs").text
+    args = ("--output", output, "--data", digit_shards[0], "--workers", 1, "--layout", "single")
+    done = job("train", *args, "--epochs", 2, "--name", "first", cwd=tmp_path, **here)
+    assert done.returncode == 0, done.stderr
+    done = job("train", "--output", output, "--resume", "first", "--epochs", 3, cwd=tmp_path, **here)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after epoch 2" in done.stdout
+    run = Place.of(output) / "first"
+    result = json.loads((run / "result.json").read())
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
+    assert result["checkpoint"] == str(run / "checkpoint-epoch-0003")
+    assert (run / "checkpoint-epoch-0003" / "model.safetensors").size() > 1e6
+    assert (run / "learning_curves.png").size() > 1e4
+    assert not (tmp_path / "runs").exists()
+
+    search = ("--output", output, "--data", digit_shards[0], "--num-samples", 2, "--epochs", 2, "--name", "search")
+    done = job("tune", *search, cwd=tmp_path, **here)
+    assert done.returncode == 0, done.stderr + done.stdout
+    names = (Place.of(output) / "search").children().keys()
+    assert {"journal.jsonl", "search.yaml", "result.json", "best.yaml", "learning_curves.png", "trials"} <= names
+    done = job("tune", "--output", output, "--resume", "search", "--num-samples", 3, cwd=tmp_path, **here)
+    assert done.returncode == 0, done.stderr + done.stdout
+    journal = (Place.of(output) / "search" / "journal.jsonl").read().decode()
+    assert journal.count('"event": "trial"') == 3
+    assert journal.count('"event": "end"') == 3
