@@ -89,7 +89,7 @@ def estimate(
     own_images, group_images = global_batch_size / layout.workers, global_batch_size / layout.replicas
     part, numbers = _part_parameters(layers, layout), 0.0
     for layer in layers:
-        cut = layout.is_cut(layer.name) or (layer.name == "pool" and layout.kind == "columns")
+        cut = layout.is_sharded(layer.name) or (layer.name == "pool" and layout.kind == "columns")
         share = 1 / layout.group_size if cut else 1.0
         convolutional = layer.name in CONVS or layer.name == "pool"
         images = own_images if layout.kind == "hybrid" and convolutional else group_images
@@ -146,7 +146,7 @@ def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
     total = 0
     for layer in layers:
         whole = layer.outputs if layer.name == "fc8" else 0
-        total += (layer.parameters - whole) // (layout.group_size if layout.is_cut(layer.name) else 1) + whole
+        total += (layer.parameters - whole) // (layout.group_size if layout.is_sharded(layer.name) else 1) + whole
     return total
 
 

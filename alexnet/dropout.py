@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Where(NamedTuple):
+class BatchPosition(NamedTuple):
     """Which images a batch holds, as far as their randomness goes."""
 
     seed: int
@@ -31,19 +31,19 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.layer, self.first_unit = p, layer, first_unit
 
-    def forward(self, x_NU: Tensor, where: Where | None = None) -> Tensor:
+    def forward(self, x_NU: Tensor, where: BatchPosition | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return x_NU
         if where is None:
             return F.dropout(x_NU, self.p)
         units = range(self.first_unit, self.first_unit + x_NU.shape[1])
-        return x_NU * (kept(where, self.layer, units, self.p).to(x_NU.dtype) * (1 / (1 - self.p)))
+        return x_NU * (keep_mask(where, self.layer, units, self.p).to(x_NU.dtype) * (1 / (1 - self.p)))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def kept(where: Where, layer: int, units: range, p: float) -> Tensor:
+def keep_mask(where: BatchPosition, layer: int, units: range, p: float) -> Tensor:
     """(N, U) bool: which of these units of a layer survive.
 
     A counter-based hash (SplitMix64's finaliser, Steele et al. 2014) makes 64 bits for every two units of an image.

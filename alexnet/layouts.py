@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .dropout import Where
+from .dropout import BatchPosition
 from .net import AlexNet
 
 KINDS = ("single", "data", "columns", "hybrid")
@@ -65,26 +65,26 @@ class Layout:
         first = rank - rank % self.group_size
         return range(first, first + self.group_size)
 
-    def is_cut(self, name: str) -> bool:
+    def is_sharded(self, name: str) -> bool:
         """Whether a worker holds only a part of this layer or parameter."""
         layer = name.split(".")[0]
         return self.group_size > 1 and (self.kind == "columns" or layer in FULLY_CONNECTED) and name != "fc8.bias"
 
-    def cut(self, name: str) -> int:
+    def shard_dim(self, name: str) -> int:
         """The dimension along which a parameter that is cut is cut: fc8's inputs, all others' outputs."""
         return 1 if name == "fc8.weight" else 0
 
     def check(self, net: AlexNet) -> None:
         """Raises ValueError where a layer of the net cannot be shared equally."""
         for name, param in net.named_parameters():
-            if self.is_cut(name) and param.shape[self.cut(name)] % self.group_size:
+            if self.is_sharded(name) and param.shape[self.shard_dim(name)] % self.group_size:
                 raise ValueError(
-                    f"workers = {self.workers}: {name.split('.')[0]} has {param.shape[self.cut(name)]} units, which "
-                    f"{self.group_size} workers of layout {self.kind} cannot share equally"
+                    f"workers = {self.workers}: {name.split('.')[0]} has {param.shape[self.shard_dim(name)]} units, "
+                    f"which {self.group_size} workers of layout {self.kind} cannot share equally"
                 )
 
 
-class PlacedNet(nn.Module):
+class ShardedNet(nn.Module):
     """A worker's part of a net under a layout, with the exchanges that make the parts one net.
 
     The parameters are those of `part`. Training takes the sum of the loss over the images that `forward` scores,
@@ -93,11 +93,11 @@ class PlacedNet(nn.Module):
 
     def __init__(self, net: AlexNet, layout: Layout, rank: int = 0) -> None:
         """Take this rank's part of a whole net, on its device. With more than one worker torch.distributed is
-        initialised and every worker makes its PlacedNet at the same time, from equal nets."""
+        initialised and every worker makes its ShardedNet at the same time, from equal nets."""
         super().__init__()
         layout.check(net)
         self.layout, self.rank, self.part = layout, rank, net
-        self.member = rank % layout.group_size  # this worker's place in its group
+        self.group_rank = rank % layout.group_size  # this worker's place in its group
         self._trained: list[DistributedDataParallel] = []  # in a list, so that it is not a child: it holds the part
         if layout.workers == 1:
             return
@@ -111,7 +111,7 @@ class PlacedNet(nn.Module):
         elif layout.replicas > 1:
             self._trained.append(_summing(net, mesh.get_group("replica")))
 
-    def forward(self, x_NCHW: Tensor, where: Where | None, sizes: Sequence[int]) -> Tensor:
+    def forward(self, x_NCHW: Tensor, where: BatchPosition | None, sizes: Sequence[int]) -> Tensor:
         """Class scores of the group's images, (sum of sizes, num_classes), the same on all its workers.
 
         x_NCHW: this worker's images, or those that `share_images` made of them; where: of all the group's images;
@@ -140,34 +140,36 @@ class PlacedNet(nn.Module):
                 param.grad = None
 
     @property
-    def speaks(self) -> bool:
+    def is_group_leader(self) -> bool:
         """Whether this worker is the one of its group whose losses and errors are counted."""
-        return self.member == 0
+        return self.group_rank == 0
 
-    def own(self, name: str, length: int) -> tuple[slice, ...]:
+    def local_slice(self, name: str, length: int) -> tuple[slice, ...]:
         """Where this worker's part of a canonical parameter lies; length is the parameter's along the cut."""
-        if not self.layout.is_cut(name):
+        if not self.layout.is_sharded(name):
             return (slice(None),)
         share = length // self.layout.group_size
-        return (slice(None),) * self.layout.cut(name) + (slice(self.member * share, (self.member + 1) * share),)
+        return (slice(None),) * self.layout.shard_dim(name) + (
+            slice(self.group_rank * share, (self.group_rank + 1) * share),
+        )
 
     def canonical_shape(self, name: str, part: Tensor) -> list[int]:
         shape = list(part.shape)
-        if self.layout.is_cut(name):
-            shape[self.layout.cut(name)] *= self.layout.group_size
+        if self.layout.is_sharded(name):
+            shape[self.layout.shard_dim(name)] *= self.layout.group_size
         return shape
 
-    def collect(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    def gather_full(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
         """Whole tensors, one at a time, from the parts that all workers of the group hold under the parameters' names;
         on the CPU of the group's first worker, None on the others. All of them must go through it to its end."""
         for name, part in parts.items():
-            if not self.layout.is_cut(name):
-                yield name, part.cpu() if self.speaks else None
+            if not self.layout.is_sharded(name):
+                yield name, part.cpu() if self.is_group_leader else None
                 continue
             ranks, own = self.layout.group_of(self.rank), part.contiguous()
-            pieces = [torch.empty_like(own) for _ in ranks] if self.speaks else None
+            pieces = [torch.empty_like(own) for _ in ranks] if self.is_group_leader else None
             dist.gather(own, pieces, dst=ranks[0], group=self.group)
-            yield name, torch.cat(pieces, self.layout.cut(name)).cpu() if pieces else None
+            yield name, torch.cat(pieces, self.layout.shard_dim(name)).cpu() if pieces else None
 
     def _keep_own_part(self) -> None:
         """Cut the net's layers to this worker's part, and put the exchanges between them."""
@@ -175,9 +177,9 @@ class PlacedNet(nn.Module):
         names = FULLY_CONNECTED if self.layout.kind == "hybrid" else CONVS + FULLY_CONNECTED
         with torch.no_grad():
             for name, param in list(net.named_parameters()):
-                if self.layout.is_cut(name):
+                if self.layout.is_sharded(name):
                     layer, kind = name.split(".")
-                    own = param[self.own(name, param.shape[self.layout.cut(name)])].clone()
+                    own = param[self.local_slice(name, param.shape[self.layout.shard_dim(name)])].clone()
                     setattr(getattr(net, layer), kind, nn.Parameter(own))
         for name in names:
             layer = getattr(net, name)
@@ -197,8 +199,8 @@ class PlacedNet(nn.Module):
 
     def _first_units(self) -> None:
         net = self.part
-        net.dropout6.first_unit = self.member * net.fc6.out_features
-        net.dropout7.first_unit = self.member * net.fc7.out_features
+        net.dropout6.first_unit = self.group_rank * net.fc6.out_features
+        net.dropout7.first_unit = self.group_rank * net.fc7.out_features
 
     def _gather_input(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (gather_maps(inputs[0], self.group),)

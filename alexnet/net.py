@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dropout import Dropout, Where
+from .dropout import BatchPosition, Dropout
 from .lrn import LocalResponseNorm
 
 INITS = ("paper", "he")
@@ -95,7 +95,7 @@ class AlexNet(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2)  # overlapping (paper, 3.4)
         self.dropout6, self.dropout7 = Dropout(dropout, 6), Dropout(dropout, 7)
 
-    def forward(self, x_NCHW: Tensor, where: Where | None = None) -> Tensor:
+    def forward(self, x_NCHW: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size).
 
         `where` says which images of a training run these are, for dropout (alexnet/dropout.py).
@@ -117,7 +117,7 @@ class AlexNet(nn.Module):
         features: Tensor = x.flatten(1)
         return features
 
-    def classify(self, x: Tensor, where: Where | None = None) -> Tensor:
+    def classify(self, x: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores (N, num_classes) of features."""
         x = self.dropout6(F.relu(self.fc6(x), inplace=True), where)
         x = self.dropout7(F.relu(self.fc7(x), inplace=True), where)

@@ -68,13 +68,13 @@ def feed(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
     from orchestrator.cluster.connection import connect
 
     connect()
-    from orchestrator.base.storage import Place
+    from orchestrator.base.storage import StoragePath
     from orchestrator.config.recipes import imagenette
     from orchestrator.data.feed import Feed
     from orchestrator.data.shards import read_manifest
 
     config = imagenette().changed(color_noise="none", epochs=PASSES)
-    place = Place.of(shards)
+    place = StoragePath.of(shards)
     manifest = read_manifest(place)
 
     def run() -> Iterator[np.ndarray]:

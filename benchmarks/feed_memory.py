@@ -22,7 +22,7 @@ from typing import Any
 import measure
 import psutil
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import imagenette
 from orchestrator.data.shards import Manifest, read_manifest
 
@@ -49,7 +49,7 @@ def anonymous_bytes(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
-def linked(place: Place, manifest: Manifest, times: int, folder: Path) -> Manifest:
+def linked(place: StoragePath, manifest: Manifest, times: int, folder: Path) -> Manifest:
     """The same shards many times over."""
     assert place.local is not None
     shards = []
@@ -69,9 +69,9 @@ def main() -> None:
     flags.add_argument("--json", type=Path, default=measure.RESULTS / "feed_memory.json", metavar="FILE")
     args = flags.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    from orchestrator.cluster.connection import QUIET
+    from orchestrator.cluster.connection import RAY_ENV
 
-    os.environ |= QUIET
+    os.environ |= RAY_ENV
     import ray
 
     from orchestrator.data.feed import Feed
@@ -79,11 +79,11 @@ def main() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     store = int(ray.cluster_resources()["object_store_memory"])
-    original = Place.of(args.shards)
+    original = StoragePath.of(args.shards)
     few = read_manifest(original)
     folder = tempfile.TemporaryDirectory()
     times = math.ceil(FACTOR * store / sum(shard.size_bytes for shard in few.shards))
-    manifest, place = linked(original, few, times, Path(folder.name)), Place.of(folder.name)
+    manifest, place = linked(original, few, times, Path(folder.name)), StoragePath.of(folder.name)
     size = sum(shard.size_bytes for shard in manifest.shards)
     before = private_bytes()
     peaks: dict[str, int] = {"store": 0} | dict.fromkeys(before, 0)

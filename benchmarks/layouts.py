@@ -19,8 +19,8 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 import alexnet
-from alexnet.dropout import Where
-from alexnet.layouts import Layout, PlacedNet
+from alexnet.dropout import BatchPosition
+from alexnet.layouts import Layout, ShardedNet
 
 WORKERS = 2
 
@@ -30,7 +30,7 @@ class Contender:
 
     def __init__(self, layout: Layout, rank: int, batch_size: int) -> None:
         self.layout, self.rank, self.step = layout, rank, 0
-        self.placed = PlacedNet(alexnet.build("paper", 1000, init="he"), layout, rank)
+        self.placed = ShardedNet(alexnet.build("paper", 1000, init="he"), layout, rank)
         self.optimizer = alexnet.PaperSGD(self.placed.parameters(), lr=1e-5)
         images = batch_size // layout.workers
         self.sizes = [images] * layout.group_size
@@ -40,7 +40,7 @@ class Contender:
     def run(self, bf16: bool) -> None:
         labels = self.placed.share_labels(self.labels, self.sizes).long()
         pixels = self.placed.share_images(self.pixels, self.sizes).permute(0, 3, 1, 2)
-        where = Where(0, self.step, torch.arange(len(labels)))
+        where = BatchPosition(0, self.step, torch.arange(len(labels)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             scores = self.placed(pixels.float().mul_(1 / 64), where, self.sizes)
         loss = F.cross_entropy(scores.float(), labels, reduction="sum") / (len(labels) * self.layout.replicas)

@@ -25,7 +25,7 @@ import torch
 from torchvision.transforms import v2
 
 from alexnet import keep_freed_memory
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import imagenette
 from orchestrator.data import images
 from orchestrator.data import prepare as preparation
@@ -45,7 +45,7 @@ def torchvision_loop(paths: list[str]) -> None:
 
 
 def rate(entries: list[Any], folder: Path, rounds: int) -> dict[str, float]:
-    writer = preparation._ShardWriter(Place.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
+    writer = preparation._ShardWriter(StoragePath.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
     task = {"split": "train", "file": "shard.parquet", "entries": entries}
     paths = [entry.path for entry in entries]
     times = measure.take_turns(
@@ -77,7 +77,7 @@ def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float
     config = imagenette().changed(color_noise="none")
     for count in ROW_GROUPS:
         shards = []
-        place = Place.of(folder / str(count))
+        place = StoragePath.of(folder / str(count))
         writer = preparation._ShardWriter(place, SIZE, 90, 10)
         preparation.ROW_GROUP_ROWS = count
         for first in range(0, len(data), preparation.ROWS_PER_SHARD):
@@ -96,7 +96,7 @@ def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float
         steps = len(data) // config.global_batch_size
         for first in range(0, steps, 3):
             task = Task(0, "train", first, min(first + 3, steps))
-            positions = np.concatenate([np.arange(lo, hi) for lo, hi in reader.stretches(task)])
+            positions = np.concatenate([np.arange(lo, hi) for lo, hi in reader.rank_slices(task)])
             reader.read(task, positions)
 
     times = measure.take_turns({str(n): lambda r=r: read_all(r) for n, r in readers.items()}, rounds)

@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 
-from orchestrator.search.journal import PAPERS, Journal
+from orchestrator.search.journal import PAPER_TRIAL, Journal
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--width", "0.125", "--global-batch-size", "128", "--flip", "--precision", "fp32"]
@@ -36,7 +36,7 @@ def search(scheduler: str, data: Path, folder: Path, args: Any) -> dict[str, Any
     result: dict[str, Any] = json.loads((folder / "runs" / scheduler / "result.json").read_text())
     trials = {trial["number"]: trial for trial in result["trials"]}
     assert all(trial["status"] != "FAILED" for trial in trials.values())
-    others = [number for number in trials if number != PAPERS]
+    others = [number for number in trials if number != PAPER_TRIAL]
     journal = Journal(folder / "runs" / scheduler / "journal.jsonl")
     journal.close()
     return {

@@ -24,12 +24,12 @@ import torch
 from torch.nn import functional as F
 
 import alexnet
-from alexnet.dropout import Where
-from alexnet.layouts import Layout, PlacedNet
-from orchestrator.base.storage import Place
+from alexnet.dropout import BatchPosition
+from alexnet.layouts import Layout, ShardedNet
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.models import read_yaml
 from orchestrator.config.train import TrainConfig, make_config
-from orchestrator.data.order import worker_stretch
+from orchestrator.data.order import rank_slice
 from orchestrator.data.reader import Task, TaskReader
 from orchestrator.data.shards import Manifest, read_manifest, read_mean_image
 from orchestrator.search.journal import Journal
@@ -38,22 +38,22 @@ from orchestrator.train.model import build_net
 ROOT = Path(__file__).parent.parent
 
 
-def plain_loop(config: TrainConfig, folder: Place, manifest: Manifest) -> float:
+def plain_loop(config: TrainConfig, folder: StoragePath, manifest: Manifest) -> float:
     """Train to the end in this process; returns the last validation error."""
     reader = TaskReader(folder, manifest, config, 0, 1)
     mean = torch.from_numpy(read_mean_image(folder, manifest))
     subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
-    placed = PlacedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
+    placed = ShardedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
     optimizer = alexnet.PaperSGD(placed.parameters(), config.lr, config.momentum, config.weight_decay)
     schedule = alexnet.plateau_schedule(optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
     updates, error = 0, 1.0
 
     def scores(split: str, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lo, hi = worker_stretch(step, manifest.rows[split], config.global_batch_size, 0, 1)
+        lo, hi = rank_slice(step, manifest.rows[split], config.global_batch_size, 0, 1)
         batch = reader.read(Task(epoch, split, step, step + 1), np.arange(lo, hi))
         cut = [torch.from_numpy(batch[name]) for name in ("top", "left", "flip")]
         x = subtract_mean(torch.from_numpy(batch["image"]), cut[0], cut[1], cut[2].bool())
-        where = Where(config.seed, updates, torch.arange(hi - lo))
+        where = BatchPosition(config.seed, updates, torch.arange(hi - lo))
         return placed(x, where, [hi - lo]), torch.from_numpy(batch["label"])
 
     for epoch in range(config.epochs):
@@ -117,7 +117,7 @@ def take_turn(args: Any, folder: Path) -> dict[str, Any]:
     run = folder / "runs" / "search"
     parts, trials = start_up(run / "journal.jsonl"), Journal(run / "journal.jsonl").trials
     train = read_yaml(run / "search.yaml")["train"]
-    place = Place.of(folder / "runs" / "_data" / "digits")
+    place = StoragePath.of(folder / "runs" / "_data" / "digits")
     manifest = read_manifest(place)
     plain_loop(make_config(**train | {"epochs": 1}), place, manifest)  # warm-up
     loops = []

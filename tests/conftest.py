@@ -22,7 +22,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
-from orchestrator.base.storage import Place  # noqa: E402
+from orchestrator.base.storage import StoragePath  # noqa: E402
 from orchestrator.data.prepare import prepare  # noqa: E402
 from orchestrator.data.shards import Manifest  # noqa: E402
 from orchestrator.data.sources import open_source  # noqa: E402
@@ -58,7 +58,7 @@ def here(ray_here) -> dict[str, str]:
 def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
     """The embedded digits as shards of uneven size, several to a split."""
     folder = tmp_path_factory.mktemp("digits") / "shards"
-    return folder, prepare(open_source("digits"), Place.of(folder), rows_per_shard=500)
+    return folder, prepare(open_source("digits"), StoragePath.of(folder), rows_per_shard=500)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def assert_same_history(history, recorded):
 
 
 @pytest.fixture
-def s3() -> Iterator[tuple[Place, Callable[[], None], Callable[[], None]]]:
+def s3() -> Iterator[tuple[StoragePath, Callable[[], None], Callable[[], None]]]:
     """A folder of a bucket; what stops its server, and starts it again."""
     from moto.server import ThreadedMotoServer
 
@@ -126,7 +126,7 @@ def s3() -> Iterator[tuple[Place, Callable[[], None], Callable[[], None]]]:
         f"http://127.0.0.1:{port}/moto-api/reset", method="POST"
     )  # of what tests left before
     urllib.request.urlopen(reset).close()
-    fs, _ = Place.of(root)._opened()
+    fs, _ = StoragePath.of(root)._opened()
     fs.create_dir("bucket")
     servers = [server]
 
@@ -135,7 +135,7 @@ def s3() -> Iterator[tuple[Place, Callable[[], None], Callable[[], None]]]:
         again.start()
         servers.append(again)
 
-    yield Place.of(root), server.stop, restart
+    yield StoragePath.of(root), server.stop, restart
     servers[-1].stop()
 
 

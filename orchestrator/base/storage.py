@@ -30,7 +30,7 @@ QUESTION = "%3F"  # a question mark in the name of an object
 PYARROWS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 ROOTED = ("hdfs", "viewfs", "sftp", "ssh", "local")  # their paths begin with a slash
 
-PIECE_BYTES = 2**24
+CHUNK_BYTES = 2**24
 
 T = TypeVar("T")
 
@@ -40,21 +40,21 @@ class StorageError(JobError):
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """A folder or a file: an absolute path, or a URI, whose query (`?region=...`) belongs to its whole bucket."""
 
     text: str
 
     @staticmethod
-    def of(text: "str | Path | Place") -> "Place":
+    def of(text: "str | Path | StoragePath") -> "StoragePath":
         """Raises ValueError for a URI of a kind that nothing here opens, or one that holds credentials."""
-        if isinstance(text, Place):
+        if isinstance(text, StoragePath):
             return text
         if "://" not in str(text):
-            return Place(str(Path(text).absolute()))
+            return StoragePath(str(Path(text).absolute()))
         scheme, _, rest = str(text).partition("://")
         if scheme.lower() == "file":
-            return Place(str(Path(urllib.parse.unquote("/" + rest.lstrip("/"))).absolute()))
+            return StoragePath(str(Path(urllib.parse.unquote("/" + rest.lstrip("/"))).absolute()))
         base, mark, query = rest.rstrip("/").partition("?")
         bucket = base.split("/")[0]
         if re.search(r":(?!\d+$)", bucket) or "@" in "/".join(base.split("/")[1:]):
@@ -67,18 +67,18 @@ class Place:
         for key in urllib.parse.parse_qs(query, keep_blank_values=True):
             if key not in QUERY:
                 raise ValueError(f"{scheme}://{base}?{key}=...: cannot be set in a URI; these can: {', '.join(QUERY)}")
-        place = Place(f"{scheme.lower()}://{base.rstrip('/')}{mark}{query}")
-        place.attempt(place._opened, "reached")
+        place = StoragePath(f"{scheme.lower()}://{base.rstrip('/')}{mark}{query}")
+        place.with_retries(place._opened, "reached")
         return place
 
     def __str__(self) -> str:
         return self.text
 
-    def __truediv__(self, name: str) -> "Place":
+    def __truediv__(self, name: str) -> "StoragePath":
         if self.local is not None:
-            return Place(str(self.local / name))
+            return StoragePath(str(self.local / name))
         base, mark, query = self.text.partition("?")
-        return Place(f"{base}/{name.replace('?', QUESTION)}{mark}{query}")
+        return StoragePath(f"{base}/{name.replace('?', QUESTION)}{mark}{query}")
 
     @property
     def local(self) -> Path | None:
@@ -109,7 +109,7 @@ class Place:
                 data: bytes = file.read()
                 return data
 
-        return self.attempt(whole, "read")
+        return self.with_retries(whole, "read")
 
     def open(self) -> Any:
         """A pyarrow file for reading anywhere in it: mapped into memory where it is local."""
@@ -120,17 +120,17 @@ class Place:
             fs, path = self._opened()
             return fs.open_input_file(path)
 
-        return self.attempt(opened, "opened")
+        return self.with_retries(opened, "opened")
 
     def read_at(self, start: int, length: int) -> bytes:
         """A part of the file, or what there is of it. A remote file stays open for the next part."""
         if self.local is not None:
             with open(self.local, "rb") as file:
                 return os.pread(file.fileno(), length, start)
-        data: bytes = self.attempt(lambda: _open_file(self).read_at(length, start), "read")
+        data: bytes = self.with_retries(lambda: _open_file(self).read_at(length, start), "read")
         return data
 
-    def pieces(self, size: int = PIECE_BYTES) -> Iterator[bytes]:
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The file from its beginning to its end."""
         start = 0
         while data := self.read_at(start, size):
@@ -151,7 +151,7 @@ class Place:
             with fs.open_output_stream(path) as file:  # an object appears when its upload is complete
                 file.write(data)
 
-        self.attempt(whole, "written")
+        self.with_retries(whole, "written")
 
     def remove(self) -> None:
         """The file, or the folder with all that is in it; nothing where there is none."""
@@ -160,11 +160,11 @@ class Place:
             return
         kind = self._info().type
         if kind == pa.fs.FileType.File:
-            self.attempt(lambda: self._opened()[0].delete_file(self._opened()[1]), "removed")
+            self.with_retries(lambda: self._opened()[0].delete_file(self._opened()[1]), "removed")
         elif kind == pa.fs.FileType.Directory:
-            self.attempt(lambda: self._opened()[0].delete_dir(self._opened()[1]), "removed")
+            self.with_retries(lambda: self._opened()[0].delete_dir(self._opened()[1]), "removed")
 
-    def copy_folder(self, target: "Place", last: str) -> None:
+    def copy_folder(self, target: "StoragePath", last: str) -> None:
         """The files of this folder, in the same storage, as another folder. On disk it is there whole or not at all,
         and no byte is copied if the file system can do without; elsewhere it is whole when the file `last` is there."""
         if self.local is not None and target.local is not None:
@@ -178,7 +178,7 @@ class Place:
             (target / name).write((self / name).read())
 
     @contextlib.contextmanager
-    def fetched(self) -> Iterator[Path]:
+    def as_local_dir(self) -> Iterator[Path]:
         """The folder on this machine's disk: itself, or a copy for the time being."""
         if self.local is not None:
             yield self.local
@@ -188,7 +188,7 @@ class Place:
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as file:
-                    file.writelines((self / name).pieces())
+                    file.writelines((self / name).chunks())
             yield Path(folder)
 
     def children(self) -> dict[str, bool]:
@@ -217,7 +217,7 @@ class Place:
         return shutil.disk_usage(folder).free
 
     def _info(self) -> Any:
-        return self.attempt(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+        return self.with_retries(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
 
     def _selected(self, *, recursive: bool) -> list[Any]:
         def listed() -> list[Any]:
@@ -225,11 +225,11 @@ class Place:
             selector = pa.fs.FileSelector(path, recursive=recursive, allow_not_found=True)
             return [info for info in fs.get_file_info(selector) if info.path.strip("/") != path.strip("/")]
 
-        return sorted(self.attempt(listed, "listed"), key=lambda info: info.path)
+        return sorted(self.with_retries(listed, "listed"), key=lambda info: info.path)
 
     def opened(self) -> tuple[pa.fs.FileSystem, str]:
         """The file system, and the path in it: for those who want pyarrow's own. Raises StorageError."""
-        return self.attempt(self._opened, "reached")
+        return self.with_retries(self._opened, "reached")
 
     def _opened(self) -> tuple[pa.fs.FileSystem, str]:
         """The file system, and the path in it."""
@@ -242,7 +242,7 @@ class Place:
         path = "/".join(part for part in (root.strip("/"), *parts) if part)
         return fs, "/" + path if scheme in ROOTED else path
 
-    def attempt(self, action: Callable[[], T], done: str) -> T:
+    def with_retries(self, action: Callable[[], T], done: str) -> T:
         """Do what reads or writes this place; on object storage more than once.
 
         Raises FileNotFoundError at once, StorageError in the end.
@@ -281,7 +281,7 @@ def _file_system(root: str) -> tuple[pa.fs.FileSystem, str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _open_file(place: Place) -> Any:
+def _open_file(place: StoragePath) -> Any:
     return place.open()
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 from orchestrator.base.environment import default_output
 from orchestrator.base.exits import FAILED, run_job
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import Parser
 from orchestrator.cluster.diagnosis import Finding
 from orchestrator.cluster.doctor import Doctor
@@ -23,17 +23,17 @@ def main() -> int:
                        help="the storage to try, a folder or a URI (default: %(default)s)")  # fmt: skip
     args = flags.parse_args()
     try:
-        doctor = Doctor(Place.of(args.output))
+        doctor = Doctor(StoragePath.of(args.output))
     except ValueError as error:
         flags.error(str(error))
     found: list[Finding] = []
     for finding in doctor.findings():
         found.append(finding)
-        print(f"{finding.verdict:<4}  {finding.check:<10}  {finding.where:<24}  {finding.text}", flush=True)
-    bad = [finding for finding in found if finding.verdict != "ok"]
+        print(f"{finding.severity:<4}  {finding.check:<10}  {finding.where:<24}  {finding.text}", flush=True)
+    bad = [finding for finding in found if finding.severity != "ok"]
     for finding in bad:
-        print(f"\n{finding.verdict}: {finding.check}, {finding.where}: {finding.text}\n  remedy: {finding.remedy}")
-    count = Counter(finding.verdict for finding in found)
+        print(f"\n{finding.severity}: {finding.check}, {finding.where}: {finding.text}\n  remedy: {finding.remedy}")
+    count = Counter(finding.severity for finding in found)
     print(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail")
     return FAILED if count["fail"] else 0
 

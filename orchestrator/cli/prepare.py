@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from orchestrator.base.exits import run_job
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
 from orchestrator.cli.flags import Parser, fraction, natural, positive_int
 from orchestrator.cluster.connection import connect
@@ -100,7 +100,7 @@ def main() -> int:
         flags.error(f"--jpeg-quality {args.jpeg_quality}: must be between 1 and 100")
     line = LiveLine()
     try:
-        output = Place.of(args.output)
+        output = StoragePath.of(args.output)
         if (output / shards.MANIFEST).size() is not None and not args.overwrite:
             flags.error(f"--output {output}: already holds a data set; choose another folder, or say --overwrite")
         source = open_source(args.source, as_format=args.format, verify=args.verify, say=line.print)
@@ -129,7 +129,7 @@ def main() -> int:
 
 def check(flags: Parser, args: argparse.Namespace) -> int:
     try:
-        folder = Place.of(args.check)
+        folder = StoragePath.of(args.check)
         shards.read_manifest(folder)
     except ValueError as error:
         flags.error(str(error).replace("--data", "--check"))

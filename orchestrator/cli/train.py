@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.environment import default_output
 from orchestrator.base.exits import run_job
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import (
     Parser,
     add_fields,
@@ -64,7 +64,7 @@ def main() -> int:
     try:
         run, config, resume = resolve(args)
         if args.dry_run:
-            print(describe(config, Place.of(args.output), args.images_per_s))
+            print(describe(config, StoragePath.of(args.output), args.images_per_s))
             return 0
         prepared = session.Session(
             run, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, signals_deferred
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.join import check_shared
 from orchestrator.cluster.nodes import alive, uses_gpu
 from orchestrator.cluster.prices import Meter, NodeType, node_types, would_start
@@ -17,7 +17,7 @@ SAY_EVERY_S = 30.0
 GROW_PATIENCE_S = 600.0  # spot may never have as many as are wished for
 
 
-def wait_for_nodes(config: TrainConfig, runs: int, output: Place, say: Callable[[str], None]) -> None:
+def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Callable[[str], None]) -> None:
     """On a cluster that grows when asked: ask for nodes for so many runs side by side, or as many as it can grow to,
     and wait until they are there; for all but the first run only GROW_PATIENCE_S. They must see the output, too.
 
@@ -37,7 +37,7 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: Place, say: Callable[
     check_shared(output)
 
 
-class Wish:
+class CapacityRequest:
     """Room for so many workers, asked of the cluster, which may start nodes for it. It is a placement group, which ends
     with this process whatever becomes of it: nobody pays for nodes that nobody waits for. Once granted it holds the
     room, until `end`."""
@@ -54,7 +54,7 @@ class Wish:
         with signals_deferred():
             self._group: Any = placement_group(bundles, strategy=strategy)
 
-    def is_granted(self, within_s: float) -> bool:
+    def ready(self, within_s: float) -> bool:
         """To be called with signals deferred."""
         return bool(self._group.wait(within_s))
 
@@ -72,12 +72,12 @@ def _wait_for_room(
 ) -> None:
     import ray
 
-    wish = Wish(config, config.worker_range[0], on_gpu=uses_gpu(config.device, kind.gpus), runs=runs)
+    wish = CapacityRequest(config, config.worker_range[0], on_gpu=uses_gpu(config.device, kind.gpus), runs=runs)
     began, said = time.monotonic(), -math.inf
     try:
         while time.monotonic() - began < patience_s:
             with signals_deferred():
-                if wish.is_granted(0.5):
+                if wish.ready(0.5):
                     return
                 here = len(alive(ray.nodes()))
             if time.monotonic() - said > SAY_EVERY_S:

@@ -7,7 +7,7 @@ import sys
 
 from orchestrator.base.exits import JobError, catch_signals, last_line, signals_deferred
 
-QUIET = {
+RAY_ENV = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -36,9 +36,9 @@ def connect() -> None:
     )
     if private:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that lives as long as a job reports to nobody
-    for name, value in QUIET.items():
+    for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
-    environment = {name: os.environ[name] for name in QUIET}
+    environment = {name: os.environ[name] for name in RAY_ENV}
 
     import ray
     import ray.data  # sets up its logging, which is then quietened

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Verdict = Literal["ok", "warn", "fail"]
+Severity = Literal["ok", "warn", "fail"]
 Facts = dict[str, Any]  # of a machine: doctor.examine
 DASHBOARD_PORT = 8265
 LOOPBACK = ("127.0.0.1", "::1")
@@ -19,12 +19,12 @@ class Finding:
 
     check: str
     where: str
-    verdict: Verdict
+    severity: Severity
     text: str
     remedy: str = ""
 
 
-def judge_versions(nodes: dict[str, Facts], ours: Facts) -> Iterator[Finding]:
+def check_versions(nodes: dict[str, Facts], ours: Facts) -> Iterator[Finding]:
     """Against this process's."""
     for name, facts in nodes.items():
         wrong = [f"{package} {version} (here {ours['versions'][package]})"
@@ -37,7 +37,7 @@ def judge_versions(nodes: dict[str, Facts], ours: Facts) -> Iterator[Finding]:
         yield Finding("versions", "all nodes", "ok", text)
 
 
-def judge_machines(nodes: dict[str, Facts]) -> Iterator[Finding]:
+def check_machines(nodes: dict[str, Facts]) -> Iterator[Finding]:
     """Disk space, open files, GPUs, what listens where."""
     for name, facts in nodes.items():
         for path, disk in facts["disks"].items():
@@ -52,9 +52,9 @@ def judge_machines(nodes: dict[str, Facts]) -> Iterator[Finding]:
             else:
                 yield Finding("disk", name, "ok", text)
         files = facts["files"]
-        verdict: Verdict = "fail" if files < LEAST_FILES else "warn" if files < ENOUGH_FILES else "ok"
-        remedy = "" if verdict == "ok" else "`ulimit -n 65536` before `ray start`, as clusters/environment does"
-        yield Finding("open files", name, verdict, f"{files} allowed", remedy)
+        severity: Severity = "fail" if files < LEAST_FILES else "warn" if files < ENOUGH_FILES else "ok"
+        remedy = "" if severity == "ok" else "`ulimit -n 65536` before `ray start`, as clusters/environment does"
+        yield Finding("open files", name, severity, f"{files} allowed", remedy)
         if facts["gpus"] != facts["gpus_of_ray"]:
             text = f"PyTorch sees {facts['gpus']}, Ray was told {facts['gpus_of_ray']:g}"
             remedy = "look at nvidia-smi there; the driver must be one that the locked PyTorch's CUDA runs on"
@@ -75,15 +75,15 @@ def judge_machines(nodes: dict[str, Facts]) -> Iterator[Finding]:
                 yield Finding("ports", name, "ok", text)
 
 
-def judge_clocks(skews: dict[str, float]) -> Iterator[Finding]:
+def check_clocks(skews: dict[str, float]) -> Iterator[Finding]:
     """skews: seconds that a node's clock is ahead of this one's."""
     for name, skew in skews.items():
-        verdict: Verdict = "fail" if abs(skew) > SKEW_FAIL_S else "warn" if abs(skew) > SKEW_WARN_S else "ok"
-        remedy = "" if verdict == "ok" else "let it keep time: `timedatectl set-ntp true`"
-        yield Finding("clock", name, verdict, f"{skew:+.3f} s beside this machine's", remedy)
+        severity: Severity = "fail" if abs(skew) > SKEW_FAIL_S else "warn" if abs(skew) > SKEW_WARN_S else "ok"
+        remedy = "" if severity == "ok" else "let it keep time: `timedatectl set-ntp true`"
+        yield Finding("clock", name, severity, f"{skew:+.3f} s beside this machine's", remedy)
 
 
-def judge_token(nodes: dict[str, Facts]) -> Iterator[Finding]:
+def check_token(nodes: dict[str, Facts]) -> Iterator[Finding]:
     open_nodes = [name for name, facts in nodes.items() if facts["auth_mode"] != "token"]
     if open_nodes:
         remedy = "export RAY_AUTH_MODE=token before `ray start`: without it whoever reaches a port runs what he likes"

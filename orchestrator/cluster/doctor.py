@@ -9,9 +9,9 @@ import yaml
 
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, last_line
-from orchestrator.base.storage import Place, StorageError
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.connection import connect
-from orchestrator.cluster.diagnosis import Facts, Finding, judge_clocks, judge_machines, judge_token, judge_versions
+from orchestrator.cluster.diagnosis import Facts, Finding, check_clocks, check_machines, check_token, check_versions
 from orchestrator.cluster.join import HEAD, ask_the_head, on_node
 from orchestrator.cluster.nodes import alive
 from orchestrator.cluster.prices import BOOTSTRAP
@@ -27,7 +27,7 @@ from orchestrator.cluster.probes import (
     examine,
 )
 from orchestrator.tracking.run import round_trip
-from orchestrator.tracking.store import tracking_uri, without_password
+from orchestrator.tracking.store import redact, tracking_uri
 
 SLOW_BYTES_PER_S = 0.1e9  # below the network of any cloud's smallest machine
 LOOPBACK = ("http://127.", "http://localhost")
@@ -37,7 +37,7 @@ PATIENCE_S = 60.0  # with a node that has to start a process for the first task
 class Doctor:
     """Looks at the cluster of RAY_ADDRESS, or at this machine."""
 
-    def __init__(self, output: Place) -> None:
+    def __init__(self, output: StoragePath) -> None:
         self.output = output
 
     def findings(self) -> Iterator[Finding]:
@@ -70,9 +70,9 @@ class Doctor:
                 yield Finding("nodes", self.names.pop(node["NodeID"]), "fail", why, remedy)
                 continue
             nodes[self.names[node["NodeID"]]] = facts | {"gpus_of_ray": node["Resources"].get("GPU", 0)}
-        yield from judge_token(nodes)
-        yield from judge_versions(nodes, examine())
-        yield from judge_machines(nodes)
+        yield from check_token(nodes)
+        yield from check_versions(nodes, examine())
+        yield from check_machines(nodes)
         for check in (self._clocks, self._storage, self._tracking, self._network):
             try:
                 yield from check()
@@ -100,7 +100,7 @@ class Doctor:
                 after = time.time()
                 best = min(best, (after - before, there - (before + after) / 2))
             found[name] = best[1]
-        yield from judge_clocks(found)
+        yield from check_clocks(found)
 
     def _storage(self) -> Iterator[Finding]:
         """What each node writes, every other reads."""
@@ -133,7 +133,7 @@ class Doctor:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             os.environ |= ask_the_head()
         uri = tracking_uri()
-        shown = without_password(uri)
+        shown = redact(uri)
         if not uri.startswith("http"):
             if len(self.names) > 1:
                 remedy = "`python jobs/tracking.py start --host ADDRESS` on the head, as the cluster's yaml does"
@@ -214,7 +214,7 @@ def _bootstrap() -> Facts:
         return {}
 
 
-def _quietly_remove(place: Place) -> None:
+def _quietly_remove(place: StoragePath) -> None:
     try:
         place.remove()
     except (OSError, StorageError):

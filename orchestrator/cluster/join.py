@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.base.environment import OUTPUT, on_cluster
 from orchestrator.base.exits import JobError, last_line, signals_deferred
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.nodes import alive
 from orchestrator.tracking.server import CLIENT, FOLDER, read_settings
@@ -16,7 +16,7 @@ ANSWER_S = 60.0  # that a node may take to start a process for a question
 HEAD = "node:__internal_head__"  # a resource that the head alone has
 
 
-def join(output: Place) -> None:
+def join(output: StoragePath) -> None:
     """Connect to the cluster that the job is one of, if any, and see that all nodes see where it writes.
 
     Takes the address of the cluster's tracking server where the environment names none. Raises JobError.
@@ -29,7 +29,7 @@ def join(output: Place) -> None:
         os.environ |= ask_the_head()
 
 
-def check_shared(output: Place) -> None:
+def check_shared(output: StoragePath) -> None:
     """Every node must see what another wrote: checkpoints above all."""
     import ray
 

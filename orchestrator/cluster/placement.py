@@ -62,7 +62,7 @@ def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str =
     return Resources(use_gpu, worker_cpus, feed_cpus, max(1, int(each / feed_cpus)))
 
 
-def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_side: int = 0) -> Plan | None:
+def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_concurrent: int = 0) -> Plan | None:
     """The best plan for these nodes, or None where an elastic run finds too little.
 
     Of so many runs side by side, each with a process that follows it, each gets an equal part of the cluster; 0 is a
@@ -73,8 +73,8 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
     low, high = config.worker_range
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     use_gpu = uses_gpu(config.device, total_gpus)
-    if side_by_side:
-        total_cpus = total_cpus / side_by_side - OVERSEER_CPUS
+    if num_concurrent:
+        total_cpus = total_cpus / num_concurrent - OVERSEER_CPUS
     for workers in worker_counts(config):
         elastic = low != high
         if elastic and workers > sum(worker_slots(node, use_gpu) for node in nodes):
@@ -92,7 +92,7 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
         plan = Plan(layout, resources, reason, spread=config.spread)
         if config.spread:
             able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
-            if able >= workers * max(1, side_by_side):
+            if able >= workers * max(1, num_concurrent):
                 return plan
             if elastic:
                 continue
@@ -104,7 +104,7 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, side_by_
             return plan
         places = place_groups(nodes, resources, layout, use_gpu, elastic)
         if places:  # runs side by side are packed by Ray, in any order
-            return plan if side_by_side > 1 else replace(plan, node_of_worker=places)
+            return plan if num_concurrent > 1 else replace(plan, node_of_worker=places)
         if not elastic:
             size = layout.group_size
             raise JobError(
@@ -145,9 +145,9 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
     return min(wanted, room, at_most or room)
 
 
-def threads_for(config: TrainConfig, nodes: list[Node], side_by_side: int, cpus_here: int) -> int:
+def threads_for(config: TrainConfig, nodes: list[Node], num_concurrent: int, cpus_here: int) -> int:
     """CPU threads of a worker, so that those of all runs together are as many as there are CPUs."""
-    on_a_node = -(-side_by_side * config.worker_range[1] // max(1, len([node for node in nodes if node.cpus])))
+    on_a_node = -(-num_concurrent * config.worker_range[1] // max(1, len([node for node in nodes if node.cpus])))
     least = min((node.cpus for node in nodes if node.cpus), default=1)
     return config.threads or max(1, int(min(least, cpus_here)) // on_a_node)
 

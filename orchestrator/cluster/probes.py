@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from orchestrator.base.exits import last_line
-from orchestrator.base.storage import Place, StorageError
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.diagnosis import (
     DASHBOARD_PORT,
     Facts,
@@ -132,7 +132,7 @@ def _ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
 def _write_to(place: str, text: str) -> str | None:
     """Returns what went wrong."""
     try:
-        Place.of(place).write(text.encode())
+        StoragePath.of(place).write(text.encode())
     except (OSError, StorageError) as error:
         return getattr(error, "strerror", None) or last_line(error)
     return None
@@ -143,7 +143,7 @@ def _read_from(written: dict[str, str]) -> list[str]:
     errors = []
     for name, place in written.items():
         try:
-            if Place.of(place).read().decode() != name:
+            if StoragePath.of(place).read().decode() != name:
                 errors.append(f"what {name} wrote reads differently")
         except (OSError, StorageError):
             errors.append(f"does not see what {name} wrote")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -31,7 +31,7 @@ def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
     """The settings in a YAML file, not validated yet; a path or a URI. Raises ValueError, naming the flag, where it is
     no mapping, StorageError where object storage does not answer."""
     try:
-        place = Place.of(path)
+        place = StoragePath.of(path)
         text = place.local.read_text() if place.local is not None else place.read().decode()
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror or 'no such file'}") from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed, warm_up
 from orchestrator.data.shards import (
@@ -43,7 +43,7 @@ def feed_config(manifest: Manifest) -> TrainConfig:
     return make_config(epochs=1, input_size=max(64, min(size, size * 224 // 256)), global_batch_size=128)
 
 
-def check(folder: Place, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
+def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
     """Checksums, counts, labels, then every image decoded and cut by the feed. Ray must be connected.
 
     `say` gets a line after each part, `progress` images done, images in all and images/s while the feed runs.

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data import shards
 from orchestrator.data.prepare import prepare
@@ -19,11 +19,11 @@ EMBEDDED = "digits"
 class Dataset:
     """The shards that the settings name; the embedded digits are kept with the runs, and made when they are needed."""
 
-    def __init__(self, config: TrainConfig, output: Place, *, verify: bool = True) -> None:
+    def __init__(self, config: TrainConfig, output: StoragePath, *, verify: bool = True) -> None:
         """Raises ValueError of one line where they are not there, or do not fit; DamagedData where they are broken."""
         self._labels: list[tuple[int, int]] | None = None  # of the shards, once they have been read
         embedded = config.data == EMBEDDED
-        self.folder = output / "_data" / EMBEDDED if embedded else Place.of(config.data)
+        self.folder = output / "_data" / EMBEDDED if embedded else StoragePath.of(config.data)
         self.to_prepare = embedded and (self.folder / shards.MANIFEST).size() is None
         if self.to_prepare:
             source = open_source(EMBEDDED)
@@ -80,7 +80,7 @@ class Dataset:
         self.name, self.image_size = f"the images in {self.folder}", manifest.image_size
 
 
-def _make_whole(place: Place) -> None:
+def _make_whole(place: StoragePath) -> None:
     """Make the digits beside their place and move them there whole; another run may be doing the same. In object
     storage the manifest comes last, and says that they are whole."""
     if place.local is None:
@@ -89,6 +89,6 @@ def _make_whole(place: Place) -> None:
     folder = place.local
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-        prepare(open_source(EMBEDDED), Place.of(Path(making, EMBEDDED)))
+        prepare(open_source(EMBEDDED), StoragePath.of(Path(making, EMBEDDED)))
         with contextlib.suppress(OSError):  # it is there already
             os.rename(Path(making, EMBEDDED), folder)

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from alexnet import augment
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.execution import _Closed, _Execution
-from orchestrator.data.order import worker_stretch
+from orchestrator.data.order import rank_slice
 from orchestrator.data.reader import Batch, Columns, Task, TaskReader
 from orchestrator.data.shards import Manifest
 
@@ -38,7 +38,7 @@ class Feed:
 
     def __init__(
         self,
-        folder: Place,
+        folder: StoragePath,
         manifest: Manifest,
         config: TrainConfig,
         *,
@@ -46,14 +46,14 @@ class Feed:
         world_size: int,
         num_cpus: float,
         num_tasks: int,
-        side_by_side: int = 1,
+        num_concurrent: int = 1,
     ) -> None:
         """num_cpus a task, num_tasks of this worker's at a time (twice as many where one execution follows another, if
         there are CPUs): `placement.share_cpus` says what leaves every worker its part, for they wait for each other.
-        side_by_side: runs that share the cluster."""
+        num_concurrent: runs that share the cluster."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
-        self.num_cpus, self.num_tasks, self.side_by_side = num_cpus, num_tasks, side_by_side
+        self.num_cpus, self.num_tasks, self.num_concurrent = num_cpus, num_tasks, num_concurrent
         self.steps_per_task, self.steps_per_chunk = self._steps(None)
         self._queue: queue.Queue[Columns | BaseException] = queue.Queue(BLOCKS_AHEAD)
         self._left: Columns | None = None
@@ -83,14 +83,14 @@ class Feed:
         self._thread = threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True)
         self._thread.start()
 
-    def stretch(self, split: str, step: int, rank: int) -> tuple[int, int]:
+    def rank_slice(self, split: str, step: int, rank: int) -> tuple[int, int]:
         """Where in the pass a worker's part of a step begins and ends."""
-        return worker_stretch(step, self.manifest.rows[split], self.config.global_batch_size, rank, self.world_size)
+        return rank_slice(step, self.manifest.rows[split], self.config.global_batch_size, rank, self.world_size)
 
     def batches(self, split: str, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The worker's part of every step of a pass; a part can be empty in the last. Passes are asked for in order."""
         for step in range(first_step, self.num_steps(split)):
-            lo, hi = self.stretch(split, step, self.rank)
+            lo, hi = self.rank_slice(split, step, self.rank)
             batch = self._take(hi - lo)
             # a lost, repeated or reordered row must not pass for training
             assert np.array_equal(batch["position"], np.arange(lo, hi)), (
@@ -103,7 +103,7 @@ class Feed:
         step = 3 * self.config.input_size**2 * self.config.global_batch_size / self.world_size
         chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
         if store_bytes is not None:
-            chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size * self.side_by_side)))
+            chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size * self.num_concurrent)))
         task = min(TASK_BYTES, chunk / (2 * self.num_tasks))
         return max(1, int(task / step)), chunk / step
 

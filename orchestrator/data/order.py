@@ -13,7 +13,7 @@ def row_groups(shards: tuple[Shard, ...]) -> list[tuple[int, int, int]]:
     return [(s, g, rows) for s, shard in enumerate(shards) for g, rows in enumerate(shard.row_groups)]
 
 
-def worker_stretch(step: int, num_rows: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+def rank_slice(step: int, num_rows: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     """Where in the order a worker's part of a global batch begins and ends; the last batch may be smaller.
 
     A short last batch is shared as evenly as it goes, so a worker's part of it can be empty.

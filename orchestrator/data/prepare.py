@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from orchestrator.base.exits import JobError, last_line
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
 from orchestrator.data.shard_writer import _ShardWriter
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
@@ -46,7 +46,7 @@ class Progress(BaseModel):
 
 def prepare(
     source: Source,
-    output: Place,
+    output: StoragePath,
     *,
     image_size: int | None = None,
     seed: int = 0,
@@ -130,7 +130,7 @@ def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows
     return int(SPARE * (shards + notes))
 
 
-def check_apart(source: str, output: Place) -> None:
+def check_apart(source: str, output: StoragePath) -> None:
     """Raises ValueError where the shards would be written over, or among, the images."""
     if "://" not in source and output.local is not None:
         images_at, shards_at = Path(source).resolve(), output.local.resolve()
@@ -140,7 +140,9 @@ def check_apart(source: str, output: Place) -> None:
         raise ValueError(f"--output {output}: is where the images of --source are; choose another folder")
 
 
-def check_space(source: Source, output: Place, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> None:
+def check_space(
+    source: Source, output: StoragePath, image_size: int, jpeg_quality: int | None, rows_per_shard: int
+) -> None:
     """Raises ValueError of one line where the disk is too small for what would be written."""
     free = output.free_bytes()
     needed = bytes_needed(source, image_size, jpeg_quality, rows_per_shard)
@@ -201,7 +203,7 @@ def _order(source: Source, split: str, seed: list[int], rows_per_shard: int) -> 
     return place
 
 
-def _remove_leftovers(output: Place, manifest: Manifest) -> None:
+def _remove_leftovers(output: StoragePath, manifest: Manifest) -> None:
     """Shards of an attempt with other settings, which no manifest names."""
     named = {shard.file for shard in manifest.shards}
     for split in SPLITS:
@@ -221,7 +223,7 @@ def _describe(
     seed: int,
     sums: NDArray[np.int64],
     products: NDArray[np.int64],
-    output: Place,
+    output: StoragePath,
 ) -> Manifest:
     pixels = rows["train"] * size * size
     mean = sums.sum(axis=(0, 1)) / pixels

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from alexnet import augment
 from alexnet.allocator import keep_freed_memory
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.order import Order, plan_epoch, plan_validation, row_groups, worker_stretch
+from orchestrator.data.order import Order, plan_epoch, plan_validation, rank_slice, row_groups
 from orchestrator.data.shards import DamagedData, Manifest, Shard
 
 DECODED_AT_A_TIME = 4
@@ -42,18 +42,20 @@ class Task:
 class TaskReader:
     """Reads, decodes and augments the rows of a task. Runs in Ray Data's processes, which need no torch."""
 
-    def __init__(self, folder: Place, manifest: Manifest, config: TrainConfig, rank: int, world_size: int) -> None:
+    def __init__(
+        self, folder: StoragePath, manifest: Manifest, config: TrainConfig, rank: int, world_size: int
+    ) -> None:
         self.folder, self.manifest, self.config, self.rank, self.world_size = folder, manifest, config, rank, world_size
         self.margin = manifest.image_size - config.input_size
 
     def order(self, split: str, epoch: int) -> Order:
         return _order(self.manifest.split(split), split, self.config.seed, epoch, self.config.shuffle_window)
 
-    def stretches(self, task: Task) -> list[tuple[int, int]]:
+    def rank_slices(self, task: Task) -> list[tuple[int, int]]:
         num_rows = self.manifest.rows[task.split]
         size = self.config.global_batch_size
         steps = range(task.first_step, task.last_step)
-        return [worker_stretch(step, num_rows, size, self.rank, self.world_size) for step in steps]
+        return [rank_slice(step, num_rows, size, self.rank, self.world_size) for step in steps]
 
     def __call__(self, rows: Columns) -> Iterator[Columns]:
         """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, id, position in the pass."""
@@ -61,7 +63,7 @@ class TaskReader:
         results = []
         for fields in chain.from_iterable(json.loads(text) for text in rows["tasks"]):
             task = Task(*fields)
-            positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.stretches(task)])
+            positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.rank_slices(task)])
             if len(positions):
                 try:
                     results.append(self.read(task, positions))
@@ -140,10 +142,10 @@ class RowGroup:
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
 
-_recent: collections.OrderedDict[tuple[Place, int], RowGroup] = collections.OrderedDict()
+_recent: collections.OrderedDict[tuple[StoragePath, int], RowGroup] = collections.OrderedDict()
 
 
-def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
+def read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
     """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
 
     A process remembers the last RECENT_BYTES of them, so each is read about once a pass by every process at work, and
@@ -154,7 +156,7 @@ def read_row_group(place: Place, index: int, pixels_at: tuple[int, ...] = ()) ->
         mapped = bool(pixels_at) and place.local is not None
         columns = ["label", "id"] if mapped else ["image", "label", "id"]
         try:
-            table = place.attempt(lambda: _open(place).read_row_group(index, columns=columns), "read")
+            table = place.with_retries(lambda: _open(place).read_row_group(index, columns=columns), "read")
         except (OSError, pa.ArrowException) as error:
             text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
             if isinstance(error, OSError) and error.errno is not None:  # of the disk, or the way there: it may pass
@@ -177,10 +179,10 @@ def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window:
 
 
 @lru_cache(maxsize=64)
-def _mapped(place: Place) -> NDArray[np.uint8]:
+def _mapped(place: StoragePath) -> NDArray[np.uint8]:
     return np.asarray(np.memmap(place.text, np.uint8, mode="r"))
 
 
 @lru_cache(maxsize=64)
-def _open(place: Place) -> pq.ParquetFile:
+def _open(place: StoragePath) -> pq.ParquetFile:
     return pq.ParquetFile(place.open(), pre_buffer=place.local is None)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.base.exits import JobError, last_line
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data import images
 from orchestrator.data.shards import (
     ROW_GROUP_ROWS,
@@ -32,7 +32,7 @@ READERS = 16
 class _ShardWriter:
     """The task that turns a stretch of entries into one Parquet file and the sums of its pixels."""
 
-    def __init__(self, output: Place, size: int, jpeg_quality: int | None, num_classes: int) -> None:
+    def __init__(self, output: StoragePath, size: int, jpeg_quality: int | None, num_classes: int) -> None:
         self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class _ShardWriter:
         note.write(data.getvalue())
         return result | {"kept": False}
 
-    def _done_before(self, note: Place, fingerprint: str) -> dict[str, Any] | None:
+    def _done_before(self, note: StoragePath, fingerprint: str) -> dict[str, Any] | None:
         """The result of the same task in an earlier attempt, if its shard is as it was then."""
         if note.size() is None:
             return None
@@ -104,7 +104,7 @@ class _ShardWriter:
         report = {"shard": shard, "rejected": rejected, "images": len(task["entries"]), "class_rows": class_rows}
         return {"report": json.dumps(report), "sums": moments.sums, "products": moments.products}
 
-    def _write(self, place: Place, columns: dict[str, Any]) -> dict[str, Any]:
+    def _write(self, place: StoragePath, columns: dict[str, Any]) -> dict[str, Any]:
         form = schema("raw" if self.jpeg_quality is None else "jpeg", self.size)
         sink = pa.BufferOutputStream()
         # compressed or dictionary-encoded images would be slower to read (docs/data.md)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 
 MANIFEST = "manifest.json"
 UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
@@ -84,7 +84,7 @@ class Manifest(BaseModel):
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
 
-def read_manifest(folder: Place) -> Manifest:
+def read_manifest(folder: StoragePath) -> Manifest:
     """Raises ValueError where the folder holds no data set, or one that this version cannot read."""
     place = folder / MANIFEST
     if place.size() is None:
@@ -106,7 +106,7 @@ def read_manifest(folder: Place) -> Manifest:
         raise ValueError(f"{place}: {where or 'the file'}: {first['msg']}; prepare the data again") from None
 
 
-def read_mean_image(folder: Place, manifest: Manifest) -> NDArray[np.float32]:
+def read_mean_image(folder: StoragePath, manifest: Manifest) -> NDArray[np.float32]:
     """(image_size, image_size, 3), in [0, 255]. Raises DamagedData."""
     place = folder / manifest.mean_image_file
     data = place.read() if place.size() is not None else b""
@@ -117,7 +117,7 @@ def read_mean_image(folder: Place, manifest: Manifest) -> NDArray[np.float32]:
 
 
 def verify(
-    folder: Place, manifest: Manifest, *, whole: bool = True, on_done: Callable[[int], None] = lambda size: None
+    folder: StoragePath, manifest: Manifest, *, whole: bool = True, on_done: Callable[[int], None] = lambda size: None
 ) -> None:
     """Hold every shard against the manifest: there, of its size, and, if `whole`, unchanged. Raises DamagedData.
 
@@ -132,13 +132,13 @@ def verify(
             on_done(shard.size_bytes)
 
 
-def label_ranges(folder: Place, manifest: Manifest) -> list[tuple[int, int]]:
+def label_ranges(folder: StoragePath, manifest: Manifest) -> list[tuple[int, int]]:
     """The least and the greatest label of every shard. DamagedData if one cannot be read."""
     with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
         return list(pool.map(lambda shard: _label_range(folder / shard.file), manifest.shards))
 
 
-def check_labels(folder: Place, manifest: Manifest, ranges: list[tuple[int, int]], num_classes: int) -> None:
+def check_labels(folder: StoragePath, manifest: Manifest, ranges: list[tuple[int, int]], num_classes: int) -> None:
     """ranges: of `label_ranges`. Raises ValueError if a label is not below num_classes, naming the shard."""
     for shard, (least, greatest) in zip(manifest.shards, ranges, strict=True):
         if not 0 <= least <= greatest < num_classes:
@@ -149,14 +149,14 @@ def check_labels(folder: Place, manifest: Manifest, ranges: list[tuple[int, int]
             )
 
 
-def sha256(place: Place) -> str:
+def sha256(place: StoragePath) -> str:
     digest = hashlib.sha256()
-    for data in place.pieces():
+    for data in place.chunks():
         digest.update(data)
     return digest.hexdigest()
 
 
-def _label_range(place: Place) -> tuple[int, int]:
+def _label_range(place: StoragePath) -> tuple[int, int]:
     """The least and the greatest label of a shard; zeros of an empty one."""
     try:
         with place.open() as file:
@@ -166,7 +166,7 @@ def _label_range(place: Place) -> tuple[int, int]:
     return (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
 
 
-def _damage(folder: Place, shard: Shard, whole: bool) -> str | None:
+def _damage(folder: StoragePath, shard: Shard, whole: bool) -> str | None:
     """What is wrong with a shard, or None."""
     place = folder / shard.file
     size = place.size()

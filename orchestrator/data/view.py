@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from orchestrator.base.terminal import LiveLine, bar, duration
 
 if TYPE_CHECKING:
-    from orchestrator.base.storage import Place
+    from orchestrator.base.storage import StoragePath
     from orchestrator.data.check import Report
     from orchestrator.data.prepare import Progress
     from orchestrator.data.shards import Manifest
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class PrepareView:
     """The life of `jobs/prepare.py`."""
 
-    def __init__(self, source: "Source", output: "Place") -> None:
+    def __init__(self, source: "Source", output: "StoragePath") -> None:
         self.line, self.output, self.kept = LiveLine(), output, 0
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
         self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")

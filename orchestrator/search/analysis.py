@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.journal import PAPERS, Journal, TrialRecord
+from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 
 TOP = 5
 LEAST_TRIALS = 4  # for a word on importance
@@ -16,7 +16,7 @@ class Comparison:
     """The best trial against the paper's constants."""
 
     best: float
-    papers: float
+    paper_baseline: float
     margin: float | None  # standard error of the difference between two error rates, of as many validation images
     same: bool  # the best is the paper's
 
@@ -24,19 +24,19 @@ class Comparison:
         if self.same:
             return "nothing was better than the paper's constants"
         if self.margin is None:
-            return f"{self.best:.4f} against {self.papers:.4f} with the paper's constants"
-        difference, noise = 100 * (self.best - self.papers), 100 * self.margin
+            return f"{self.best:.4f} against {self.paper_baseline:.4f} with the paper's constants"
+        difference, noise = 100 * (self.best - self.paper_baseline), 100 * self.margin
         clear = "more than twice" if abs(difference) > 2 * noise else "within twice"
         return (
-            f"{100 * self.best:.2f} % against {100 * self.papers:.2f} % with the paper's constants: {difference:+.2f} "
-            f"points, {clear} the standard error of {noise:.2f} that so many validation images have"
+            f"{100 * self.best:.2f} % against {100 * self.paper_baseline:.2f} % with the paper's constants: "
+            f"{difference:+.2f} points, {clear} the standard error of {noise:.2f} that so many validation images have"
         )
 
 
 def compare(config: SearchConfig, journal: Journal, num_val: int) -> Comparison | None:
     """None where either has no epoch, or failed."""
     ranked = journal.ranked(config.metric)
-    trial = journal.trials.get(PAPERS)
+    trial = journal.trials.get(PAPER_TRIAL)
     papers = trial.best(config.metric) if trial and trial.status != "FAILED" else None
     if not ranked or papers is None:
         return None
@@ -46,7 +46,7 @@ def compare(config: SearchConfig, journal: Journal, num_val: int) -> Comparison 
     margin = None
     if config.metric.endswith("error"):
         margin = math.sqrt((best * (1 - best) + other * (1 - other)) / num_val)
-    return Comparison(best, other, margin, ranked[0].number == PAPERS)
+    return Comparison(best, other, margin, ranked[0].number == PAPER_TRIAL)
 
 
 def epochs_used(journal: Journal) -> int:

@@ -16,7 +16,7 @@ METRICS = Literal["val/top1_error", "val/top5_error", "val/loss"]
 GRID = "grid"
 REDRAWS = 100  # of values that do not go together
 # what a trial may change on its way
-MOVABLE = (
+MUTABLE_BY_PBT = (
     "lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta", "flip", "color_noise",
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ class SearchConfig(SearchSettings):
         """The settings of a trial. Raises ValueError of one line where its values do not go together."""
         return self.train.changed(**values)
 
-    def why_not(self, values: Values) -> str | None:
+    def validation_error(self, values: Values) -> str | None:
         """What keeps a configuration from being trained, as far as its settings tell."""
         try:
             worker_counts(self.trial(values))
@@ -80,13 +80,13 @@ class SearchConfig(SearchSettings):
         return None
 
     def fits(self, values: Values) -> bool:
-        return self.why_not(values) is None
+        return self.validation_error(values) is None
 
-    def some_with(self, name: str, value: Any) -> Values:
+    def valid_values_with(self, name: str, value: Any) -> Values:
         """Values of which one is this: beside what all trials share, or else beside others of the space that it goes
         with. Raises ValueError where none is found."""
         alone = {name: value}
-        why = self.why_not(alone)
+        why = self.validation_error(alone)
         if why is None:
             return alone
         for attempt in range(REDRAWS):
@@ -102,8 +102,8 @@ class SearchConfig(SearchSettings):
         return self.train.changed(workers=max(int(value) for value in choices[0])) if choices else self.train
 
     @property
-    def papers(self) -> Values:
-        return self.space.papers(self.train)
+    def paper_baseline(self) -> Values:
+        return self.space.paper_baseline(self.train)
 
     @property
     def num_trials(self) -> int:
@@ -112,7 +112,7 @@ class SearchConfig(SearchSettings):
     @property
     def grid_size(self) -> int:
         """Trials of a whole grid: all combinations, and the paper's constants if they are none of them."""
-        papers = self.papers
+        papers = self.paper_baseline
         known = all(papers[d.name] in d.values for d in self.space.dimensions)
         return math.prod(len(d.values) for d in self.space.dimensions) + (not known)
 
@@ -140,7 +140,7 @@ def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, A
     config = SearchConfig(**checked.model_dump(), train=train, space=make_space(space, train))
     if config.searcher == GRID:
         for values in config.space.grid():  # says which dimension has none
-            if why := config.why_not(values):
+            if why := config.validation_error(values):
                 raise ValueError(f"space: {values} cannot be trained: {why}")
     elif grids := [d.name for d in config.space.dimensions if d.kind == GRID]:
         raise ValueError(f"space: {grids[0]}: is a grid; say --searcher grid, or use choice")
@@ -148,9 +148,9 @@ def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, A
         raise ValueError(f"grace_epochs = {config.grace_epochs}: more than the {train.epochs} epochs of a trial")
     if train.worker_range[0] != train.worker_range[1]:
         raise ValueError(f"workers = {train.workers}: a trial has a fixed number of workers, such as 2")
-    if config.scheduler == "pbt" and (stiff := [name for name in config.space.names if name not in MOVABLE]):
+    if config.scheduler == "pbt" and (stiff := [name for name in config.space.names if name not in MUTABLE_BY_PBT]):
         raise ValueError(
-            f"space: {stiff[0]}: cannot change under a trial's weights, as pbt would; {', '.join(MOVABLE)} can"
+            f"space: {stiff[0]}: cannot change under a trial's weights, as pbt would; {', '.join(MUTABLE_BY_PBT)} can"
         )
     if config.scheduler == "pbt" and (config.searcher != "random" or config.num_samples < 2):
         raise ValueError("scheduler = pbt: needs --searcher random and at least 2 samples, to learn from each other")

@@ -1,7 +1,7 @@
 """What a search would be, for --dry-run, and whether its trials can be trained."""
 
 from alexnet.cost import estimate
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import table
 from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.placement import room_for
@@ -10,7 +10,7 @@ from orchestrator.search.analysis import expected_epochs, rungs
 from orchestrator.search.config import SearchConfig
 
 
-def describe(config: SearchConfig, output: Place, images_per_s: float | None) -> str:
+def describe(config: SearchConfig, output: StoragePath, images_per_s: float | None) -> str:
     """What a search would be, for --dry-run; images_per_s: of a trial, as the user states. Raises ValueError of one
     line."""
     from orchestrator.train.forecast import Machines, time_and_cost
@@ -32,7 +32,10 @@ def describe(config: SearchConfig, output: Place, images_per_s: float | None) ->
         ("data", f"{config.train.data}: {data}"),
         ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
         *([("left out", config.left_out)] if config.left_out else []),
-        ("number 0", ", ".join(f"{name} {value}" for name, value in config.papers.items()) + ": the paper's constants"),
+        (
+            "number 0",
+            ", ".join(f"{name} {value}" for name, value in config.paper_baseline.items()) + ": the paper's constants",
+        ),
         *((d.name, str(d)) for d in config.space.dimensions),
         ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
         ("nodes", machines.text),
@@ -47,9 +50,9 @@ def check_all(config: SearchConfig, data: Dataset) -> None:
     """Hold the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
     data.check(config.train)
     worker_counts(config.train)
-    config.trial(config.papers)
+    config.trial(config.paper_baseline)
     for dimension in config.space.dimensions:
         for value in dimension.values:
-            trial = config.trial(config.some_with(dimension.name, value))
+            trial = config.trial(config.valid_values_with(dimension.name, value))
             data.check(trial)
             worker_counts(trial)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.base.storage import Place, StorageError
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.search.space import Values
 
 JOURNAL = "journal.jsonl"
 UPLOAD_EVERY_S = 1.0
-PAPERS = 0  # the number of the trial that has the paper's constants
+PAPER_TRIAL = 0  # the number of the trial that has the paper's constants
 
 Status = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
 Metrics = dict[str, Any]
@@ -62,13 +62,13 @@ class TrialRecord:
 class Journal:
     """The records of all trials, by number, and the file that they come from."""
 
-    def __init__(self, place: Path | Place) -> None:
+    def __init__(self, place: Path | StoragePath) -> None:
         """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage.
 
         In object storage, where nothing can be appended, the whole file is written again a second after a change at the
         latest. What a killed process had not written is made again from the trials' checkpoints.
         """
-        self._place = Place.of(place)
+        self._place = StoragePath.of(place)
         self._copy = None if self._place.local is not None else tempfile.TemporaryDirectory(prefix="journal-")
         path = self._place.local or Path(self._copy.name if self._copy else "", JOURNAL)
         if self._copy and self._place.size() is not None:

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from orchestrator.search.analysis import common_epoch, importance, rungs
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.journal import PAPERS, Journal, TrialRecord
+from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 
 RED, LINE = "crimson", "viridis"
 FAR = 10  # times
@@ -34,10 +34,10 @@ def learning_curves(config: SearchConfig, records: list[TrialRecord]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     colours = _colours(config, records)
-    for record in sorted(records, key=lambda record: record.number == PAPERS):
+    for record in sorted(records, key=lambda record: record.number == PAPER_TRIAL):
         epochs = [entry["epoch"] for entry in record.history]
         values = [_shown(config, entry) for entry in record.history]
-        papers = record.number == PAPERS
+        papers = record.number == PAPER_TRIAL
         colour = RED if papers else colours[record.number]
         axes.plot(
             epochs, values, color=colour, linewidth=2.2 if papers else 1.2, marker=".",
@@ -50,7 +50,7 @@ def learning_curves(config: SearchConfig, records: list[TrialRecord]) -> Figure:
     axes.set_xlabel("epoch (x: stopped early)")
     axes.set_ylabel(_label(config))
     axes.grid(alpha=0.3)
-    if any(record.number == PAPERS for record in records):
+    if any(record.number == PAPER_TRIAL for record in records):
         axes.legend()
     figure.suptitle(f"{len(records)} trials")
     return figure
@@ -67,7 +67,7 @@ def parallel_coordinates(config: SearchConfig, records: list[TrialRecord]) -> Fi
     for record in sorted(records, key=lambda record: -best[record.number]):
         places = [min(max(d.position(record.values[d.name]), -0.05), 1.05) for d in dimensions]
         places.append((best[record.number] - low) / max(high - low, 1e-12))
-        papers = record.number == PAPERS
+        papers = record.number == PAPER_TRIAL
         colour = RED if papers else colours[record.number]
         axes.plot(range(len(places)), places, color=colour, linewidth=2.2 if papers else 1.2, alpha=0.9)
     for i, d in enumerate(dimensions):
@@ -110,9 +110,9 @@ def against(config: SearchConfig, records: list[TrialRecord]) -> Figure:
     for axes in places[len(dimensions) :]:
         axes.axis("off")
     for axes, d in zip(places, dimensions, strict=False):
-        for record in sorted(records, key=lambda record: record.number == PAPERS):
+        for record in sorted(records, key=lambda record: record.number == PAPER_TRIAL):
             value = record.values[d.name]
-            papers = record.number == PAPERS
+            papers = record.number == PAPER_TRIAL
             axes.scatter(
                 str(value) if d.listed and not _numeric(d.values) else value, _best(config, record),
                 s=15 + 85 * record.epoch / config.train.epochs, alpha=0.8, color=RED if papers else "steelblue",
@@ -142,7 +142,7 @@ def rung_picture(config: SearchConfig, records: list[TrialRecord]) -> Figure:
             continue
         across = place + (np.linspace(-0.15, 0.15, len(there)) if len(there) > 1 else np.zeros(1))
         spots = {r.number: (x, _shown(config, r.history[epoch - 1])) for x, r in zip(across, there, strict=True)}
-        papers = spots.pop(PAPERS, None)
+        papers = spots.pop(PAPER_TRIAL, None)
         ended = {record.number for record in there if record.ended and record.epoch == epoch}
         for numbers, colour, text in (
             (spots.keys() - ended, "steelblue", "went on"),

@@ -7,20 +7,20 @@ from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from orchestrator.search.config import GRID, REDRAWS, SearchConfig
-from orchestrator.search.journal import PAPERS, Journal, TrialRecord
+from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 from orchestrator.search.space import Space, Values
 
 STARTUP_SHARE = 3  # one in so many trials is drawn at random before Optuna's model is asked
 
 
-class Unstored:
+class NotPickled:
     """What Ray Tune wants to pickle, for a restart of its own that never comes: the journal serves instead."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Proposals(Unstored, SearchAlgorithm):  # type: ignore[misc]
+class Proposals(NotPickled, SearchAlgorithm):  # type: ignore[misc]
     """First the trials that an earlier session left unfinished, then new ones; number 0 has the paper's constants."""
 
     def __init__(self, config: SearchConfig, journal: Journal, max_concurrent: int) -> None:
@@ -67,7 +67,7 @@ class Proposals(Unstored, SearchAlgorithm):  # type: ignore[misc]
         """No more trials."""
         self.set_finished()
 
-    def again(self, record: TrialRecord) -> None:
+    def requeue(self, record: TrialRecord) -> None:
         """A trial whose process was lost."""
         self.live.discard(record.number)
         self.waiting.append(record)
@@ -75,10 +75,10 @@ class Proposals(Unstored, SearchAlgorithm):  # type: ignore[misc]
     def propose(self, number: int) -> Values:
         """The values of a new trial."""
         config = self.config
-        if number == PAPERS:
-            return config.papers
+        if number == PAPER_TRIAL:
+            return config.paper_baseline
         if config.searcher == GRID:
-            others = (values for values in config.space.grid() if values != config.papers)
+            others = (values for values in config.space.grid() if values != config.paper_baseline)
             return next(itertools.islice(others, number - 1, None))
         if config.searcher == "tpe":
             values = ask_optuna(config, list(self.journal.trials.values()), number)
@@ -94,7 +94,7 @@ def draw_fitting(config: SearchConfig, number: int) -> Values:
         values = config.space.draw(config.search_seed, number + (attempt << 32))
         if config.fits(values):
             return values
-    raise ValueError(f"space: of {REDRAWS} configurations none can be trained: {config.why_not(values)}")
+    raise ValueError(f"space: of {REDRAWS} configurations none can be trained: {config.validation_error(values)}")
 
 
 def trial_id(record: TrialRecord) -> str:

@@ -13,10 +13,10 @@ from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.journal import PAPERS, Journal, TrialRecord
-from orchestrator.search.proposals import Unstored, trial_config, trial_id
+from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
+from orchestrator.search.proposals import NotPickled, trial_config, trial_id
 from orchestrator.search.trial import kept_checkpoint
 from orchestrator.train.checkpoints import STATE
 
@@ -35,10 +35,10 @@ class Listener(Protocol):
     def on_turn(self) -> None: ...
 
 
-class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
+class JournaledScheduler(NotPickled, TrialScheduler):  # type: ignore[misc]
     """Ray Tune's own scheduler behind a desk: results come to it once, in order, and its decisions are kept."""
 
-    def __init__(self, config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> None:
+    def __init__(self, config: SearchConfig, journal: Journal, trials: StoragePath, listener: Listener) -> None:
         """trials: where their runs are."""
         super().__init__()
         self.config, self.journal, self.listener = config, journal, listener
@@ -63,7 +63,7 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
             return str(TrialScheduler.STOP if record.number in self._to_stop else TrialScheduler.CONTINUE)
         self._write(record, result)
         decision = self.inner.on_trial_result(tune_controller, trial, result)
-        if record.number == PAPERS and decision == TrialScheduler.STOP:
+        if record.number == PAPER_TRIAL and decision == TrialScheduler.STOP:
             return str(TrialScheduler.CONTINUE)
         return str(decision)
 
@@ -124,14 +124,17 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
         for trial in known.values():
             self._add(None, trial)
         for number, metrics in self.journal.results:
-            if self.inner.on_trial_result(None, known[number], metrics) == TrialScheduler.STOP and number != PAPERS:
+            if (
+                self.inner.on_trial_result(None, known[number], metrics) == TrialScheduler.STOP
+                and number != PAPER_TRIAL
+            ):
                 self._to_stop.add(number)
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Population-based training (Jaderberg et al., 2017) whose weights travel as checkpoints of our own."""
 
-    def __init__(self, config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> None:
+    def __init__(self, config: SearchConfig, journal: Journal, trials: StoragePath, listener: Listener) -> None:
         super().__init__(
             time_attr="epoch", metric=config.metric, mode="min", perturbation_interval=config.grace_epochs,
             quantile_fraction=QUANTILE, custom_explore_fn=lambda values: values, log_config=False,
@@ -155,7 +158,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self, trial: Any, tune_controller: Any, upper_quantile: list[Any], lower_quantile: list[Any]
     ) -> None:
         """The trials set their checkpoints aside themselves (trial.Trial)."""
-        if trial not in lower_quantile or int(trial.trial_id) == PAPERS:
+        if trial not in lower_quantile or int(trial.trial_id) == PAPER_TRIAL:
             return
         record, state = self.journal.trials[int(trial.trial_id)], self._trial_state[trial]
         count = int(state.last_train_time) // self.config.grace_epochs
@@ -180,12 +183,12 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         state.last_perturbation_time = state.last_train_time = epoch
 
 
-class Watch(Unstored, Callback):  # type: ignore[misc]
+class TuneCallback(NotPickled, Callback):  # type: ignore[misc]
     """What Ray Tune says beside results."""
 
-    def __init__(self, judge: Judge, listener: Listener, again: Callable[[TrialRecord], None]) -> None:
-        """again: puts a trial back in the queue."""
-        self.judge, self.listener, self.again = judge, listener, again
+    def __init__(self, judge: JournaledScheduler, listener: Listener, requeue: Callable[[TrialRecord], None]) -> None:
+        """requeue: puts a trial back in the queue."""
+        self.judge, self.listener, self.requeue = judge, listener, requeue
         self.lost: dict[int, int] = {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -205,13 +208,13 @@ class Watch(Unstored, Callback):  # type: ignore[misc]
         if trial.run_metadata.num_failures >= trial.max_failures or self.lost[number] > trial.max_failures:
             self.judge.give_up(trial)
         else:
-            self.again(self.judge.journal.trials[number])
+            self.requeue(self.judge.journal.trials[number])
 
 
 _GROUPS = ("train/", "val/")
 
 
-def _scheduler(config: SearchConfig, journal: Journal, trials: Place, listener: Listener) -> TrialScheduler:
+def _scheduler(config: SearchConfig, journal: Journal, trials: StoragePath, listener: Listener) -> TrialScheduler:
     if config.scheduler == "fifo":
         return FIFOScheduler()
     if config.scheduler == "pbt":

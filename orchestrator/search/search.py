@@ -32,21 +32,21 @@ from orchestrator.search.analysis import as_result
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.folder import BEST_YAML, SEARCH_YAML, TRIALS, TUNES_OWN, SearchFolder
 from orchestrator.search.forecast import check_all
-from orchestrator.search.journal import JOURNAL, PAPERS, Journal, TrialRecord
-from orchestrator.search.mlflow_runs import ENDS, MLFLOW_PAUSE_S
+from orchestrator.search.journal import JOURNAL, PAPER_TRIAL, Journal, TrialRecord
+from orchestrator.search.mlflow_runs import MLFLOW_PAUSE_S, MLFLOW_STATUS
 from orchestrator.search.plots import all_pictures
 from orchestrator.search.retention import age_of_kept
 from orchestrator.search.view import SearchView
 from orchestrator.tracking.run import PATIENCE_S, Run
-from orchestrator.tracking.store import Store, tracking_uri, ui_command, without_password
-from orchestrator.train.claim import Claim
+from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
 from orchestrator.train.mailbox import SAVE, Event
 from orchestrator.train.run_folder import KEPT
+from orchestrator.train.run_lock import RunLock
 
 RETRIES = 2  # of a trial whose own process died
 DRAIN_EVERY_S = 0.5
 SETTLED_S = 120.0  # after its end a trial's workers may still be putting a checkpoint away
-TUNES_SETTINGS = {
+TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no metric
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -71,14 +71,14 @@ class Search:
         self.store = Store(tracking_uri())
         if not resume:
             folder.create_search(config)
-        self.claim = Claim(folder)
+        self.claim = RunLock(folder)
         self.journal = Journal(folder.path / JOURNAL)
         if resume:
             folder.change_search(config)
         self.view = SearchView(config, self.journal)
         self.parent = Run(self.store, self._warn)
         self.children: dict[int, Run] = {}
-        self.rooms: dict[int, str] = {}  # placement groups of the trials' workers
+        self.placement_groups: dict[int, str] = {}  # placement groups of the trials' workers
         self.stop: int | str | None = None  # a signal's number, or why else the search is to end
         self.deadline = math.inf
         self._told, self._drained, self._try_mlflow_at = False, 0.0, 0.0
@@ -167,11 +167,11 @@ class Search:
 
     def _tune(self, at_once: int) -> None:
         """Hand the trials to Ray Tune, and stay until the last one ends."""
-        os.environ |= TUNES_SETTINGS | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
+        os.environ |= TUNE_ENV | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
         from ray import tune
 
         from orchestrator.search.proposals import Proposals
-        from orchestrator.search.schedulers import Judge, Watch
+        from orchestrator.search.schedulers import JournaledScheduler, TuneCallback
         from orchestrator.search.trial import Trial
         from orchestrator.train.training import make_mailbox
 
@@ -183,13 +183,13 @@ class Search:
         with signals_deferred():
             self.mailbox = make_mailbox()
             self.proposals = Proposals(self.config, self.journal, at_once)
-            self.judge = Judge(self.config, self.journal, trials, self)
+            self.judge = JournaledScheduler(self.config, self.journal, trials, self)
             common = {
                 "train": self._pinned().model_dump(),
                 "data": self.data.folder.text,
                 "output": str(trials),
                 "num_classes": self.data.num_classes(self.config.train),
-                "side_by_side": at_once,
+                "num_concurrent": at_once,
                 "mailbox": self.mailbox,
                 "keep_every": self.config.grace_epochs if self.config.scheduler == "pbt" else None,
             }
@@ -202,7 +202,7 @@ class Search:
                 ),
                 run_config=tune.RunConfig(
                     name=TUNES_OWN, storage_path=folder, storage_filesystem=storage, verbose=0,
-                    callbacks=[Watch(self.judge, self, self.proposals.again)],
+                    callbacks=[TuneCallback(self.judge, self, self.proposals.requeue)],
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
@@ -275,7 +275,7 @@ class Search:
     def on_end(self, record: TrialRecord) -> None:
         self.view.ended(record)
         if run := self.children.pop(record.number, None):  # beside the loop: the server may be away
-            self._finish(run, ENDS[record.status], record.error, hurry=False)
+            self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
         self._ended_at[record.number] = time.monotonic()
         self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
 
@@ -285,7 +285,7 @@ class Search:
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
 
-        if room := self.rooms.pop(number, None):
+        if room := self.placement_groups.pop(number, None):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
 
     def on_turn(self) -> None:
@@ -314,8 +314,8 @@ class Search:
 
         events: list[Event] = ray.get(self.mailbox.drain.remote(SEARCH))
         for event in events:
-            if event["kind"] == "room":
-                self.rooms[event["number"]] = event["id"]
+            if event["kind"] == "placement_group":
+                self.placement_groups[event["number"]] = event["id"]
                 continue
             self.view.event(event)
             if event["kind"] == "started" and not self.journal.trials[event["number"]].ended:
@@ -349,7 +349,7 @@ class Search:
                     continue
             if run:  # a killed driver left it so
                 run.complete(record.history, self.config.metric)
-                self._finish(run, ENDS[record.status], record.error, hurry=False)
+                self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
 
     def _run_of(self, record: TrialRecord) -> Run | None:
         """Its run in MLflow, if it has one that is still there."""
@@ -367,7 +367,7 @@ class Search:
         """Whatever came of it: result, pictures, the best settings; and every MLflow run at its end."""
         result = as_result(self.config, self.journal, self.data.rows["val"])
         result |= {"name": self.folder.name, "status": status, "error": error}
-        result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": without_password(self.store.uri)}
+        result |= {"mlflow_run_id": self.parent.run_id, "mlflow_tracking_uri": redact(self.store.uri)}
         result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
         pictures, best = {}, None
         try:
@@ -396,7 +396,7 @@ class Search:
                 if not record.run_id and self.parent.run_id and not away:  # the server was, when it began
                     self._begin_child(record)
                     if run := self.children.pop(record.number, None):
-                        self._finish(run, ENDS[record.status], record.error, hurry=False)
+                        self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
                 continue
             run = self.children.pop(record.number, None)
             if run is None and self.parent.run_id:
@@ -454,7 +454,7 @@ class Search:
             return
         ranked = self.journal.ranked(self.config.metric)  # the best may still fail
         keep = [record.folder for record in ranked[:1] + [each for each in ranked if each.ended][:1]]
-        keep += [record.folder for record in self.journal.trials.values() if record.number == PAPERS]
+        keep += [record.folder for record in self.journal.trials.values() if record.number == PAPER_TRIAL]
         trials = self.folder.path / TRIALS
         there = list(trials.children())
         for record in self.journal.trials.values():

@@ -23,7 +23,7 @@ KINDS = ("choice", "grid", "uniform", "loguniform", "randint")
 EXAMPLE = "such as {loguniform: [0.001, 0.1]}"
 CLOCK = "epochs"  # the time by which a search judges its trials
 SHARED = ("data", "device", "max_failures")  # of what the cluster is asked for once
-PAPERS = ("lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta")  # its constants
+PAPER_VALUES = ("lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta")  # its constants
 CHECKED = 1000  # values of a range of whole numbers
 DIGITS = 4  # of a drawn number: enough to tell trials apart, few enough to read
 RESAMPLE, FACTORS = 0.25, (0.8, 1.25)  # of a mutation: how often a value is drawn anew, else how far it moves
@@ -112,11 +112,11 @@ class Space:
             fresh[d.name] = d.at(place) if resample < RESAMPLE else d.neighbour(values[d.name], bool(up >= 0.5))
         return values | fresh
 
-    def papers(self, base: TrainConfig) -> Values:
+    def paper_baseline(self, base: TrainConfig) -> Values:
         """The paper's constants for what varies; where the paper's own would not fit the data, such as the size of the
         net, the base's."""
         fields = TrainConfig.model_fields
-        return {name: fields[name].default if name in PAPERS else getattr(base, name) for name in self.names}
+        return {name: fields[name].default if name in PAPER_VALUES else getattr(base, name) for name in self.names}
 
     def to_dict(self) -> dict[str, Any]:
         return {d.name: {d.kind: list(d.values)} for d in self.dimensions}

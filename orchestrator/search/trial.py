@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import make_config
 from orchestrator.data.shards import DamagedData
 from orchestrator.train.checkpoints import STATE, checkpoint_name
@@ -38,7 +38,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], **search: Any) -> None:
         """config: of proposals.trial_config. search: what all trials share, of search.Search._tune."""
-        self.search, self._team = search, None
+        self.search, self._pool = search, None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -49,8 +49,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def cleanup(self) -> None:
         with contextlib.suppress(RuntimeError):  # then they end with this process
             self._end(save=False)
-        if self._team is not None:
-            self._team.release()
+        if self._pool is not None:
+            self._pool.release()
 
     def step(self) -> dict[str, Any]:
         while True:
@@ -82,8 +82,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         pass
 
     def _begin(self, config: dict[str, Any]) -> None:
-        team, self._team = self._team, None
-        self._run = _Run(config, self.search, team)
+        pool, self._pool = self._pool, None
+        self._run = _Run(config, self.search, pool)
 
     def _end(self, *, save: bool) -> None:
         """Raises RuntimeError where the workers do not come to an end; this process is then started anew."""
@@ -91,21 +91,21 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._run.thread.join(END_PATIENCE_S)
         if self._run.thread.is_alive():
             raise RuntimeError(f"the workers of trial {self._run.number} did not end in {END_PATIENCE_S:.0f} s")
-        self._team, self._run.team = self._run.team, None
+        self._pool, self._run.pool = self._run.pool, None
 
 
 class _Run:
     """The training run of one trial, followed in a thread."""
 
-    def __init__(self, config: dict[str, Any], search: dict[str, Any], team: Any) -> None:
+    def __init__(self, config: dict[str, Any], search: dict[str, Any], pool: Any) -> None:
         self.number, self.folder, self.start = config["number"], config["folder"], config["start"]
-        self.search, self.team = search, team
+        self.search, self.pool = search, pool
         self.train = make_config(**search["train"] | config["values"])
         self.news: queue.Queue[Event] = queue.Queue()
         self._cancelled, self._told, self._since, self._epoch = threading.Event(), 0.0, time.monotonic(), 0
         self._training: Training | None = None
-        if team is not None:
-            self._tell({"kind": "room", "id": team.room_id})
+        if pool is not None:
+            self._tell({"kind": "placement_group", "id": pool.placement_group_id})
         self.thread = threading.Thread(target=self._follow, name="trial", daemon=True)
         self.thread.start()
 
@@ -116,7 +116,7 @@ class _Run:
 
     def keep(self, epoch: int) -> None:
         """Set an epoch's checkpoint aside for trials that may want to go on from it."""
-        target = kept_checkpoint(Place(self.search["output"]), self.folder, epoch)
+        target = kept_checkpoint(StoragePath(self.search["output"]), self.folder, epoch)
         if (target / STATE).size() is not None:
             return
         deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
@@ -125,25 +125,25 @@ class _Run:
             time.sleep(POLL_S / 5)
         if found is not None:
             with contextlib.suppress(OSError):  # a later epoch's has replaced it meanwhile
-                Place(found).copy_folder(target, last=STATE)
+                StoragePath(found).copy_folder(target, last=STATE)
 
     def _follow(self) -> None:
-        run = RunFolder(Place(self.search["output"]), self.folder)
+        run = RunFolder(StoragePath(self.search["output"]), self.folder)
         try:
             if not run.exists():
                 run.create(self.train)
             training = Training(
-                self.train, Place(self.search["data"]), run, self.search["num_classes"],
-                side_by_side=self.search["side_by_side"], mailbox=self.search["mailbox"], start=self.start,
-                team=self.team, keep_team=True,
+                self.train, StoragePath(self.search["data"]), run, self.search["num_classes"],
+                num_concurrent=self.search["num_concurrent"], mailbox=self.search["mailbox"], start=self.start,
+                pool=self.pool, keep_pool=True,
             )  # fmt: skip
-            self._training, self.team = training, None
+            self._training, self.pool = training, None
             if self._cancelled.is_set():
                 training.cancel(save=False)
             try:
                 training.follow(self._on_event)
             finally:
-                self.team = training.team
+                self.pool = training.pool
         except (TrainingFailed, DamagedData, ValueError) as error:
             self.news.put({"kind": "failed", "text": str(error)})
         except BaseException as error:
@@ -161,7 +161,7 @@ class _Run:
             if time.monotonic() - self._told >= TELL_EVERY_S:
                 self._told = time.monotonic()
                 self._tell({name: event[name] for name in ("kind", "epoch", "step", "steps", "loss", "images_per_s")})
-        elif event["kind"] in ("room", "warning"):
+        elif event["kind"] in ("placement_group", "warning"):
             self._tell(event)
 
     def _put(self, metrics: dict[str, Any], *, live: bool) -> None:
@@ -174,6 +174,6 @@ class _Run:
         self.search["mailbox"].put.remote(SEARCH, event | {"number": self.number})
 
 
-def kept_checkpoint(output: Place, folder: str, epoch: int) -> Place:
+def kept_checkpoint(output: StoragePath, folder: str, epoch: int) -> StoragePath:
     """Where a trial, by its run's folder, sets the checkpoint of an epoch aside."""
     return output / KEPT / f"{folder}-{checkpoint_name(epoch)}"

@@ -6,7 +6,7 @@ from typing import Any
 from orchestrator.base.terminal import LiveBlock, columns, duration, percent
 from orchestrator.search.analysis import TOP, compare, epochs_used
 from orchestrator.search.config import SearchConfig
-from orchestrator.search.journal import PAPERS, Journal, TrialRecord
+from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 from orchestrator.train.mailbox import Event
 
 TABLE_EVERY_S = 60.0  # in a log
@@ -89,7 +89,7 @@ class SearchView:
         for record in records:
             best = record.best(self.config.metric)
             status = self.running.get(record.number, record.status.lower())
-            if record.number == PAPERS:
+            if record.number == PAPER_TRIAL:
                 status += ", the paper's constants"
             rows.append(
                 [str(record.number), *(shown(record.values[name]) for name in names), str(record.epoch),
@@ -102,7 +102,7 @@ class SearchView:
         ranked = self.journal.ranked(self.config.metric)
         lines = [f"best of {len(self.journal.trials)} trials", *self.table(ranked[:TOP])]
         comparison = compare(self.config, self.journal, num_val)
-        papers = self.journal.trials[PAPERS]
+        papers = self.journal.trials[PAPER_TRIAL]
         if comparison:
             lines += ["", str(comparison)]
         elif papers.status == "FAILED":
@@ -116,7 +116,7 @@ class SearchView:
         return text if bare else f"{name[self.config.metric]} {text}"
 
     def _values(self, record: TrialRecord) -> str:
-        if record.number == PAPERS:
+        if record.number == PAPER_TRIAL:
             return "the paper's constants"
         return ", ".join(f"{name} {shown(value)}" for name, value in record.values.items())
 

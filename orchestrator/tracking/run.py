@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.base.environment import job_id
 from orchestrator.base.exits import JobError
-from orchestrator.tracking.store import Store, T, without_password
+from orchestrator.tracking.store import Store, T, redact
 
 JOB = "ray.job_id"  # the tag by which a run's log is found: ray job logs ID
 RETRY_S = 2.0
@@ -151,7 +151,7 @@ class Run:
             try:
                 return call()
             except Exception as error:
-                if not _is_away(error):
+                if not _is_transient(error):
                     raise
                 if time.monotonic() >= deadline:
                     self.patience_s, self._is_given_up = 0.0, True
@@ -230,13 +230,13 @@ def round_trip(uri: str) -> float:
         run.client.set_terminated(run.run_id, "FINISHED")
         run.client.delete_run(run.run_id)
     except Exception as error:  # whatever the server answers
-        raise JobError(f"{without_password(uri)}: {run.store.reason(error)}") from None
+        raise JobError(f"{redact(uri)}: {run.store.reason(error)}") from None
     if metric != [1.5] or files != ["doctor.txt"]:
-        raise JobError(f"{without_password(uri)}: what was written reads as {metric} and {files}")
+        raise JobError(f"{redact(uri)}: what was written reads as {metric} and {files}")
     return time.monotonic() - start
 
 
-def _is_away(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether this may be a server that is starting again, and not its answer."""
     import mlflow
     import requests

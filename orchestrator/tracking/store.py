@@ -14,7 +14,7 @@ from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line
 
 EXPERIMENT = "alexnet"
-QUIET = {
+MLFLOW_ENV = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -31,26 +31,26 @@ def tracking_uri() -> str:
     A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-    if not uri.startswith(("http://", "https://")) or uri == without_password(uri):
+    if not uri.startswith(("http://", "https://")) or uri == redact(uri):
         return uri
     parts = urllib.parse.urlsplit(uri)
-    found = {USER: parts.username, PASSWORD: parts.password, "MLFLOW_TRACKING_URI": without_password(uri)}
+    found = {USER: parts.username, PASSWORD: parts.password, "MLFLOW_TRACKING_URI": redact(uri)}
     os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
-    return without_password(uri)
+    return redact(uri)
 
 
 def ui_command(uri: str) -> str:
     """What opens the UI on these runs."""
     if uri.startswith(("http://", "https://")):
         through_ssh = ", or make ui on your own machine, which opens a way to the cluster" if on_cluster() else ""
-        return f"open {without_password(uri)} in a browser{through_ssh}"
+        return f"open {redact(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
     shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-    address = uri if uri == without_password(uri) else '"$MLFLOW_TRACKING_URI"'
+    address = uri if uri == redact(uri) else '"$MLFLOW_TRACKING_URI"'
     return f"{shown} ui --host 127.0.0.1 --backend-store-uri {address}"
 
 
-def without_password(uri: str) -> str:
+def redact(uri: str) -> str:
     """The address as it may be shown and stored."""
     scheme, separator, rest = uri.partition("://")
     host, slash, path = rest.partition("/")
@@ -62,7 +62,7 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        for variable, setting in (QUIET | ONE_CALL).items():
+        for variable, setting in (MLFLOW_ENV | ONE_CALL).items():
             os.environ.setdefault(variable, setting)
         import mlflow
 
@@ -72,12 +72,12 @@ class Store:
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
-            with _alone(uri):  # two jobs that make one database break it
+            with _file_lock(uri):  # two jobs that make one database break it
                 self.client = mlflow.MlflowClient(uri)
                 experiment = self.client.get_experiment_by_name(name) or self._create(name)
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
-            reason = self.masked((str(error).strip() or type(error).__name__).splitlines()[0])
-            raise ValueError(f"MLflow at {without_password(uri)} cannot be reached: {reason[:200]}") from None
+            reason = self.redacted((str(error).strip() or type(error).__name__).splitlines()[0])
+            raise ValueError(f"MLflow at {redact(uri)} cannot be reached: {reason[:200]}") from None
         self.experiment_id = experiment.experiment_id
         if experiment.lifecycle_stage != "active":
             raise ValueError(
@@ -97,12 +97,12 @@ class Store:
                 raise
         return self.client.get_experiment_by_name(name)
 
-    def masked(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """Without the password that the store's address may have."""
-        return text.replace(self.uri, without_password(self.uri))
+        return text.replace(self.uri, redact(self.uri))
 
     def reason(self, error: BaseException) -> str:
-        return self.masked(last_line(error))
+        return self.redacted(last_line(error))
 
     def exists(self, run_id: str) -> bool:
         """False for a run that was deleted, or belongs to another store."""
@@ -125,7 +125,7 @@ def _artifacts(uri: str, experiment: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _file_lock(uri: str) -> Iterator[None]:
     """One process of this machine at a time, where the store is a file."""
     if not uri.startswith("sqlite:///"):
         yield

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
 from orchestrator.tracking.run import PATIENCE_S, Run
@@ -29,7 +29,7 @@ class Tracker(Run):
         name: str,
         config: TrainConfig,
         manifest: Manifest,
-        data: Place,
+        data: StoragePath,
         *,
         run_id: str | None = None,
         warn: Callable[[str], None] = lambda text: None,
@@ -97,7 +97,7 @@ class Tracker(Run):
                 self._monitor.finish()
         super().finish(status, error, hurry=hurry)
 
-    def _log_dataset(self, manifest: Manifest, data: Place) -> None:
+    def _log_dataset(self, manifest: Manifest, data: StoragePath) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag

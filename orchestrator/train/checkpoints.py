@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from alexnet import PaperSGD
-from alexnet.layouts import PlacedNet
+from alexnet.layouts import ShardedNet
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
@@ -41,7 +41,7 @@ class State(BaseModel):
 
 
 def save(
-    folder: Path | None, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State
+    folder: Path | None, placed: ShardedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State
 ) -> None:
     """Write a checkpoint into an empty folder.
 
@@ -63,7 +63,7 @@ def save(
         (folder / STATE).write_text(json.dumps(rest, indent=1))
 
 
-def load(folder: Path, placed: PlacedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> State:
+def load(folder: Path, placed: ShardedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> State:
     """Put a worker's part of the net, its optimizer and its schedule back to where `save` found them."""
     params = dict(placed.part.named_parameters())
     weights = dict(_read(folder / WEIGHTS, placed))
@@ -100,13 +100,13 @@ def scale_rate(factor: float, optimizer: PaperSGD, schedule: ReduceLROnPlateau) 
     schedule.min_lrs = [lr * factor for lr in schedule.min_lrs]
 
 
-def _write(path: Path | None, placed: PlacedNet, parts: dict[str, Tensor]) -> None:
+def _write(path: Path | None, placed: ShardedNet, parts: dict[str, Tensor]) -> None:
     """A safetensors file, written as the tensors come: no worker ever holds more than one whole tensor.
 
     The format (a length, a JSON header of names, types, shapes and offsets, the bytes) is that of the safetensors
     documentation; the library's own writer wants all tensors at once.
     """
-    tensors = placed.collect(parts)
+    tensors = placed.gather_full(parts)
     if path is None:
         for _ in tensors:
             pass
@@ -129,9 +129,9 @@ def _write(path: Path | None, placed: PlacedNet, parts: dict[str, Tensor]) -> No
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
-def _read(path: Path, placed: PlacedNet) -> Iterator[tuple[str, Tensor]]:
+def _read(path: Path, placed: ShardedNet) -> Iterator[tuple[str, Tensor]]:
     """This worker's part of every tensor in the file; nothing else of it is read."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (it is no dictionary)
             tensor = file.get_slice(name)
-            yield name, tensor[placed.own(name, tensor.get_shape()[placed.layout.cut(name)])]
+            yield name, tensor[placed.local_slice(name, tensor.get_shape()[placed.layout.shard_dim(name)])]

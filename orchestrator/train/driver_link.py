@@ -2,4 +2,4 @@
 
 from orchestrator.train.mailbox import DROP, SAVE
 
-TOLD = {SAVE: 1.0, DROP: 2.0}  # about stopping, as a number that travels with the losses; 0: nothing
+STOP_CODES = {SAVE: 1.0, DROP: 2.0}  # about stopping, as a number that travels with the losses; 0: nothing

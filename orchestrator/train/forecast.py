@@ -11,7 +11,7 @@ import torch
 from alexnet.cost import Cost, estimate
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.layout_choice import CPU_FLOPS, GPU_FLOPS, choose_layout, ledger, worker_counts
@@ -58,7 +58,7 @@ class Machines:
         return Machines(nodes, (kind, count), text, price)
 
 
-def describe(config: TrainConfig, output: Place, images_per_s: float | None) -> str:
+def describe(config: TrainConfig, output: StoragePath, images_per_s: float | None) -> str:
     """Of one training run. images_per_s: a rate that the user states. Raises ValueError of one line."""
     data = Dataset(config, output, verify=False)
     worker_counts(config)  # says why not
@@ -103,7 +103,7 @@ def describe(config: TrainConfig, output: Place, images_per_s: float | None) -> 
 
 
 def time_and_cost(
-    config: TrainConfig, output: Place, data: Dataset, epochs: int, machines: Machines, cost: Cost, workers: int,
+    config: TrainConfig, output: StoragePath, data: Dataset, epochs: int, machines: Machines, cost: Cost, workers: int,
     images_per_s: float | None, at_once: int = 1,
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Lines about so many epochs of runs of so many workers, some at once; start-up and the waiting for nodes are not
@@ -122,7 +122,7 @@ def time_and_cost(
 
 
 def _expected_rate(
-    config: TrainConfig, output: Place, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
+    config: TrainConfig, output: StoragePath, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
 ) -> tuple[float, str]:
     """Images per second of all runs that are at work at once, and how that is known."""
     for name, is_folder in output.children().items():

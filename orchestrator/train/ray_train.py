@@ -41,7 +41,7 @@ NOT_USED = (DatasetsCallback, PlacementGroupCleanerCallback)  # the latter is fo
 KILL_PATIENCE_S = 30.0
 
 
-class Fit:
+class RayTrainRun:
     """A fixed number of workers at one training; crashed ones are replaced."""
 
     def __init__(
@@ -50,10 +50,10 @@ class Fit:
         plan: Plan,
         run: RunFolder,
         max_failures: int,
-        team: "Team | None" = None,
-        keep_team: bool = False,
+        pool: "WorkerPool | None" = None,
+        keep_pool: bool = False,
     ) -> None:
-        """Start it. A run whose folder has checkpoints goes on from the latest. team: workers to use."""
+        """Start it. A run whose folder has checkpoints goes on from the latest. pool: workers to use."""
         storage, folder = run.output.opened()
         places = [{"ray.io/node-id": node} for node in plan.node_of_worker]
         trainer = _Trainer(
@@ -77,10 +77,10 @@ class Fit:
         )  # fmt: skip
         self._controller: _Controller = trainer.fit().controller
         shape = (plan.layout.workers, str(plan.resources.per_worker()), plan.strategy(), plan.node_of_worker)
-        if team is not None and team.shape != shape:
-            team.release()
-            team = None
-        self._controller.shape, self._controller.team, self._controller.keep_team = shape, team, keep_team
+        if pool is not None and pool.shape != shape:
+            pool.release()
+            pool = None
+        self._controller.shape, self._controller.pool, self._controller.keep_pool = shape, pool, keep_pool
         self._error: BaseException | None = None
         self._over = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -93,9 +93,9 @@ class Fit:
             warm.remote()
 
     @property
-    def team(self) -> "Team | None":
+    def pool(self) -> "WorkerPool | None":
         """The workers of a run that is over, if they came to its end and were to be kept."""
-        return self._controller.team
+        return self._controller.pool
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it was over within this time."""
@@ -108,10 +108,14 @@ class Fit:
         return self._controller.get_result()
 
     @property
-    def room(self) -> str | None:
+    def placement_group_id(self) -> str | None:
         """The id of the workers' placement group, in hexadecimal, once there is one."""
         begun = self._controller.begun
-        return begun.room.placement_group.id.hex() if begun is not None and begun.room is not None else None
+        return (
+            begun.placement_group.placement_group.id.hex()
+            if begun is not None and begun.placement_group is not None
+            else None
+        )
 
     def has_checkpoint(self, name: str) -> bool:
         """Whether Ray Train has the checkpoint of this name whole."""
@@ -122,7 +126,7 @@ class Fit:
         """End the workers, whatever they do, and give back what they held."""
         if not self._over.is_set():
             self._loop.call_soon_threadsafe(self._task.cancel)
-            self._controller.evict()
+            self._controller.remove_placement_group()
             self._over.wait(KILL_PATIENCE_S)
 
     def _run(self) -> None:
@@ -142,31 +146,31 @@ class Fit:
 
 
 @dataclass
-class Team:
+class WorkerPool:
     """Workers between two runs: their processes have imported all that a run needs, which is most of its start."""
 
-    room: Any  # the handle of their placement group
+    placement_group: Any  # the handle of their placement group
     workers: list[Worker]
     barrier: Any  # Ray Train's SynchronizationActor
     shape: tuple[Any, ...]
 
     @property
-    def room_id(self) -> str:
-        found: str = self.room.placement_group.id.hex()
+    def placement_group_id(self) -> str:
+        found: str = self.placement_group.placement_group.id.hex()
         return found
 
     def release(self) -> None:
         for worker in self.workers:
             ray.kill(worker.actor)
         ray.kill(self.barrier)
-        self.room.shutdown()
+        self.placement_group.shutdown()
 
 
 _adopting = threading.local()
 
 
 class _Barriers:
-    """In the place of Ray Train's SynchronizationActor: a team's, as good as new, or a new one."""
+    """In the place of Ray Train's SynchronizationActor: a pool's, as good as new, or a new one."""
 
     def options(self, **options: Any) -> "_Barriers":
         self._options = options
@@ -196,29 +200,29 @@ def _clear() -> None:
 
 class _Kept(WorkerGroupState):  # type: ignore[misc]
     def shutdown(self) -> None:
-        """The workers are a team now."""
+        """The workers are a pool now."""
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
-    room: Any = None  # its placement group, once it is asked for
-    team: Team | None = None  # to start with
+    placement_group: Any = None  # its placement group, once it is asked for
+    pool: WorkerPool | None = None  # to start with
 
     def _start(self) -> None:
-        _adopting.barrier = self.team.barrier if self.team else None
+        _adopting.barrier = self.pool.barrier if self.pool else None
         try:
             super()._start()
         finally:
             _adopting.barrier = None
 
     def _create_placement_group(self, *args: Any) -> Any:
-        self.room = self.team.room if self.team else super()._create_placement_group(*args)
-        return self.room
+        self.placement_group = self.pool.placement_group if self.pool else super()._create_placement_group(*args)
+        return self.placement_group
 
     def _create_workers(self, *args: Any, **options: Any) -> list[Worker]:
-        if self.team is None:
+        if self.pool is None:
             found: list[Worker] = super()._create_workers(*args, **options)
         else:
-            same = [replace(worker, distributed_context=None, log_file_path=None) for worker in self.team.workers]
+            same = [replace(worker, distributed_context=None, log_file_path=None) for worker in self.pool.workers]
             found = self._assign_worker_ranks(same)
         return found
 
@@ -248,21 +252,21 @@ class _Controller(TrainController):  # type: ignore[misc]
 
     def __init__(self, **parts: Any) -> None:
         self.begun: _WorkerGroup | None = None  # the latest, which may still be starting
-        self.team: Team | None = None  # to start with; and what is left in the end
-        self.shape, self.keep_team = tuple[Any, ...](), False
+        self.pool: WorkerPool | None = None  # to start with; and what is left in the end
+        self.shape, self.keep_pool = tuple[Any, ...](), False
         self.worker_group_cls = SimpleNamespace(create=self._create)
         super().__init__(**parts)
 
     def _create(self, **parts: Any) -> _WorkerGroup:
         self.begun = _WorkerGroup(**parts)
-        self.begun.team, self.team = self.team, None  # those who start anew after a crash are new
+        self.begun.pool, self.pool = self.pool, None  # those who start anew after a crash are new
         self.begun._start()
         return self.begun
 
     def _shutdown_worker_group(self) -> None:
         state, group = self.get_state(), self._worker_group
         ended = isinstance(state, ShuttingDownState) and isinstance(state.next_state, FinishedState)
-        if not (self.keep_team and ended and group is not None):
+        if not (self.keep_pool and ended and group is not None):
             super()._shutdown_worker_group()
             return
         held = group._worker_group_state
@@ -270,23 +274,26 @@ class _Controller(TrainController):  # type: ignore[misc]
         group._worker_group_state = _Kept(**{field.name: getattr(held, field.name) for field in fields(held)})
         group.shutdown()
         self._worker_group = None
-        self.team, group.room = Team(group.room, held.workers, held.sync_actor, self.shape), None
+        self.pool, group.placement_group = (
+            WorkerPool(group.placement_group, held.workers, held.sync_actor, self.shape),
+            None,
+        )
 
     async def _run_control_loop_iteration(self) -> None:
         await asyncio.sleep(0)  # where a kill takes effect, also while workers are tried again and again
         await super()._run_control_loop_iteration()
 
-    def evict(self) -> None:
+    def remove_placement_group(self) -> None:
         """Take the room from the workers, with which they die. Called from another thread, at any time."""
-        if self.begun is not None and self.begun.room is not None:
-            self.begun.room.shutdown()
+        if self.begun is not None and self.begun.placement_group is not None:
+            self.begun.placement_group.shutdown()
 
     def give_back(self) -> None:
         """Leave nothing behind. Called when the loop has ended."""
         group, self._worker_group = self._worker_group, None
         if group is not None and group.has_started():
             group.abort()
-        self.evict()
+        self.remove_placement_group()
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.models import parse_yaml
 from orchestrator.config.train import TrainConfig, make_config
 
@@ -20,13 +20,13 @@ KEPT = "kept"  # beside the runs of a population: checkpoints that others may go
 class RunFolder:
     """OUTPUT/NAME, on disk or in object storage."""
 
-    def __init__(self, output: str | Path | Place, name: str) -> None:
+    def __init__(self, output: str | Path | StoragePath, name: str) -> None:
         """Raises ValueError for a name that is no plain folder name, or a URI that cannot be opened."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
                 f"--name {name!r}: use letters, digits, '.', '_' and '-' only, beginning with a letter or digit"
             )
-        self.output, self.name = Place.of(output), name
+        self.output, self.name = StoragePath.of(output), name
         self.path = self.output / name
 
     def exists(self) -> bool:
@@ -91,4 +91,4 @@ class RunFolder:
     @property
     def flag(self) -> str:
         """The --output that a command needs which goes on here; empty where it is the default."""
-        return "" if self.output == Place.of(default_output()) else f" --output {shlex.quote(str(self.output))}"
+        return "" if self.output == StoragePath.of(default_output()) else f" --output {shlex.quote(str(self.output))}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from alexnet import pictures
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
@@ -17,12 +17,12 @@ from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.tracking.store import tracking_uri, ui_command, without_password
+from orchestrator.tracking.store import redact, tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
-from orchestrator.train.claim import Claim
 from orchestrator.train.mailbox import Event
 from orchestrator.train.run_folder import RESULT, RunFolder
+from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
 from orchestrator.train.view import TrainView
 
@@ -65,7 +65,7 @@ class Session:
         self.tracker = Tracker(tracking_uri())
         if not resume:
             run.create(config)
-        self.claim = Claim(run)
+        self.claim = RunLock(run)
         self.result = self.run.result()
         self.started = time.monotonic()
         self.under_way = False
@@ -115,7 +115,7 @@ class Session:
             "recipe": self.recipe or self.result.get("recipe"),
             "config": self.config.model_dump(),
             "mlflow_run_id": self.tracker.run_id,
-            "mlflow_tracking_uri": without_password(self.tracker.store.uri),
+            "mlflow_tracking_uri": redact(self.tracker.store.uri),
         }
         self.run.write_result(self.result)
         return training
@@ -189,8 +189,8 @@ class Session:
             "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
         }
         description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
-        best = Place.of(self.result["best_checkpoint"] or self.result["checkpoint"])
-        with best.fetched() as folder, tempfile.TemporaryDirectory() as temporary:
+        best = StoragePath.of(self.result["best_checkpoint"] or self.result["checkpoint"])
+        with best.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
             weights = folder / checkpoints.WEIGHTS
             mean_image = Path(temporary, manifest.mean_image_file)
             mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())

@@ -15,8 +15,8 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
-from orchestrator.base.storage import Place
-from orchestrator.cluster.capacity import Wish
+from orchestrator.base.storage import StoragePath
+from orchestrator.cluster.capacity import CapacityRequest
 from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.nodes import alive, uses_gpu
 from orchestrator.cluster.placement import Plan, make_plan
@@ -33,7 +33,7 @@ START_PATIENCE_S = 90.0
 STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
 DROP_PATIENCE_S = 15.0  # for workers that might be used again; starting new ones costs about as much
 STARVED_PATIENCE_S = 300.0  # for a last step whose images may have to wait for CPUs that are gone
-WISH_EVERY_S = 30.0
+REQUEST_EVERY_S = 30.0
 LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers are
 
 
@@ -43,37 +43,37 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        data: Place,
+        data: StoragePath,
         run: RunFolder,
         num_classes: int,
         *,
-        side_by_side: int = 0,
+        num_concurrent: int = 0,
         mailbox: Any = None,
         start: Event | None = None,
-        team: Any = None,
-        keep_team: bool = False,
+        pool: Any = None,
+        keep_pool: bool = False,
     ) -> None:
         """Start the workers. Raises JobError where they do not fit.
 
-        side_by_side: of make_plan. mailbox: an actor to use, else one is made. start: another
-        run's checkpoint, as {"checkpoint": path, "lr": its initial rate}, for a run that has none of its own. team:
-        workers that an earlier run left, to be used if they will do. keep_team: leave such a team at the end, if the
+        num_concurrent: of make_plan. mailbox: an actor to use, else one is made. start: another
+        run's checkpoint, as {"checkpoint": path, "lr": its initial rate}, for a run that has none of its own. pool:
+        workers that an earlier run left, to be used if they will do. keep_pool: leave such a pool at the end, if the
         workers come to theirs.
         """
         self.config, self.data, self.run, self.num_classes = config, data, run, num_classes
-        self.side_by_side, self.start, self.team, self._keep_team = side_by_side, start, team, keep_team
-        self._fit: Any = None  # fit.Fit
+        self.num_concurrent, self.start, self.pool, self._keep_pool = num_concurrent, start, pool, keep_pool
+        self._fit: Any = None  # fit.RayTrainRun
         self._mailbox = mailbox or make_mailbox()
         self._topic = ""  # a new one for every fit: no news comes from the one before
         self._cancelled: str | None = None
         self._counted: set[str] = set()  # the nodes that the plan was made from
         self._excused: set[str] = set()  # of those, lost ones that the fit can do without
         self._nodes: list[str] = []  # of its workers, once they have started
-        self._wish: Wish | None = None  # for nodes
+        self._request: CapacityRequest | None = None  # for nodes
         try:
             self._plan = self._make_plan()
         except JobError:
-            if not side_by_side:
+            if not num_concurrent:
                 raise
             self._plan = None  # a trial: there was room when the search began, and will be again
         if self._plan is not None:  # what began on GPUs does not go on without them
@@ -95,7 +95,7 @@ class Training:
             self._stop(on_event, SAVE)
             raise
         except _Cancelled:
-            if self._cancelled == SAVE or self._keep_team:
+            if self._cancelled == SAVE or self._keep_pool:
                 self._stop(on_event, self._cancelled or DROP)
         finally:
             self.end()
@@ -113,14 +113,14 @@ class Training:
         """End the fit, whatever its workers do."""
         if self._fit is not None:
             self._fit.kill()
-            self.team, self._fit = self._fit.team, None
+            self.pool, self._fit = self._fit.pool, None
 
     def _make_plan(self) -> Plan | None:
         import ray
 
         nodes = alive(ray.nodes())
         self._counted, self._excused = {node.id for node in nodes}, set()
-        return make_plan(self.config, nodes, self.num_classes, self.side_by_side)
+        return make_plan(self.config, nodes, self.num_classes, self.num_concurrent)
 
     def _begin(self, plan: Plan) -> None:
         """Start a fit."""
@@ -134,12 +134,12 @@ class Training:
             "start": self.start,
             "feed_cpus": plan.resources.feed_cpus,
             "feed_tasks": plan.resources.feed_tasks,
-            "side_by_side": max(1, self.side_by_side),
+            "num_concurrent": max(1, self.num_concurrent),
         }
-        from orchestrator.train.ray_train import Fit  # imports Ray, which may not be imported before connect()
+        from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
-        team, self.team = self.team, None
-        self._fit = Fit(loop, plan, self.run, self.config.max_failures, team, self._keep_team)
+        pool, self.pool = self.pool, None
+        self._fit = RayTrainRun(loop, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
@@ -148,7 +148,7 @@ class Training:
         try:
             ends = self._watch_fit(plan, on_event)
         finally:
-            self._end_wish()
+            self._release_request()
         if ends is None:
             return False
         with signals_deferred():
@@ -157,13 +157,13 @@ class Training:
     def _watch_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> dict[str, Event] | None:
         """Until it ends by itself; returns the events that it ended with, or None if it was ended for lost nodes."""
         patience, look_at, could_grow_since = time.monotonic() + START_PATIENCE_S, 0.0, math.inf
-        asked, save_by, wish_at, room = False, math.inf, 0.0, None
+        asked, save_by, request_at, room = False, math.inf, 0.0, None
         while True:
             with signals_deferred():
                 over = self._fit.wait(POLL_S)
-                if self._fit.room not in (room, None):
-                    room = self._fit.room
-                    on_event({"kind": "room", "id": room})
+                if self._fit.placement_group_id not in (room, None):
+                    room = self._fit.placement_group_id
+                    on_event({"kind": "placement_group", "id": room})
                 ends = self._deliver(on_event)
             self._end_if_cancelled()
             if over or ends:
@@ -184,10 +184,10 @@ class Training:
                     text = "nodes were lost that the feed counted on; saving a checkpoint to go on with the others"
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
-                    self._end_wish()  # it would take what the last step needs
+                    self._release_request()  # it would take what the last step needs
                     asked, save_by = True, now + STARVED_PATIENCE_S
-                if self._nodes and not asked and now >= wish_at:
-                    wish_at = now + self._wish_to_grow(plan)
+                if self._nodes and not asked and now >= request_at:
+                    request_at = now + self._request_growth(plan)
                 if asked or not self._nodes or not self._could_grow(plan):
                     could_grow_since = math.inf
                     continue
@@ -196,7 +196,7 @@ class Training:
                     text = "the cluster has room for more workers; saving a checkpoint to grow"
                     on_event({"kind": "note", "text": text})
                     self._mailbox.ask_to_stop.remote(self._topic, SAVE)
-                    self._end_wish()
+                    self._release_request()
                     asked = True
 
     def _fit_is_over(self, plan: Plan, ends: dict[str, Event], on_event: Callable[[Event], None]) -> bool:
@@ -270,7 +270,7 @@ class Training:
         if not self._nodes or lost & {*self._nodes, *plan.node_of_worker}:
             return "workers"
         try:
-            now = make_plan(self.config, alive(ray.nodes()), self.num_classes, self.side_by_side)
+            now = make_plan(self.config, alive(ray.nodes()), self.num_classes, self.num_concurrent)
         except JobError:
             now = None
         if plan.layout.workers > 1 and (now is None or replace(now, reason=plan.reason) != plan):
@@ -282,28 +282,28 @@ class Training:
         on_event({"kind": "note", "text": f"{len(self._gone())} node(s) were lost; going on from the last checkpoint"})
         self.end()
 
-    def _wish_to_grow(self, plan: Plan) -> float:
+    def _request_growth(self, plan: Plan) -> float:
         """Of an elastic run on a cluster that starts nodes: ask for the next larger number of workers. To be called
         again after so many seconds, as it returns.
 
         The wish waits behind this fit's own room. Once it is granted it is given up, for the room to be seen as free;
         it is renewed if the run has not grown by then, as where only a crashed worker's room was free for a moment.
         """
-        if self._wish is not None:
-            if not self._wish.is_granted(0):
+        if self._request is not None:
+            if not self._request.ready(0):
                 return NODES_EVERY_S
-            self._end_wish()
-            return WISH_EVERY_S
+            self._release_request()
+            return REQUEST_EVERY_S
         larger = [workers for workers in worker_counts(self.config) if workers > plan.layout.workers]
-        if not larger or self.side_by_side or not node_types():
+        if not larger or self.num_concurrent or not node_types():
             return math.inf
-        self._wish = Wish(self.config, min(larger) - plan.layout.workers, on_gpu=plan.resources.use_gpu)
+        self._request = CapacityRequest(self.config, min(larger) - plan.layout.workers, on_gpu=plan.resources.use_gpu)
         return NODES_EVERY_S
 
-    def _end_wish(self) -> None:
-        if self._wish is not None:
-            self._wish.end()
-            self._wish = None
+    def _release_request(self) -> None:
+        if self._request is not None:
+            self._request.end()
+            self._request = None
 
     def _could_grow(self, plan: Plan) -> bool:
         """Whether there is room for more workers that nobody else has taken."""
@@ -329,15 +329,15 @@ class Training:
                     plan = self._make_plan()
                     if plan is not None:
                         return plan
-                if self._wish is None:
-                    self._wish = Wish(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
+                if self._request is None:
+                    self._request = CapacityRequest(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
                 if time.monotonic() - said > START_PATIENCE_S:
                     said = time.monotonic()
                     text = f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes"
                     on_event({"kind": "warning", "text": text})
                 time.sleep(NODES_EVERY_S)
         finally:
-            self._end_wish()
+            self._release_request()
 
     def _wants_gpu(self) -> bool:
         """Settled by the first plan; before there is one, auto takes what the cluster has."""

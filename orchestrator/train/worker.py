@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 import alexnet
 from alexnet import augment
-from alexnet.dropout import Where
-from alexnet.layouts import Layout, PlacedNet
-from orchestrator.base.storage import Place
+from alexnet.dropout import BatchPosition
+from alexnet.layouts import Layout, ShardedNet
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
 from orchestrator.data.reader import Batch
 from orchestrator.data.shards import DamagedData, Manifest, read_manifest, read_mean_image
 from orchestrator.train import checkpoints
-from orchestrator.train.driver_link import TOLD
+from orchestrator.train.driver_link import STOP_CODES
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.model import build_net
 from orchestrator.train.rendezvous import wants_bf16
@@ -53,18 +53,18 @@ def train_worker(loop: dict[str, Any]) -> None:
     data, a diverged net. Anything else is raised, for Ray Train to restart them from the last checkpoint.
     """
     try:
-        worker = Worker(make_config(**loop["config"]), Place(loop["data"]), loop)
+        worker = Worker(make_config(**loop["config"]), StoragePath(loop["data"]), loop)
     except (DamagedData, ValueError) as error:
         _report(loop, error)
         return
     try:
         worker.run()
     except Diverged as error:
-        worker.tell("failed", text=str(error))
+        worker.report_event("failed", text=str(error))
     except DamagedData as error:  # in this worker's part; the others wait for it, and are ended
         _report(loop, error)
     except Stopped:
-        worker.tell("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
+        worker.report_event("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
     finally:
         worker.feed.close()
     worker.flush()
@@ -77,24 +77,24 @@ def _report(loop: dict[str, Any], error: Exception) -> None:
 class Worker:
     """One rank: its part of the net, its part of every batch."""
 
-    def __init__(self, config: TrainConfig, folder: Place, loop: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, folder: StoragePath, loop: dict[str, Any]) -> None:
         context = ray.train.get_context()
         self.config, self.rank, self.world_size = config, context.get_world_rank(), context.get_world_size()
         self.layout = Layout(loop["layout"], self.world_size)
         self.manifest: Manifest = read_manifest(folder)
         self.num_classes = config.num_classes or len(self.manifest.classes)
         self.mailbox, self.topic = loop["mailbox"], loop["topic"]
-        self._sent, self.said_stuck, self.told_to_stop = None, False, 0.0
+        self._sent, self.said_stuck, self.stop_code = None, False, 0.0
         self.feed = Feed(
             folder, self.manifest, config, rank=self.rank, world_size=self.world_size,
-            num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"], side_by_side=loop["side_by_side"],
+            num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"], num_concurrent=loop["num_concurrent"],
         )  # fmt: skip
         checkpoint, start = ray.train.get_checkpoint(), loop["start"]
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             alexnet.keep_freed_memory()
             torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        self.nodes = self._meet()
+        self.nodes = self._rendezvous()
 
         mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
         self.subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
@@ -102,7 +102,7 @@ class Worker:
         self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0, "val": 1.0}
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         net = build_net(config, self.num_classes).to(self.device, self.dtype)
-        self.placed = PlacedNet(net, self.layout, self.rank)
+        self.placed = ShardedNet(net, self.layout, self.rank)
         self.optimizer = alexnet.PaperSGD(self.placed.parameters(), config.lr, config.momentum, config.weight_decay)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
         self.state = checkpoints.State()
@@ -110,7 +110,7 @@ class Worker:
             with checkpoint.as_directory() as path:
                 self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
         elif start:  # another run's weights under this run's settings
-            with Place(start["checkpoint"]).fetched() as path:
+            with StoragePath(start["checkpoint"]).as_local_dir() as path:
                 self.state = checkpoints.load(path, self.placed, self.optimizer, self.schedule)
             checkpoints.scale_rate(config.lr / start["lr"], self.optimizer, self.schedule)
         if self.state.losses and self.state.digest != self.manifest.digest:
@@ -120,7 +120,7 @@ class Worker:
             )
         self.state.digest = self.manifest.digest
 
-    def _meet(self) -> list[str]:
+    def _rendezvous(self) -> list[str]:
         """Compare notes with the other workers: agrees on the precision, returns the node of every rank.
 
         Raises ValueError, on all alike, where they are not placed as the layout needs them.
@@ -157,14 +157,14 @@ class Worker:
         self.feed.start(self.state.epoch, len(self.state.losses))
         news = {"epoch": self.state.epoch, "step": len(self.state.losses), "history": self.state.history}
         precision = "bf16" if self.bf16 else {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
-        self.tell("started", precision=precision, device=str(self.device), nodes=self.nodes, **news)
+        self.report_event("started", precision=precision, device=str(self.device), nodes=self.nodes, **news)
         for epoch in range(self.state.epoch, self.config.epochs):
             metrics = self.train_epoch(epoch) | self.validate(epoch)
             self.schedule.step(metrics["val/top1_error"])
             self.state.epoch, self.state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": self.state.step} | metrics
             self.state.history.append(metrics)
-            self.tell("epoch", epochs=self.config.epochs, metrics=metrics, history=self.state.history)
+            self.report_event("epoch", epochs=self.config.epochs, metrics=metrics, history=self.state.history)
             self.save(metrics)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -180,7 +180,7 @@ class Worker:
             pending.append(self.update(batch, step))
             self.state.step += 1
             if self.device.type == "cpu" or len(pending) == LOG_EVERY_STEPS or step + 1 == steps:
-                stop = self.look(pending, epoch=epoch)
+                stop = self.sync_losses(pending, epoch=epoch)
                 pending = []
                 if self.state.step % STUCK_STEPS == 0 or step + 1 == steps:
                     self.watch_for_a_stuck_net(losses)
@@ -188,7 +188,7 @@ class Worker:
                 if log or time.monotonic() - shown > SHOW_EVERY_S:
                     shown = time.monotonic()
                     recent = losses[-LOG_EVERY_STEPS:]
-                    self.tell(
+                    self.report_event(
                         "step", epoch=epoch, epochs=self.config.epochs, step=step + 1, steps=steps, log=log,
                         total_step=self.state.step, loss=sum(recent) / len(recent), lr=lr,
                         images_per_s=(step + 1 - first) * global_size / (shown - start),
@@ -201,15 +201,15 @@ class Worker:
         return {"train/loss": mean, "train/lr": lr, "train/images_per_s": images_per_s}
 
     def update(self, batch: Batch, step: int) -> Tensor:
-        """One step of the optimizer on the global batch's mean loss; returns what `look` adds up over the workers:
-        the loss sum and the number of images, from one worker of each group, and whether this one was told to stop."""
+        """One step of the optimizer on the global batch's mean loss; returns what `sync_losses` sums over the
+        workers: loss and number of images, from one worker of each group, and whether this one was told to stop."""
         scores, labels = self.scores("train", step, batch)
         loss_sum = F.cross_entropy(scores, labels, reduction="sum")
         torch.autograd.backward(loss_sum / self.size_of("train", step))
         self.optimizer.step()
         self.placed.zero_grad()
-        mine = torch.tensor([float(len(labels)) * self.placed.speaks, self.is_told_to_stop()])
-        return torch.cat([loss_sum.detach()[None].double() * self.placed.speaks, mine.to(self.device)])
+        mine = torch.tensor([float(len(labels)) * self.placed.is_group_leader, self.poll_stop_request()])
+        return torch.cat([loss_sum.detach()[None].double() * self.placed.is_group_leader, mine.to(self.device)])
 
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
@@ -221,13 +221,13 @@ class Worker:
         total = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss sum, top-1 wrong, top-5 wrong, images
         for step, batch in enumerate(self.feed.batches("val", epoch)):
             if step % LOG_EVERY_STEPS == 0:
-                self.stop(self.what_all_are_told())
+                self.stop(self.all_reduce_stop())
             scores, labels = self.scores("val", step, batch)
-            if self.placed.speaks:
+            if self.placed.is_group_leader:
                 loss_sum = F.cross_entropy(scores, labels, reduction="sum")
                 images = torch.tensor([len(labels)], device=self.device)
                 total += torch.cat([loss_sum[None], alexnet.count_errors(scores, labels), images])
-        self.add_up(total)
+        self.all_reduce_sum(total)
         loss, top1, top5, count = total.tolist()
         if not math.isfinite(loss):  # the last update's doing, which no training loss has seen; nothing of it is saved
             raise Diverged(
@@ -240,15 +240,15 @@ class Worker:
     def scores(self, split: str, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch of uint8 crops to the device, to floats, through the net: the scores and labels of the images of
         this worker's group, in the order of the global batch."""
-        stretches = [self.feed.stretch(split, step, rank) for rank in self.layout.group_of(self.rank)]
-        sizes = [last - first for first, last in stretches]
+        slices = [self.feed.rank_slice(split, step, rank) for rank in self.layout.group_of(self.rank)]
+        sizes = [last - first for first, last in slices]
         info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
         image, info = self._to_device(batch["image"]), info.to(self.device)
         top, left, flip = self.placed.share_images(info[:, :3], sizes).unbind(1)
         labels = self.placed.share_labels(info[:, 3:], sizes).long().flatten()
         begin = step * self.config.global_batch_size
-        position = torch.arange(stretches[0][0] - begin, stretches[-1][1] - begin, device=self.device)
-        where = Where(self.config.seed, self.state.step, position)
+        position = torch.arange(slices[0][0] - begin, slices[-1][1] - begin, device=self.device)
+        where = BatchPosition(self.config.seed, self.state.step, position)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.placed.share_images(image, sizes)
             x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors[split])
@@ -259,13 +259,13 @@ class Worker:
         """Images of a global batch; the last of a pass may be smaller."""
         return min(self.config.global_batch_size, self.manifest.rows[split] - step * self.config.global_batch_size)
 
-    def look(self, pending: list[Tensor], *, epoch: int) -> float:
+    def sync_losses(self, pending: list[Tensor], *, epoch: int) -> float:
         """Add up the pending steps over all workers and append their mean losses to the state's.
 
         Returns what the workers were told about stopping. Raises Diverged on all of them alike.
         """
         sums = torch.stack(pending)
-        self.add_up(sums)
+        self.all_reduce_sum(sums)
         first = self.state.step - len(pending) + 1
         for number, (loss_sum, count, _) in enumerate(sums.tolist(), start=first):
             wanted = self.size_of("train", len(self.state.losses))
@@ -277,22 +277,22 @@ class Worker:
 
     def stop(self, told: float) -> None:
         """Where all are told to, save where the run is, within an epoch or before its validation; and raise Stopped."""
-        if told == TOLD[SAVE]:
+        if told == STOP_CODES[SAVE]:
             self.save({"val/top1_error": NEVER_BEST})
         if told:
             raise Stopped
 
-    def what_all_are_told(self) -> float:
-        told = torch.tensor([self.is_told_to_stop()], device=self.device)
-        self.add_up(told)
+    def all_reduce_stop(self) -> float:
+        told = torch.tensor([self.poll_stop_request()], device=self.device)
+        self.all_reduce_sum(told)
         return float(told.item())
 
-    def is_told_to_stop(self) -> float:
-        """What the driver has asked for, of TOLD, as far as rank 0 knows from the answer to its last news; 0 on others,
-        so that a sum over all is what one was told."""
-        if self._sent is not None and not self.told_to_stop and ray.wait([self._sent], timeout=0)[0]:
-            self.told_to_stop = TOLD.get(ray.get(self._sent), 0.0)
-        return self.told_to_stop
+    def poll_stop_request(self) -> float:
+        """What the driver has asked for, of STOP_CODES, as far as rank 0 knows from the answer to its last event; 0 on
+        the others, so that a sum over all is what one was told."""
+        if self._sent is not None and not self.stop_code and ray.wait([self._sent], timeout=0)[0]:
+            self.stop_code = STOP_CODES.get(ray.get(self._sent), 0.0)
+        return self.stop_code
 
     def watch_for_a_stuck_net(self, losses: list[float]) -> None:
         """Say once that the loss is not below that of guessing: AlexNet's best-known failure."""
@@ -301,7 +301,7 @@ class Worker:
         if self.said_stuck or self.state.step < STUCK_STEPS or mean < (1 - STUCK_MARGIN) * guess:
             return
         self.said_stuck = True
-        self.tell(
+        self.report_event(
             "warning",
             text=f"after {self.state.step} steps the loss is {mean:.4f}, no better than guessing, "
             f"ln({self.num_classes}) = {guess:.4f}. " + STUCK_REMEDIES[self.config.init],
@@ -324,10 +324,10 @@ class Worker:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def tell(self, kind: str, **fields: Any) -> None:
+    def report_event(self, kind: str, **fields: Any) -> None:
         """Send an event to the driver, from rank 0 alone, without waiting."""
         if self.rank == 0:
-            self.is_told_to_stop()  # the answer to the last is not lost
+            self.poll_stop_request()  # the answer to the last is not lost
             self._sent = self.mailbox.put.remote(self.topic, {"kind": kind} | fields)
 
     def flush(self) -> None:
@@ -335,7 +335,7 @@ class Worker:
         if self._sent is not None:
             ray.get(self._sent)
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import alexnet
 from alexnet import layouts
 from alexnet.cost import Exchange, communication
-from alexnet.dropout import Where, kept
-from alexnet.layouts import Layout, PlacedNet
-from orchestrator.data.order import worker_stretch
+from alexnet.dropout import BatchPosition, keep_mask
+from alexnet.layouts import Layout, ShardedNet
+from orchestrator.data.order import rank_slice
 
 CLASSES = 7  # divisible neither by columns nor by workers
 BATCH, STEPS = 12, 20
@@ -36,7 +36,7 @@ def global_batch(step, dtype):
 
 
 def make(rank, kind, workers, dtype, dropout):
-    placed = PlacedNet(build(dtype, dropout), Layout(kind, workers), rank)
+    placed = ShardedNet(build(dtype, dropout), Layout(kind, workers), rank)
     return placed, alexnet.PaperSGD(placed.parameters(), lr=0.001)
 
 
@@ -44,16 +44,16 @@ def backward(placed, step, dtype):
     """A step's forward and backward pass, as the worker does it; returns the global batch's mean loss."""
     images, labels = global_batch(step, dtype)
     size, workers = len(labels), placed.layout.workers
-    stretches = [worker_stretch(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
-    lo, hi = stretches[placed.member]
-    sizes = [last - first for first, last in stretches]
+    slices = [rank_slice(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
+    lo, hi = slices[placed.group_rank]
+    sizes = [last - first for first, last in slices]
     own_labels = placed.share_labels(labels[lo:hi], sizes)
-    where = Where(11, step, torch.arange(stretches[0][0], stretches[-1][1]))
+    where = BatchPosition(11, step, torch.arange(slices[0][0], slices[-1][1]))
     placed.train()
     scores = placed(placed.share_images(images[lo:hi], sizes), where, sizes)
     loss = F.cross_entropy(scores, own_labels, reduction="sum") / size
     loss.backward()
-    total = loss.detach() * placed.speaks
+    total = loss.detach() * placed.is_group_leader
     if workers > 1:
         dist.all_reduce(total)
     return total
@@ -63,16 +63,16 @@ def scores_of(placed, step, dtype):
     """Every image's scores in evaluation, on rank 0 in the order of the global batch."""
     images, _ = global_batch(step, dtype)
     size, workers = len(images), placed.layout.workers
-    stretches = [worker_stretch(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
-    lo, hi = stretches[placed.member]
-    sizes = [last - first for first, last in stretches]
+    slices = [rank_slice(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
+    lo, hi = slices[placed.group_rank]
+    sizes = [last - first for first, last in slices]
     placed.eval()
     with torch.no_grad():
         scores = placed(placed.share_images(images[lo:hi], sizes), None, sizes)
     everyone = [scores]
     if workers > 1:
         everyone = [None] * workers
-        dist.all_gather_object(everyone, scores if placed.speaks else None)
+        dist.all_gather_object(everyone, scores if placed.is_group_leader else None)
     return torch.cat([part for part in everyone if part is not None])
 
 
@@ -92,7 +92,7 @@ def train(rank, kind, workers, dtype, dropout, steps=STEPS):
 
 
 def collected(placed, parts, what):
-    return {f"{what} {name}": whole.detach().clone() for name, whole in placed.collect(parts) if whole is not None}
+    return {f"{what} {name}": whole.detach().clone() for name, whole in placed.gather_full(parts) if whole is not None}
 
 
 @functools.cache
@@ -159,7 +159,7 @@ MUTATIONS = {
     "the maps are not gathered but repeated": ("columns", "gather_maps", lambda x, group: torch.cat([x, x], 1)),
     "the products of fc8 are not summed": ("columns", "sum_partial", lambda x, group: x * 1),
     "the scores are summed backward too": ("columns", "sum_partial", lambda x, group: _SumTwice.apply(x, group)),
-    "every worker drops the first units": ("columns", "PlacedNet._first_units", lambda self: None),
+    "every worker drops the first units": ("columns", "ShardedNet._first_units", lambda self: None),
     "hybrid's images change places": ("hybrid", "gather_rows", _reversed),
     "features get no gradient from others": ("hybrid", "gather_rows", lambda *given: _NoSum.apply(*given)),
     "the backward sum of gathered units is dropped": ("hybrid", "_sum_of_received", _keep_own),
@@ -273,7 +273,7 @@ def count_bytes(rank, kind, workers):
     """Bytes that this worker's sockets send in one step of a layout, and what the ledger says."""
     settings, size = {"input_size": 96, "width": 0.25}, 64
     layout = Layout(kind, workers)
-    placed = PlacedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
+    placed = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
     images = size // workers
     sizes = [images] * layout.group_size
     pixels, info = torch.zeros(images, 96, 96, 3, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int32)
@@ -327,25 +327,25 @@ def test_the_ledger_of_the_paper_s_net():
 
 
 def test_a_mask_belongs_to_the_image_and_not_to_who_draws_it():
-    where = Where(1, 2, torch.arange(12))
-    whole = kept(where, 6, range(100), 0.5)
+    where = BatchPosition(1, 2, torch.arange(12))
+    whole = keep_mask(where, 6, range(100), 0.5)
     for units in (range(0, 50), range(50, 100), range(33, 67), range(99, 100)):
-        assert torch.equal(kept(where, 6, units, 0.5), whole[:, units.start : units.stop])
-    assert torch.equal(kept(where._replace(position=torch.tensor([7, 3])), 6, range(100), 0.5), whole[[7, 3]])
+        assert torch.equal(keep_mask(where, 6, units, 0.5), whole[:, units.start : units.stop])
+    assert torch.equal(keep_mask(where._replace(position=torch.tensor([7, 3])), 6, range(100), 0.5), whole[[7, 3]])
 
 
 def test_masks_are_fair_and_differ_by_seed_step_image_and_layer():
-    where = Where(1, 2, torch.arange(512))
+    where = BatchPosition(1, 2, torch.arange(512))
     for p in (0.2, 0.5):
-        mask = kept(where, 6, range(4096), p).double()
+        mask = keep_mask(where, 6, range(4096), p).double()
         assert abs(mask.mean() - (1 - p)) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
         for sums in (mask.mean(0), mask.mean(1)):  # neither a unit nor an image is favoured
             assert ((sums - (1 - p)).abs() < 6 * (p * (1 - p) * len(sums) / mask.numel()) ** 0.5).all()
-    mask = kept(where, 6, range(4096), 0.5)
+    mask = keep_mask(where, 6, range(4096), 0.5)
     others = [(where._replace(seed=3), 6), (where._replace(step=3), 6), (where, 7)]
     others += [(where._replace(position=where.position + 512), 6)]
     for other, layer in others:
-        assert abs((kept(other, layer, range(4096), 0.5) == mask).double().mean() - 0.5) < 0.01
+        assert abs((keep_mask(other, layer, range(4096), 0.5) == mask).double().mean() - 0.5) < 0.01
     assert abs((mask[:, 1:] == mask[:, :-1]).double().mean() - 0.5) < 0.01
 
 
@@ -361,7 +361,7 @@ def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
     key = 0
     for part in (11, 2**40 + 5, 6):  # seed, step, layer
         key = mix(((key ^ part if part != 6 else key + part) + golden) % 2**64)
-    mask = kept(Where(11, 2**40 + 5, torch.tensor([0, 77])), 6, range(9), 0.2)
+    mask = keep_mask(BatchPosition(11, 2**40 + 5, torch.tensor([0, 77])), 6, range(9), 0.2)
     for row, position in enumerate((0, 77)):
         rows = mix((position + key) % 2**64)
         for unit in range(9):
@@ -393,4 +393,4 @@ def test_one_worker_of_any_layout_is_the_whole_net(kind):
 
 def test_units_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="workers = 3: fc6 has 512 units, which 3 workers of layout hybrid cannot"):
-        PlacedNet(build(torch.float32, 0.5), Layout("hybrid", 3))
+        ShardedNet(build(torch.float32, 0.5), Layout("hybrid", 3))

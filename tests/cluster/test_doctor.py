@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from orchestrator.cluster.diagnosis import judge_clocks, judge_machines, judge_token, judge_versions
+from orchestrator.cluster.diagnosis import check_clocks, check_machines, check_token, check_versions
 
 HEALTHY = {
     "versions": {"python": "3.11.7", "ray": "2.60.0"},
@@ -23,11 +23,11 @@ def nodes(**changes):
 
 
 def bad(findings):
-    return [(finding.check, finding.where, finding.verdict) for finding in findings if finding.verdict != "ok"]
+    return [(finding.check, finding.where, finding.severity) for finding in findings if finding.severity != "ok"]
 
 
 def all_of(found):
-    return [*judge_versions(found, HEALTHY), *judge_machines(found), *judge_token(found)]
+    return [*check_versions(found, HEALTHY), *check_machines(found), *check_token(found)]
 
 
 def test_nothing_is_wrong_with_healthy_machines():
@@ -53,15 +53,15 @@ def test_nothing_is_wrong_with_healthy_machines():
     ],
 )
 def test_each_fault_is_named_with_its_node_and_has_a_remedy(changes, expected):
-    found = [finding for finding in all_of(nodes(**changes)) if finding.verdict != "ok"]
-    assert [(finding.check, finding.verdict) for finding in found] == [expected]
+    found = [finding for finding in all_of(nodes(**changes)) if finding.severity != "ok"]
+    assert [(finding.check, finding.severity) for finding in found] == [expected]
     assert found[0].where == "10.0.0.6"
     assert found[0].remedy
 
 
 def test_a_clock_may_be_a_second_off():
-    found = judge_clocks({"a": 0.02, "b": -0.9, "c": 1.5, "d": -90.0})
-    assert [finding.verdict for finding in found] == ["ok", "ok", "warn", "fail"]
+    found = check_clocks({"a": 0.02, "b": -0.9, "c": 1.5, "d": -90.0})
+    assert [finding.severity for finding in found] == ["ok", "ok", "warn", "fail"]
 
 
 @pytest.mark.ray

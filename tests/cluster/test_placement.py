@@ -168,17 +168,17 @@ def test_trials_whose_workers_are_spread_take_a_node_for_each():
     config, nodes = make_config(workers=2, layout="data", spread=True, device="cpu"), [Node("a", 8), Node("b", 8)]
     assert room_for(config.changed(spread=False), nodes, 4) == 4
     assert room_for(config, nodes, 4) == 1
-    assert make_plan(config, nodes, 10, side_by_side=1)
+    assert make_plan(config, nodes, 10, num_concurrent=1)
     with pytest.raises(JobError, match="--workers 2 --spread: a node for each"):
-        make_plan(config, nodes[:1], 10, side_by_side=room_for(config, nodes[:1], 4))
+        make_plan(config, nodes[:1], 10, num_concurrent=room_for(config, nodes[:1], 4))
 
 
 def test_trials_of_two_columns_need_nodes_that_hold_a_pair():
     config = make_config(workers=2, layout="columns", device="cpu")
     small = [Node(name, cpus=1) for name in "abcdefgh"]
-    assert make_plan(config, small, 10, side_by_side=4).node_of_worker == ()  # half a CPU a worker
+    assert make_plan(config, small, 10, num_concurrent=4).node_of_worker == ()  # half a CPU a worker
     with pytest.raises(JobError, match=r"no room for 1 group\(s\) of 2 workers, each group on one node"):
-        make_plan(config, small, 10, side_by_side=2)  # a CPU a worker, and no node has two
-    assert make_plan(config, [Node("a", 4), Node("b", 4)], 10, side_by_side=2).strategy() == "STRICT_PACK"
+        make_plan(config, small, 10, num_concurrent=2)  # a CPU a worker, and no node has two
+    assert make_plan(config, [Node("a", 4), Node("b", 4)], 10, num_concurrent=2).strategy() == "STRICT_PACK"
     left = [Node("a", 8, 2), Node("b", 8, 2)]  # of three such nodes: one at a time waits, the search goes on
-    assert make_plan(config.changed(device="gpu"), left, 10, side_by_side=3)
+    assert make_plan(config.changed(device="gpu"), left, 10, num_concurrent=3)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data import check as checking
 from orchestrator.data import reader, shards
 from orchestrator.data.prepare import prepare
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 def checked(folder):
     said, seen = [], []
-    report = checking.check(Place.of(folder), said.append, lambda done, total, rate: seen.append((done, total)))
+    report = checking.check(StoragePath.of(folder), said.append, lambda done, total, rate: seen.append((done, total)))
     return report, said, seen
 
 
@@ -69,31 +69,33 @@ def test_what_the_checksums_do_not_see_is_found(digit_shards, tmp_path):
 
 def test_raw_shards_hold_the_pixels_themselves_and_feed_the_same_crops(photographs, tmp_path, ray_here):
     source = open_source(str(photographs))
-    prepare(source, Place.of(tmp_path / "jpeg"), image_size=72, jpeg_quality=100)
-    prepare(source, Place.of(tmp_path / "raw"), image_size=72, encoding="raw")
+    prepare(source, StoragePath.of(tmp_path / "jpeg"), image_size=72, jpeg_quality=100)
+    prepare(source, StoragePath.of(tmp_path / "raw"), image_size=72, encoding="raw")
     read = {}
     for name in ("jpeg", "raw"):
-        manifest = read_manifest(Place.of(tmp_path / name))
+        manifest = read_manifest(StoragePath.of(tmp_path / name))
         assert manifest.encoding == name
         config = checking.feed_config(manifest).changed(color_noise="none")
-        reader = TaskReader(Place.of(tmp_path / name), manifest, config, 0, 1)
-        read[name] = reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
+        task_reader = TaskReader(StoragePath.of(tmp_path / name), manifest, config, 0, 1)
+        read[name] = task_reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
     assert read["raw"]["label"].tolist() == read["jpeg"]["label"].tolist()
     assert np.abs(read["raw"]["image"].astype(int) - read["jpeg"]["image"]).mean() < 2
     assert all(len(shard.pixels_at) == len(shard.row_groups) for shard in manifest.shards)
     unmapped = tuple(shard.model_copy(update={"pixels_at": ()}) for shard in manifest.shards)
     reader._recent.clear()
-    reader = TaskReader(Place.of(tmp_path / "raw"), manifest.model_copy(update={"shards": unmapped}), config, 0, 1)
-    again = reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
+    task_reader = TaskReader(
+        StoragePath.of(tmp_path / "raw"), manifest.model_copy(update={"shards": unmapped}), config, 0, 1
+    )
+    again = task_reader.read(Task(0, "train", 0, 1), np.arange(manifest.rows["train"]))
     assert again["image"].tobytes() == read["raw"]["image"].tobytes()
-    column = pq.read_table(tmp_path / "raw" / read_manifest(Place.of(tmp_path / "raw")).shards[0].file)["image"]
+    column = pq.read_table(tmp_path / "raw" / read_manifest(StoragePath.of(tmp_path / "raw")).shards[0].file)["image"]
     assert column.type == pa.binary(3 * 72 * 72)
     assert checked(tmp_path / "raw")[0].images == 32
 
 
 def test_the_last_row_groups_are_remembered_and_no_more(digit_shards, monkeypatch):
     folder, manifest = digit_shards
-    path = Place.of(folder / manifest.shards[0].file)
+    path = StoragePath.of(folder / manifest.shards[0].file)
     reader._recent.clear()
     first = reader.read_row_group(path, 0)
     assert reader.read_row_group(path, 0) is first

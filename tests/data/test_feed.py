@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.data.feed import Feed
-from orchestrator.data.order import plan_epoch, plan_validation, worker_stretch
+from orchestrator.data.order import plan_epoch, plan_validation, rank_slice
 from orchestrator.data.reader import TaskReader
 from orchestrator.data.shards import DamagedData
 
@@ -58,7 +58,7 @@ def test_the_workers_stretches_tile_every_batch(world, rows):
     steps = -(-rows // size)
     seen = []
     for step in range(steps):
-        parts = [worker_stretch(step, rows, size, rank, world) for rank in range(world)]
+        parts = [rank_slice(step, rows, size, rank, world) for rank in range(world)]
         assert all(lo <= hi for lo, hi in parts)
         assert max(hi - lo for lo, hi in parts) - min(hi - lo for lo, hi in parts) <= 1
         seen += [position for lo, hi in parts for position in range(lo, hi)]
@@ -67,7 +67,7 @@ def test_the_workers_stretches_tile_every_batch(world, rows):
 
 def feed_for(digit_shards, config, rank, world, first_epoch=0, first_step=0):
     folder, manifest = digit_shards
-    feed = Feed(Place.of(folder), manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1)
+    feed = Feed(StoragePath.of(folder), manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1)
     feed.start(first_epoch, first_step)
     STARTED.append(feed)
     return feed
@@ -189,7 +189,7 @@ def test_a_feed_that_ends_early_is_an_error_not_a_wait(digit_shards):
 def test_a_shard_that_vanishes_while_training_reaches_the_consumer(digit_shards, tmp_path):
     _, manifest = digit_shards
     feed = Feed(
-        Place.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
+        StoragePath.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
     )
     feed.start(0)
     with pytest.raises(JobError, match=r"shard-0000\d\.parquet") as error:
@@ -208,7 +208,7 @@ def test_a_damaged_image_is_no_crash_that_could_be_tried_again(digit_shards, tmp
         (tmp_path / shard.file).parent.mkdir(exist_ok=True)
         pq.write_table(rows, tmp_path / shard.file, row_group_size=shard.row_groups[0])
     feed = Feed(
-        Place.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
+        StoragePath.of(tmp_path), manifest, digits().changed(epochs=1), rank=0, world_size=1, num_cpus=0.25, num_tasks=1
     )
     feed.start(0)
     with pytest.raises(DamagedData, match=r"shard-0000\d\.parquet, row group \d+: image \d+ cannot be decoded"):

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, make_photographs, picture
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.data import prepare as preparation
 from orchestrator.data import shards
@@ -33,7 +33,7 @@ def many(tmp_path):
 
 def test_a_preparation_killed_three_times_ends_with_the_same_bytes(here, many, tmp_path):
     options = {"image_size": 64, "rows_per_shard": 4, "parallelism": 1}
-    unbroken = prepare(open_source(str(many)), Place.of(tmp_path / "unbroken"), **options)
+    unbroken = prepare(open_source(str(many)), StoragePath.of(tmp_path / "unbroken"), **options)
     output = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "jobs/prepare.py"), "--source", str(many), "--output", str(output)]
     command += ["--image-size", "64", "--rows-per-shard", "4", "--parallelism", "1"]
@@ -56,8 +56,8 @@ def test_a_preparation_killed_three_times_ends_with_the_same_bytes(here, many, t
     assert done.returncode == 0, done.stderr
     assert "images were there from an earlier attempt and are kept" in done.stdout
     assert written.items() <= found(output).items()
-    assert shards.read_manifest(Place.of(output)) == unbroken
-    shards.verify(Place.of(output), unbroken)
+    assert shards.read_manifest(StoragePath.of(output)) == unbroken
+    shards.verify(StoragePath.of(output), unbroken)
     assert not (output / preparation.UNFINISHED).exists()
 
 
@@ -79,7 +79,7 @@ def settled(output) -> None:
 
 
 def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, tmp_path):
-    source, output = open_source(str(many)), Place.of(tmp_path / "out")
+    source, output = open_source(str(many)), StoragePath.of(tmp_path / "out")
     kept: list[int] = []
 
     def again(**options):
@@ -110,9 +110,9 @@ def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, 
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch):
-    source, output = open_source(str(many)), Place.of(tmp_path / "out")
+    source, output = open_source(str(many)), StoragePath.of(tmp_path / "out")
     preparation.check_space(source, output, 256, 90, 1024)
-    monkeypatch.setattr(Place, "free_bytes", lambda place: 1_000_000)
+    monkeypatch.setattr(StoragePath, "free_bytes", lambda place: 1_000_000)
     with pytest.raises(ValueError, match=r"the shards need about 0\.0 GB and its disk has 0\.0 GB free"):
         preparation.check_space(source, output, 256, 90, 1024)
     assert preparation.bytes_needed(source, 256, None, 1024) == int(1.1 * (80 * 256**2 * 3 + 256**2 * 12))
@@ -121,18 +121,18 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_p
 def test_an_output_among_the_images_is_refused(many, tmp_path):
     for output in (many, many / "train" / "shards"):
         with pytest.raises(ValueError, match="is where the images of --source are"):
-            preparation.check_apart(str(many), Place.of(output))
-    preparation.check_apart(str(many), Place.of(tmp_path / "out"))
+            preparation.check_apart(str(many), StoragePath.of(output))
+    preparation.check_apart(str(many), StoragePath.of(tmp_path / "out"))
     with pytest.raises(ValueError, match="is where the images of --source are"):
-        preparation.check_apart("s3://bucket/photos", Place("s3://bucket/photos/train"))
-    preparation.check_apart("s3://bucket/photos", Place("s3://bucket/shards"))
+        preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/photos/train"))
+    preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/shards"))
 
 
 def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
     for path in (many / "val").glob("*/*"):
         path.write_bytes(b"no image")
     with pytest.raises(JobError, match=r"no image of val could be read; the reasons are listed in .*rejected.jsonl"):
-        prepare(open_source(str(many)), Place.of(tmp_path / "out"), image_size=48, max_rejected=1.0)
+        prepare(open_source(str(many)), StoragePath.of(tmp_path / "out"), image_size=48, max_rejected=1.0)
 
 
 def test_small_images_in_folders_are_stored_small(many):
@@ -154,7 +154,7 @@ def test_only_our_own_leftovers_are_removed(ray_here, many, tmp_path):
     for path in (*theirs, *ours):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    prepare(open_source(str(many)), Place.of(tmp_path / "out"), image_size=48)
+    prepare(open_source(str(many)), StoragePath.of(tmp_path / "out"), image_size=48)
     assert all(path.exists() for path in theirs)
     assert not any(path.exists() for path in ours)
 
@@ -166,10 +166,10 @@ def test_files_that_were_mended_are_read_again(ray_here, many, tmp_path):
         path.write_bytes(b"broken")
     options = {"image_size": 48, "rows_per_shard": 8}
     with pytest.raises(JobError, match="5 of 80 files could not be read"):
-        prepare(open_source(str(many)), Place.of(tmp_path / "out"), **options)
+        prepare(open_source(str(many)), StoragePath.of(tmp_path / "out"), **options)
     for path, data in zip(broken, whole, strict=True):
         path.write_bytes(data)
-    manifest = prepare(open_source(str(many)), Place.of(tmp_path / "out"), **options)
+    manifest = prepare(open_source(str(many)), StoragePath.of(tmp_path / "out"), **options)
     assert manifest.rejected == 0
     assert manifest.rows == {"train": 64, "val": 16}
 
@@ -186,7 +186,7 @@ def test_rows_of_a_table_sorted_by_class_are_mixed(ray_here, tmp_path):
             pa.table({"image": [data] * count, "label": labels}), tmp_path / f"{name}.parquet", row_group_size=8
         )
     manifest = prepare(
-        open_source(str(tmp_path)), Place.of(tmp_path / "out"), image_size=32, rows_per_shard=64, encoding="raw"
+        open_source(str(tmp_path)), StoragePath.of(tmp_path / "out"), image_size=32, rows_per_shard=64, encoding="raw"
     )
     for shard in manifest.split("train"):
         labels = pq.read_table(tmp_path / "out" / shard.file)["label"].to_pylist()
@@ -195,7 +195,7 @@ def test_rows_of_a_table_sorted_by_class_are_mixed(ray_here, tmp_path):
         assert runs > 30  # of at most 63
 
 
-def upload(folder, place: Place) -> None:
+def upload(folder, place: StoragePath) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         (place / path.relative_to(folder).as_posix()).write(path.read_bytes())
 
@@ -203,7 +203,7 @@ def upload(folder, place: Place) -> None:
 def test_from_object_storage_to_object_storage_and_through_the_feed(ray_here, s3, many, tmp_path):
     root, _, _ = s3
     options = {"image_size": 72, "rows_per_shard": 16}
-    here = prepare(open_source(str(many)), Place.of(tmp_path / "here"), **options)
+    here = prepare(open_source(str(many)), StoragePath.of(tmp_path / "here"), **options)
     upload(many, root / "photographs")
     source = open_source((root / "photographs").text)
     assert source.format == "imagefolder"
@@ -214,7 +214,7 @@ def test_from_object_storage_to_object_storage_and_through_the_feed(ray_here, s3
     shards.verify(root / "shards", there)
     config = digits().changed(epochs=1, global_batch_size=16)
     feeds = [Feed(p, here, config, rank=0, world_size=1, num_cpus=0.25, num_tasks=1) for p in
-             (root / "shards", Place.of(tmp_path / "here"))]  # fmt: skip
+             (root / "shards", StoragePath.of(tmp_path / "here"))]  # fmt: skip
     for feed in feeds:
         feed.start(0)
     for a, b in zip(*(feed.batches("train", 0) for feed in feeds), strict=True):
@@ -250,5 +250,5 @@ def test_a_server_that_goes_away_is_tried_again_then_named_and_the_rerun_complet
     manifest = prepare(source, root, on_progress=lambda p: kept.append(p.images_kept), **options)
     timer.join()
     assert kept[-1] >= 8
-    assert manifest == prepare(source, Place.of(tmp_path / "here"), **options)
+    assert manifest == prepare(source, StoragePath.of(tmp_path / "here"), **options)
     assert json.loads((root / "manifest.json").read())["rows"] == {"train": 64, "val": 16}

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_photographs, picture
 
 from orchestrator.base.exits import JobError
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data import images, shards
 from orchestrator.data.prepare import prepare
 from orchestrator.data.sources import open_source
@@ -55,7 +55,7 @@ def rows_of(folder, manifest, split):
 
 @pytest.mark.ray
 def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, photographs, tmp_path):
-    output = Place.of(tmp_path / "shards")
+    output = StoragePath.of(tmp_path / "shards")
     manifest = prepare(open_source(str(photographs)), output, image_size=48, rows_per_shard=10)
     assert shards.read_manifest(output) == manifest
     assert manifest.rows == {"train": 24, "val": 8}
@@ -87,7 +87,7 @@ def test_shards_hold_every_image_once_shuffled_with_exact_statistics(ray_here, p
 def test_same_seed_same_bytes_whatever_the_parallelism(ray_here, photographs, tmp_path):
     source = open_source(str(photographs))
     made = [
-        prepare(source, Place.of(tmp_path / str(i)), image_size=48, rows_per_shard=5, parallelism=p, seed=seed)
+        prepare(source, StoragePath.of(tmp_path / str(i)), image_size=48, rows_per_shard=5, parallelism=p, seed=seed)
         for i, (p, seed) in enumerate([(1, 0), (2, 0), (2, 1)])
     ]
     assert made[0] == made[1]
@@ -114,7 +114,7 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
         file.write(good)
     (root / "train" / "README").write_text("not in a class folder")
 
-    manifest = prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
+    manifest = prepare(open_source(str(root)), StoragePath.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
     rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
     assert {row["name"].split("/")[-1] for row in rejected} == {
         "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",
@@ -125,7 +125,7 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
     assert manifest.rows == {"train": 26, "val": 8}  # the GIF and the grayscale picture among them
 
     with pytest.raises(JobError, match=r"8 of 42 .* more than --max-rejected 0\.01"):
-        prepare(open_source(str(root)), Place.of(tmp_path / "out"), image_size=32)
+        prepare(open_source(str(root)), StoragePath.of(tmp_path / "out"), image_size=32)
     assert not (tmp_path / "out" / shards.MANIFEST).exists()
 
 
@@ -147,24 +147,24 @@ def test_every_kind_of_damage_names_the_shard(digit_shards, tmp_path):
             data[len(data) * (number - 2) // 10] ^= 1
             path.write_bytes(data)
         with pytest.raises(shards.DamagedData, match=path.name):
-            shards.verify(Place.of(folder), manifest)
+            shards.verify(StoragePath.of(folder), manifest)
 
 
 @pytest.mark.ray
 def test_labels_beyond_the_classes_are_refused(digit_shards):
     folder, manifest = digit_shards
-    ranges = shards.label_ranges(Place.of(folder), manifest)
-    shards.check_labels(Place.of(folder), manifest, ranges, 10)
+    ranges = shards.label_ranges(StoragePath.of(folder), manifest)
+    shards.check_labels(StoragePath.of(folder), manifest, ranges, 10)
     with pytest.raises(ValueError, match="label 9, but there are 9 classes"):
-        shards.check_labels(Place.of(folder), manifest, ranges, 9)
+        shards.check_labels(StoragePath.of(folder), manifest, ranges, 9)
 
 
 def test_a_source_given_for_shards_is_recognised(photographs):
     with pytest.raises(ValueError, match="looks like a source"):
-        shards.read_manifest(Place.of(photographs))
+        shards.read_manifest(StoragePath.of(photographs))
 
 
 def test_a_manifest_of_another_form_is_refused(tmp_path):
     (tmp_path / shards.MANIFEST).write_text('{"format": 1}')
     with pytest.raises(ValueError, match="prepare the data again"):
-        shards.read_manifest(Place.of(tmp_path))
+        shards.read_manifest(StoragePath.of(tmp_path))

@@ -17,7 +17,7 @@ import pytest
 import scipy.io
 from conftest import picture
 
-from orchestrator.base.storage import Place, StorageError
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data import images
 from orchestrator.data.sources import ilsvrc as archives
 from orchestrator.data.sources import open_source, read
@@ -362,10 +362,10 @@ def test_links_to_folders_are_listed_not_followed(tmp_path, photographs):
 
 
 def test_places_join_and_refuse_secrets():
-    assert str(Place.of("s3://bucket/a/?region=x") / "b") == "s3://bucket/a/b?region=x"
-    assert (Place("s3://bucket/a?region=x") / "b?.txt").name == "b?.txt"
-    assert Place.of("file:///tmp/x%20y#z").local == Path("/tmp/x y#z")
-    assert Place.of("/tmp/what?/x").name == "x"
+    assert str(StoragePath.of("s3://bucket/a/?region=x") / "b") == "s3://bucket/a/b?region=x"
+    assert (StoragePath("s3://bucket/a?region=x") / "b?.txt").name == "b?.txt"
+    assert StoragePath.of("file:///tmp/x%20y#z").local == Path("/tmp/x y#z")
+    assert StoragePath.of("/tmp/what?/x").name == "x"
     for text, words in [
         ("nosuch://x/y", "nosuch://x: cannot be opened"),
         ("s3://", "names no bucket"),
@@ -373,15 +373,15 @@ def test_places_join_and_refuse_secrets():
         ("s3://bu cket/x", "s3://bu cket: cannot be opened"),
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
-            Place.of(text)
+            StoragePath.of(text)
     for secret in ("s3://key:secret@bucket/a", "s3://key:sec/ret@bucket/a", "abfs://c@account/x?sig=secret"):
         with pytest.raises(ValueError, match=r"credentials|cannot be set") as error:
-            Place.of(secret)
+            StoragePath.of(secret)
         assert "sec" not in str(error.value)
 
 
 def test_what_fsspec_knows_is_a_place_too():
-    place = Place.of("memory://box/folder")
+    place = StoragePath.of("memory://box/folder")
     (place / "a/b.bin").write(b"12345")
     assert (place / "a/b.bin").read() == b"12345"
     assert (place / "a/b.bin").size() == 5

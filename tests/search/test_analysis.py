@@ -28,7 +28,7 @@ def searched(tmp_path):
     )
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(30):
-        values = config.space.draw(0, number) if number else config.papers
+        values = config.space.draw(0, number) if number else config.paper_baseline
         journal.write("trial", number=number, values=values)
         error = abs(math.log10(values["lr"] / 0.02)) / 3
         epochs = 9 if not number or error < 0.1 else 3 if error < 0.2 else 1
@@ -60,7 +60,7 @@ def test_the_best_is_held_against_the_paper_s_with_the_noise_of_the_validation_s
     config, journal = searched
     found = findings.compare(config, journal, 360)
     papers = math.log10(2) / 3 + 0.1 / 9
-    assert found.papers == pytest.approx(papers)
+    assert found.paper_baseline == pytest.approx(papers)
     assert found.best < papers
     assert found.margin == pytest.approx(math.sqrt((found.best * (1 - found.best) + papers * (1 - papers)) / 360))
     assert "more than twice the standard error" in str(found)
@@ -71,7 +71,7 @@ def test_what_failed_is_no_finding(tmp_path):
     config = make_search({}, digits().changed(workers=1, layout="single"), SPACE)
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(2):
-        journal.write("trial", number=number, values=config.papers)
+        journal.write("trial", number=number, values=config.paper_baseline)
         journal.write("epoch", number=number, metrics=metrics(1, 0.1 * (number + 1)))
     journal.write("end", number=0, status="FAILED", error="training diverged")
     assert findings.as_result(config, journal, 100)["best"] == 1, "though its error is larger"
@@ -114,7 +114,7 @@ def test_every_picture_is_drawn_also_of_a_search_that_just_began(searched, tmp_p
 
     young = Journal(tmp_path / "young.jsonl")
     assert all_pictures(config, young) == {}
-    young.write("trial", number=0, values=config.papers)
+    young.write("trial", number=0, values=config.paper_baseline)
     young.write("epoch", number=0, metrics=metrics(1, 0.5))
     assert set(all_pictures(config, young)) == {"learning_curves.png", "parameters.png", "rungs.png"}
 

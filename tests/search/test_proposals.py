@@ -63,7 +63,9 @@ def test_tpe_takes_what_failed_what_runs_and_a_paper_s_point_outside_of_the_spac
     config = search({"lr": {"uniform": [0.02, 0.1]}}, searcher="tpe", num_samples=9)
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(8):
-        journal.write("trial", number=number, values=config.papers if not number else config.space.draw(0, number))
+        journal.write(
+            "trial", number=number, values=config.paper_baseline if not number else config.space.draw(0, number)
+        )
     journal.write("end", number=3, status="FAILED", error="loss is nan")
     assert 0.02 <= ask_optuna(config, list(journal.trials.values()), 8)["lr"] <= 0.1
 
@@ -115,9 +117,9 @@ def test_a_grid_that_is_cut_says_so(tmp_path):
 def test_settings_that_go_together_only_in_pairs_can_be_searched():
     space = {"workers": {"choice": [1, 2]}, "layout": {"choice": ["single", "columns"]}}
     config = search(space)
-    assert config.some_with("workers", 2) == {"workers": 2, "layout": "columns"}
-    assert config.some_with("workers", 1) == {"workers": 1}
+    assert config.valid_values_with("workers", 2) == {"workers": 2, "layout": "columns"}
+    assert config.valid_values_with("workers", 1) == {"workers": 1}
     found = {(v["workers"], v["layout"]) for v in (draw_fitting(config, number) for number in range(20))}
     assert found == {(1, "single"), (2, "columns")}
     with pytest.raises(ValueError, match="space: workers = 2: "):
-        search({"workers": {"choice": [1, 2]}}).some_with("workers", 2)
+        search({"workers": {"choice": [1, 2]}}).valid_values_with("workers", 2)

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.search.config import make_search
 from orchestrator.search.journal import Journal
 from orchestrator.search.proposals import trial_config
-from orchestrator.search.schedulers import Judge
+from orchestrator.search.schedulers import JournaledScheduler
 from orchestrator.search.trial import kept_checkpoint
 
 SPACE = {"lr": {"loguniform": [0.001, 0.1]}, "lrn_n": {"choice": [3, 5, 7]}}
@@ -58,7 +58,7 @@ def errors(number, epoch):
 def drive(config, journal, tmp_path, until=None):
     """Let eight trials report in turn, as long as they may; returns the judge's listener."""
     told = Told()
-    judge = Judge(config, journal, Place.of(tmp_path), told)
+    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in range(8):
         if number not in journal.trials:
             journal.write("trial", number=number, values=config.space.draw(0, number))
@@ -112,7 +112,7 @@ def test_a_decision_that_was_written_but_not_carried_out_is_remembered(tmp_path)
     path.write_bytes(b"".join(lines[:first_end]))  # the driver died between the result and the end
     journal = Journal(path)
     number, metrics = journal.results[-1]
-    judge = Judge(config, journal, Place.of(tmp_path), Told())
+    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), Told())
     one = FakeTrial(number)
     judge.on_trial_add(None, one)
     assert judge.on_trial_result(None, one, result(metrics["epoch"], metrics["val/top1_error"])) == "STOP"
@@ -120,7 +120,7 @@ def test_a_decision_that_was_written_but_not_carried_out_is_remembered(tmp_path)
 
 def test_a_failed_trial_is_written_down_with_its_line_and_an_interrupted_one_is_not_at_its_end(tmp_path):
     config, journal, told = search(), Journal(tmp_path / "journal.jsonl"), Told()
-    judge = Judge(config, journal, Place.of(tmp_path), told)
+    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in (0, 1, 2):
         journal.write("trial", number=number, values={"lr": 0.1, "lrn_n": 5})
         judge.on_trial_add(None, FakeTrial(number))
@@ -155,13 +155,15 @@ class Controller:
 def test_of_a_population_the_worst_goes_on_from_the_best_and_the_paper_s_from_itself(tmp_path):
     config = search(scheduler="pbt", num_samples=8, grace_epochs=2)
     journal, told = Journal(tmp_path / "journal.jsonl"), Told()
-    judge = Judge(config, journal, Place.of(tmp_path), told)
+    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     trials = [FakeTrial(number) for number in range(8)]
     controller = Controller(trials)
     for number, one in enumerate(trials):
-        journal.write("trial", number=number, values=config.papers if not number else config.space.draw(0, number))
+        journal.write(
+            "trial", number=number, values=config.paper_baseline if not number else config.space.draw(0, number)
+        )
         judge.on_trial_add(controller, one)
-        (kept_checkpoint(Place.of(tmp_path), journal.trials[number].folder, 2) / "state.json").write(b"{}")
+        (kept_checkpoint(StoragePath.of(tmp_path), journal.trials[number].folder, 2) / "state.json").write(b"{}")
     for epoch in (1, 2):
         for number in (3, 2, 4, 1, 5, 6, 0, 7):  # the worst last, who is the paper's and trial 7
             decision = judge.on_trial_result(controller, trials[number], result(epoch, errors(number, epoch)))
@@ -173,13 +175,13 @@ def test_of_a_population_the_worst_goes_on_from_the_best_and_the_paper_s_from_it
     record = journal.trials[7]
     donor = next(donor for name, moved_record, donor in told.heard if name == "on_exploit" and moved_record is record)
     assert donor in (2, 3, 4)
-    assert record.start["checkpoint"] == str(kept_checkpoint(Place.of(tmp_path), journal.trials[donor].folder, 2))
+    assert record.start["checkpoint"] == str(kept_checkpoint(StoragePath.of(tmp_path), journal.trials[donor].folder, 2))
     assert record.start["lr"] == journal.trials[donor].values["lr"]
     assert trials[7].config == trial_config(record)
     assert record.epoch == 2
 
     journal.close()
-    again = Judge(config, Journal(tmp_path / "journal.jsonl"), Place.of(tmp_path), told)
+    again = JournaledScheduler(config, Journal(tmp_path / "journal.jsonl"), StoragePath.of(tmp_path), told)
     for one in trials:
         one.status = "RUNNING"
         again.on_trial_add(controller, one)

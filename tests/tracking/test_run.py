@@ -13,10 +13,10 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from safetensors.torch import save_file
 
 import alexnet
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.tracking import run as tracking
-from orchestrator.tracking.store import Store, tracking_uri, ui_command, without_password
+from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
@@ -44,8 +44,8 @@ def test_an_unreachable_server_is_one_line_without_its_password():
 
 
 def test_no_password_is_shown_or_stored():
-    assert without_password("https://user:secret@host:1/path") == "https://host:1/path"
-    assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert redact("https://user:secret@host:1/path") == "https://host:1/path"
+    assert redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert "secret" not in ui_command("https://user:secret@host")
     assert ui_command("postgresql://user:secret@host/db").endswith('--backend-store-uri "$MLFLOW_TRACKING_URI"')
 
@@ -71,12 +71,12 @@ def test_jobs_that_make_one_store_at_the_same_moment_share_it(tmp_path):
 @pytest.mark.ray
 def test_what_a_crash_did_not_send_is_sent_when_the_run_goes_on(uri, digit_shards):
     tracker = Tracker(uri)
-    tracker.start("hole", digits(), digit_shards[1], Place.of(digit_shards[0]))
+    tracker.start("hole", digits(), digit_shards[1], StoragePath.of(digit_shards[0]))
     history = [{"epoch": epoch, "step": 10 * epoch, "val/loss": 1 / epoch} for epoch in (1, 2, 3)]
     tracker.log_epoch(history[0])
     tracker.finish("KILLED")
     again = Tracker(uri)
-    again.start("hole", digits(), digit_shards[1], Place.of(digit_shards[0]), run_id=tracker.run_id)
+    again.start("hole", digits(), digit_shards[1], StoragePath.of(digit_shards[0]), run_id=tracker.run_id)
     again.complete(history, "val/loss")
     again.finish("FINISHED")
     found = again.client.get_metric_history(tracker.run_id, "val/loss")
@@ -86,7 +86,7 @@ def test_what_a_crash_did_not_send_is_sent_when_the_run_goes_on(uri, digit_shard
 @pytest.mark.ray
 def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, digit_shards, monkeypatch):
     tracker, said = Tracker(uri), []
-    tracker.start("flaky", digits(), digit_shards[1], Place.of(digit_shards[0]), warn=said.append)
+    tracker.start("flaky", digits(), digit_shards[1], StoragePath.of(digit_shards[0]), warn=said.append)
     working = tracker.client.log_batch
 
     def down(*args, **kwargs):
@@ -154,7 +154,7 @@ def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):
 def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri, digit_shards):
     folder, manifest = digit_shards
     tracker = Tracker(uri)
-    tracker.start("one", digits(), manifest, Place.of(folder))
+    tracker.start("one", digits(), manifest, StoragePath.of(folder))
     tracker.log({"train/loss": 2.5}, step=1)
     tracker.finish("KILLED", "stopped by SIGTERM")
     client = mlflow.MlflowClient(uri)
@@ -166,7 +166,7 @@ def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri
     assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run_id)}
 
     again = Tracker(uri)
-    again.start("one", digits(), manifest, Place.of(folder), run_id=tracker.run_id)
+    again.start("one", digits(), manifest, StoragePath.of(folder), run_id=tracker.run_id)
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     again.finish("FINISHED")
     assert again.run_id == tracker.run_id
@@ -186,7 +186,7 @@ def test_the_logged_model_predicts_what_the_net_predicts(uri, digit_shards, tmp_
     build = {"preset": "paper", "num_classes": 10, "width": 0.25, "input_size": 64, "lrn": {}}
     description = {"build": build, "pixel_scale": 1 / 64, "classes": manifest.classes}
     tracker = Tracker(uri)
-    tracker.start("model", digits(), manifest, Place.of(folder))
+    tracker.start("model", digits(), manifest, StoragePath.of(folder))
     tracker.log_model(
         tmp_path / "w.safetensors", folder / manifest.mean_image_file, description, manifest.image_size, 10
     )

@@ -8,8 +8,8 @@ import torch
 from gloo import run_gloo
 
 import alexnet
-from alexnet.dropout import Where
-from alexnet.layouts import Layout, PlacedNet
+from alexnet.dropout import BatchPosition
+from alexnet.layouts import Layout, ShardedNet
 from orchestrator.config.recipes import digits
 from orchestrator.train import checkpoints
 from orchestrator.train.model import build_net
@@ -19,13 +19,13 @@ def trained(steps, placed, optimizer):
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
-        images, where = torch.randn(4, 3, 64, 64, generator=generator), Where(0, step, torch.arange(4))
+        images, where = torch.randn(4, 3, 64, 64, generator=generator), BatchPosition(0, step, torch.arange(4))
         placed(images, where, [4]).square().mean().backward()
         optimizer.step()
 
 
 def pieces():
-    placed = PlacedNet(build_net(digits(), 10), Layout("single", 1))
+    placed = ShardedNet(build_net(digits(), 10), Layout("single", 1))
     optimizer = alexnet.PaperSGD(placed.parameters(), lr=0.01)
     return placed, optimizer, alexnet.plateau_schedule(optimizer, patience=1)
 
@@ -50,7 +50,7 @@ def test_six_steps_equal_three_saved_and_loaded_and_three_bit_for_bit(tmp_path):
 def test_a_checkpoint_of_another_net_is_refused_in_one_line(tmp_path):
     net, optimizer, schedule = pieces()
     checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
-    other = PlacedNet(build_net(digits(), 20), Layout("single", 1))
+    other = ShardedNet(build_net(digits(), 20), Layout("single", 1))
     with pytest.raises(ValueError, match=r"fc8\.\w+ is 10\b.* there, and 20\b.* in this net") as error:
         checkpoints.load(tmp_path, other, alexnet.PaperSGD(other.parameters()), schedule)
     assert "\n" not in str(error.value)
@@ -138,9 +138,9 @@ def test_one_process_goes_on_from_four_and_four_from_one(tmp_path):
     whole = dict(placed.part.named_parameters())
     for kind, workers in (("columns", 2), ("hybrid", 4)):
         for rank in range(workers):
-            part = PlacedNet.__new__(PlacedNet)
+            part = ShardedNet.__new__(ShardedNet)
             torch.nn.Module.__init__(part)
-            part.layout, part.rank, part.member = Layout(kind, workers), rank, rank
+            part.layout, part.rank, part.group_rank = Layout(kind, workers), rank, rank
             read = dict(checkpoints._read(tmp_path / "model.safetensors", part))
             assert read["conv4.weight"].shape[0] == (48 if kind == "columns" else 96)
             assert torch.equal(read["fc7.bias"], whole["fc7.bias"].chunk(workers)[rank])

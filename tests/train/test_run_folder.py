@@ -5,7 +5,7 @@ import json
 import pytest
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.search.journal import Journal
 from orchestrator.train.run_folder import RunFolder
@@ -13,7 +13,7 @@ from orchestrator.train.run_folder import RunFolder
 
 @pytest.fixture(params=["disk", "s3"])
 def output(request, tmp_path):
-    return Place.of(tmp_path / "runs") if request.param == "disk" else request.getfixturevalue("s3")[0] / "runs"
+    return StoragePath.of(tmp_path / "runs") if request.param == "disk" else request.getfixturevalue("s3")[0] / "runs"
 
 
 def test_a_folder_keeps_settings_and_result_wherever_it_is(output):
@@ -58,7 +58,7 @@ def test_a_folder_is_copied_or_fetched_whole(output):
         (folder / name).write(name.encode())
     folder.copy_folder(output / "two", last="a.txt")
     for place in (folder, output / "two"):
-        with place.fetched() as path:
+        with place.as_local_dir() as path:
             assert {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*.txt")} == {
                 "a.txt": "a.txt", "deeper/b.txt": "deeper/b.txt",
             }  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_run_and_a_search_live_in_object_storage_and_are_resumed_there(job, s3
     done = job("train", "--output", output, "--resume", "first", "--epochs", 3, cwd=tmp_path, **here)
     assert done.returncode == 0, done.stderr
     assert "resumed after epoch 2" in done.stdout
-    run = Place.of(output) / "first"
+    run = StoragePath.of(output) / "first"
     result = json.loads((run / "result.json").read())
     assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
     assert result["checkpoint"] == str(run / "checkpoint-epoch-0003")
@@ -97,10 +97,10 @@ def test_a_run_and_a_search_live_in_object_storage_and_are_resumed_there(job, s3
     search = ("--output", output, "--data", digit_shards[0], "--num-samples", 2, "--epochs", 2, "--name", "search")
     done = job("tune", *search, cwd=tmp_path, **here)
     assert done.returncode == 0, done.stderr + done.stdout
-    names = (Place.of(output) / "search").children().keys()
+    names = (StoragePath.of(output) / "search").children().keys()
     assert {"journal.jsonl", "search.yaml", "result.json", "best.yaml", "learning_curves.png", "trials"} <= names
     done = job("tune", "--output", output, "--resume", "search", "--num-samples", 3, cwd=tmp_path, **here)
     assert done.returncode == 0, done.stderr + done.stdout
-    journal = (Place.of(output) / "search" / "journal.jsonl").read().decode()
+    journal = (StoragePath.of(output) / "search" / "journal.jsonl").read().decode()
     assert journal.count('"event": "trial"') == 3
     assert journal.count('"event": "end"') == 3

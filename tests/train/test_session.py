@@ -58,7 +58,7 @@ def test_a_net_that_only_guesses_is_said_aloud(step, loss, init, said):
     worker, told = Worker.__new__(Worker), []
     worker.num_classes, worker.said_stuck, worker.state = 10, False, SimpleNamespace(step=step)
     worker.config = digits().changed(init=init)
-    worker.tell = lambda kind, **fields: told.append((kind, fields["text"]))
+    worker.report_event = lambda kind, **fields: told.append((kind, fields["text"]))
     for _ in range(2):  # once is enough
         worker.watch_for_a_stuck_net([9.0] * 10 + [loss] * 20)
     assert [kind for kind, _ in told] == ["warning"] * (said is not None)

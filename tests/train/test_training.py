@@ -81,7 +81,7 @@ def test_a_run_leaves_its_workers_alone_when_a_node_goes_that_it_does_not_need(
 ):
     nodes = [Node("a", 4), Node("idle", 4)]
     training = trainer.Training.__new__(trainer.Training)
-    training.config, training.num_classes, training.side_by_side = make_config(**settings, device="cpu"), 10, 0
+    training.config, training.num_classes, training.num_concurrent = make_config(**settings, device="cpu"), 10, 0
     training._counted, training._excused, training._nodes = {"a", "idle"}, set(), workers_on
     plan = make_plan(training.config, nodes, 10)
     monkeypatch.setattr(ray, "nodes", list)

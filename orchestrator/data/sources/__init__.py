@@ -5,7 +5,7 @@ A source is found in a folder or a URI by what lies there, or read as the format
 
 from collections.abc import Callable
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources.cifar import ARCHIVE, FOLDER, open_cifar10
 from orchestrator.data.sources.cifar import TRAIN as BATCHES
@@ -15,9 +15,9 @@ from orchestrator.data.sources.imagefolder import base_of, open_imagefolder
 from orchestrator.data.sources.listing import SPLITS, Entry, Say, Source, finished, read, version
 from orchestrator.data.sources.parquet import SUFFIX, open_parquet
 
-__all__ = ["DIGITS", "FORMATS", "SPLITS", "Entry", "Place", "Say", "Source", "open_source", "read", "version"]
+__all__ = ["DIGITS", "FORMATS", "SPLITS", "Entry", "Say", "Source", "StoragePath", "open_source", "read", "version"]
 
-FORMATS: dict[str, Callable[[Place, Say], Source]] = {
+FORMATS: dict[str, Callable[[StoragePath, Say], Source]] = {
     "imagefolder": open_imagefolder,
     "ilsvrc": open_ilsvrc,
     "parquet": open_parquet,
@@ -40,7 +40,7 @@ def open_source(
         if verify:
             raise ValueError(f"--verify: there are no checksums of {DIGITS}")
         return open_digits()
-    root = Place.of(source)
+    root = StoragePath.of(source)
     if not root.is_folder() and root.name != ARCHIVE:
         raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or the word {DIGITS}")
     if (root / MANIFEST).size() is not None:
@@ -52,7 +52,7 @@ def open_source(
     return finished(FORMATS[name](root, say))
 
 
-def detect(root: Place) -> tuple[str, str]:
+def detect(root: StoragePath) -> tuple[str, str]:
     """The format of what lies in a folder, and by what it is known."""
     names = root.children()
     if TRAIN in names:

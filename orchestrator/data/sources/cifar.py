@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import read_small_archive
 from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source
 
@@ -26,7 +26,7 @@ ALLOWED = {
 }
 
 
-def open_cifar10(root: Place, say: Say = lambda line: None) -> Source:
+def open_cifar10(root: StoragePath, say: Say = lambda line: None) -> Source:
     """From the archive as downloaded, or its folder. Raises ValueError naming the file that is missing or no batch."""
     names = {*TRAIN, *VAL, META}
     folder = next((f for f in (root, root / FOLDER) if (f / TRAIN[0]).size()), None)
@@ -70,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read(data: bytes, where: Place, *wanted: str) -> dict[str, Any]:
+def _read(data: bytes, where: StoragePath, *wanted: str) -> dict[str, Any]:
     try:
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         content = {_text(key): value for key, value in found.items()}

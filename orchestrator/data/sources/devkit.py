@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "data", "")
@@ -46,7 +46,7 @@ class Truth:
     def label(self, name: str) -> int | None:
         return self.label_of.get(PurePosixPath(name).stem)
 
-    def why_not(self, name: str) -> tuple[str, str]:
+    def rejection(self, name: str) -> tuple[str, str]:
         """What is said of an image that has no label."""
         return f"val/{name}", f"has no label in {self.where}"
 
@@ -56,7 +56,7 @@ class Truth:
         return [(f"val/{stem}", f"not there, though {self.where} names it") for stem in missing]
 
 
-def find_synsets(root: Place) -> Synsets:
+def find_synsets(root: StoragePath) -> Synsets:
     """From the devkit, or a list of words; none where there is neither. Raises ValueError where one is damaged."""
     found = _devkit_file(root, META)
     if found is not None:
@@ -69,7 +69,7 @@ def find_synsets(root: Place) -> Synsets:
     return Synsets({})
 
 
-def find_truth(root: Place, label_of_class: dict[str, int], synsets: Synsets) -> Truth:
+def find_truth(root: StoragePath, label_of_class: dict[str, int], synsets: Synsets) -> Truth:
     """Raises ValueError of one line where there is none, or one that does not fit the classes."""
     solution = root / SOLUTION
     if solution.size():
@@ -114,7 +114,7 @@ def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
         raise ValueError(f"{archive}: member {member.name!r} is a link or device, not a file; not reading this archive")
 
 
-def read_small_archive(archive: Place, wanted: set[str]) -> dict[str, bytes]:
+def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, bytes]:
     """The wanted files of a gzipped archive that fits in memory, by their last name. Raises ValueError."""
     found = {}
     try:
@@ -138,7 +138,7 @@ def read_small_archive(archive: Place, wanted: set[str]) -> dict[str, bytes]:
     return found
 
 
-def _devkit_file(root: Place, name: str) -> tuple[Place, bytes] | None:
+def _devkit_file(root: StoragePath, name: str) -> tuple[StoragePath, bytes] | None:
     """Where a file of the devkit is, and what is in it."""
     archive = root / DEVKIT
     if archive.size():
@@ -153,7 +153,7 @@ def _devkit_file(root: Place, name: str) -> tuple[Place, bytes] | None:
     return None
 
 
-def _truth(where: Place, named: dict[str, str], label_of_class: dict[str, int]) -> Truth:
+def _truth(where: StoragePath, named: dict[str, str], label_of_class: dict[str, int]) -> Truth:
     for stem, wnid in named.items():
         if wnid not in label_of_class:
             raise ValueError(f"{where}: {stem} is of class {wnid!r}, which is not in train")

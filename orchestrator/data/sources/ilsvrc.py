@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import DEVKIT, find_synsets, find_truth, refuse_unsafe
 from orchestrator.data.sources.listing import Entry, Say, Source
 
@@ -27,7 +27,7 @@ SAY_EVERY = 100  # archives
 BLOCK = tarfile.BLOCKSIZE
 
 
-def open_ilsvrc(root: Place, say: Say = lambda line: None) -> Source:
+def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
     """The classes are the names of train's inner archives, sorted. Raises ValueError naming archive and member."""
     for name in (TRAIN, VAL):
         if (root / name).size() is None:
@@ -55,7 +55,7 @@ def open_ilsvrc(root: Place, say: Say = lambda line: None) -> Source:
     for name, start, length in there:
         label_or_none = truth.label(name)
         if label_or_none is None:
-            misplaced.append(truth.why_not(name))
+            misplaced.append(truth.rejection(name))
             continue
         number = len(splits["train"]) + len(splits["val"])
         splits["val"].append(Entry(number, label_or_none, f"val/{name}", path=val.text, start=start, length=length))
@@ -64,7 +64,9 @@ def open_ilsvrc(root: Place, say: Say = lambda line: None) -> Source:
     return Source(root.name, "ilsvrc", classes, splits, class_names=words, misplaced=misplaced)
 
 
-def _listings(train: Place, inner: list[tuple[str, int, int]], say: Say) -> Iterator[list[tuple[tarfile.TarInfo, int]]]:
+def _listings(
+    train: StoragePath, inner: list[tuple[str, int, int]], say: Say
+) -> Iterator[list[tuple[tarfile.TarInfo, int]]]:
     """Of each inner archive, in order; many at a time where each look is a request."""
 
     def listing(each: tuple[str, int, int]) -> list[tuple[tarfile.TarInfo, int]]:
@@ -78,14 +80,14 @@ def _listings(train: Place, inner: list[tuple[str, int, int]], say: Say) -> Iter
             yield found
 
 
-def _refuse_twice(archive: Place, names: list[str]) -> None:
+def _refuse_twice(archive: StoragePath, names: list[str]) -> None:
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{archive}: has a member named {twice!r} twice; which is the right one?")
 
 
 def members(
-    archive: Place, start: int = 0, length: int | None = None, shown: str | None = None
+    archive: StoragePath, start: int = 0, length: int | None = None, shown: str | None = None
 ) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """The files of an uncompressed archive, and the byte of the whole file where each begins.
 
@@ -112,7 +114,7 @@ def members(
         raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
 
 
-def verify_md5(root: Place, say: Say) -> None:
+def verify_md5(root: StoragePath, say: Say) -> None:
     """Hold the archives against their publishers' checksums. Raises ValueError naming the one that differs."""
     present = {name: root / name for name in MD5 if (root / name).size() is not None}
     if root.name in MD5:
@@ -122,7 +124,7 @@ def verify_md5(root: Place, say: Say) -> None:
     for name, place in present.items():
         say(f"checking the MD5 of {name}, {(place.size() or 0) / 1e9:.1f} GB")
         digest = hashlib.md5(usedforsecurity=False)
-        for data in place.pieces():
+        for data in place.chunks():
             digest.update(data)
         if digest.hexdigest() != MD5[name]:
             raise ValueError(f"{place}: its MD5 is {digest.hexdigest()}, not {MD5[name]}; download it again")
@@ -131,7 +133,7 @@ def verify_md5(root: Place, say: Say) -> None:
 class _Window:
     """A stretch of a file as a file."""
 
-    def __init__(self, place: Place, start: int, length: int) -> None:
+    def __init__(self, place: StoragePath, start: int, length: int) -> None:
         self.place, self.start, self.length, self.at = place, start, length, 0
         self.ahead = (0, b"")  # where it begins, and what is there
 

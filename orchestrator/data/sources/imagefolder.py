@@ -1,13 +1,13 @@
 """Folders of image files: train/CLASS/IMAGE and val/CLASS/IMAGE, or a flat val/ with a list of its labels."""
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import find_synsets, find_truth
 from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, stored_size
 
 BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where train/ and val/ are; Kaggle's archive has the long ones
 
 
-def base_of(root: Place) -> Place:
+def base_of(root: StoragePath) -> StoragePath:
     """The folder that holds train/ and val/."""
     for base in BASES:
         folder = root / base if base else root
@@ -16,7 +16,7 @@ def base_of(root: Place) -> Place:
     return root
 
 
-def open_imagefolder(root: Place, say: Say = lambda line: None) -> Source:
+def open_imagefolder(root: StoragePath, say: Say = lambda line: None) -> Source:
     """The classes are train's folders in sorted order.
 
     Every file below a class folder is an entry, whatever it is called: what is no image is found, and listed, when it
@@ -59,7 +59,7 @@ def open_imagefolder(root: Place, say: Say = lambda line: None) -> Source:
             folder, _, below = name.partition("/")
             label = truth.label(name) if truth else label_of.get(folder) if below else None
             if label is None:
-                misplaced.append(truth.why_not(name) if truth else (f"{split}/{name}", "not in a class folder"))
+                misplaced.append(truth.rejection(name) if truth else (f"{split}/{name}", "not in a class folder"))
                 continue
             entries.append(Entry(next_id, label, f"{split}/{name}", path=(base / split / name).text))
             next_id += 1
@@ -70,7 +70,7 @@ def open_imagefolder(root: Place, say: Say = lambda line: None) -> Source:
     return Source(root.name, "imagefolder", classes, splits, image_size=size, class_names=words, misplaced=misplaced)
 
 
-def _files(folder: Place) -> list[str]:
+def _files(folder: StoragePath) -> list[str]:
     """Paths below the folder. A class may be a link to a folder elsewhere; below it such links are not followed."""
     try:
         if folder.local is None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.base.exits import last_line
-from orchestrator.base.storage import Place, StorageError
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data.images import NotAnImage, decode
 
 SPLITS = ("train", "val")
@@ -36,7 +36,7 @@ class Entry:
     id: int  # unique in the source, the same whatever the order in which entries are read
     label: int
     name: str  # for people: the path below the source, or what takes its place
-    path: str | None = None  # as in Place.text
+    path: str | None = None  # as in StoragePath.text
     start: int | None = None  # byte in the file, of an archive
     length: int | None = None
     row_group: int | None = None  # of a Parquet file
@@ -73,7 +73,7 @@ def read(entry: Entry) -> bytes:
     if entry.data is not None:
         return entry.data
     assert entry.path is not None
-    place = Place(entry.path)
+    place = StoragePath(entry.path)
     try:
         if entry.row is not None:
             data = _column(place, entry.row_group)[entry.row].as_py()
@@ -112,10 +112,10 @@ def _version(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-_recent: collections.OrderedDict[tuple[Place, int | None], Any] = collections.OrderedDict()
+_recent: collections.OrderedDict[tuple[StoragePath, int | None], Any] = collections.OrderedDict()
 
 
-def _column(place: Place, row_group: int | None) -> Any:
+def _column(place: StoragePath, row_group: int | None) -> Any:
     """The images of a row group: a task's rows come from a few of them, and the last are remembered."""
     found = _recent.pop((place, row_group), None)
     if found is None:
@@ -128,7 +128,7 @@ def _column(place: Place, row_group: int | None) -> Any:
                 return parquet.read_row_group(row_group, columns=[column]).flatten().column(0)
 
         try:
-            found = place.attempt(read_group, "read")
+            found = place.with_retries(read_group, "read")
         except (pa.ArrowException, OSError) as error:
             text = str(error).splitlines()[0]
             raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.base.storage import Place
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, image_column, stored_size
 
@@ -18,7 +18,7 @@ LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 NAMES = ("name", "path", "file_name", "filename")
 
 
-def open_parquet(root: Place, say: Say = lambda line: None) -> Source:
+def open_parquet(root: StoragePath, say: Say = lambda line: None) -> Source:
     """Files named train* and val*, validation* or test*, in the folder or below it, or in folders of these names.
 
     Raises ValueError naming the file and what it lacks.
@@ -60,7 +60,7 @@ class _RowGroup:
     schema: Any
 
 
-def _row_groups(root: Place, name: str) -> Iterator[_RowGroup]:
+def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
     place = root / name
     try:
         with place.open() as file:
@@ -77,7 +77,7 @@ def _row_groups(root: Place, name: str) -> Iterator[_RowGroup]:
         raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def split_files(root: Place, say: Say = lambda line: None) -> dict[str, list[str]]:
+def split_files(root: StoragePath, say: Say = lambda line: None) -> dict[str, list[str]]:
     """The Parquet files of train and val. Raises ValueError where one of them has none."""
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
@@ -115,7 +115,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _columns(place: Place, schema: Any) -> tuple[str, str | None]:
+def _columns(place: StoragePath, schema: Any) -> tuple[str, str | None]:
     """Of labels, and of names if there are any. Raises ValueError, also where there are no image bytes."""
     names = set(schema.names)
     image = image_column(schema)
@@ -138,7 +138,7 @@ def _columns(place: Place, schema: Any) -> tuple[str, str | None]:
     return label, path
 
 
-def _classes(root: Place, train: list[_RowGroup]) -> tuple[tuple[str, ...], dict[Any, int]]:
+def _classes(root: StoragePath, train: list[_RowGroup]) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of the classes, and the label of what stands in the label column. Raises ValueError."""
     of_train = {value for group in train for value in group.labels if value is not None}
     if any(isinstance(value, str) for value in of_train):

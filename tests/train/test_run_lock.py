@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from orchestrator.config.recipes import digits
-from orchestrator.train.claim import Claim
 from orchestrator.train.run_folder import RunFolder
+from orchestrator.train.run_lock import RunLock
 
 HOLDS = """
 import sys
-from orchestrator.train.claim import Claim
+from orchestrator.train.run_lock import RunLock
 from orchestrator.train.run_folder import RunFolder
-claim = Claim(RunFolder(sys.argv[1], "run"))
+claim = RunLock(RunFolder(sys.argv[1], "run"))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -27,12 +27,12 @@ def run(tmp_path):
 
 
 def test_a_run_has_one_driver_until_it_lets_go(run):
-    claim = Claim(run)
+    claim = RunLock(run)
     with pytest.raises(ValueError, match="--resume run: another process is working on it; wait for its end"):
-        Claim(run)
+        RunLock(run)
     claim.release()
     claim.release()
-    Claim(run).release()
+    RunLock(run).release()
 
 
 def test_a_killed_driver_holds_nothing(run):
@@ -40,6 +40,6 @@ def test_a_killed_driver_holds_nothing(run):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process"):
-            Claim(run)
+            RunLock(run)
         holder.kill()
-    Claim(run).release()
+    RunLock(run).release()

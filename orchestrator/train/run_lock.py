@@ -14,7 +14,7 @@ NAMESPACE = "alexnet"  # of Ray's named actors: the same for all jobs, which hav
 PATIENCE_S = 10.0  # for Ray to notice that the last holder's driver has ended
 
 
-class Claim:
+class RunLock:
     """The right to work on a run, until `release` or the end of this process, whatever its end.
 
     On one machine it is a lock on the run's folder. The jobs of a cluster, whose storage may have no locks,
