@@ -1,0 +1,19 @@
+"""Versions of the files that a run, a search or a data set leaves (docs/formats.md)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+KEY = "schema_version"
+
+
+def check_version(document: Mapping[str, Any], supported: int, where: object) -> int:
+    """The document's version; 0 for those written before files had one. Raises ValueError for a newer one."""
+    found = document.get(KEY, 0)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        raise ValueError(f"{where}: {KEY} is {found!r}, which is no version")
+    if found > supported:
+        raise ValueError(
+            f"{where}: was written by a newer version of alexnet-orchestrator ({KEY} {found}; this one reads up to "
+            f"{supported}); upgrade it to read this file"
+        )
+    return found
