@@ -1,10 +1,10 @@
-"""How fast does the feed bring images to a consumer that only touches them, beside what else a user could take?
+"""How fast does the feed deliver images to a consumer that only touches them, against other loaders?
 
     python benchmarks/feed.py --source IMAGEFOLDER --json FILE
 
-IMAGEFOLDER is a tree of train/CLASS/IMAGE and val/CLASS/IMAGE. It is prepared into shards first, as JPEG and raw. Every
-loader then makes random 224-pixel crops, half of them mirrored, in batches of 128 of uint8, with two processes or
-threads, each in a process of its own, turn about. A turn begins with nothing read and ends with nothing under way:
+IMAGEFOLDER is a tree of train/CLASS/IMAGE and val/CLASS/IMAGE. It is prepared as shards first, as JPEG and raw. Every
+loader then makes random 224-pixel crops, half of them mirrored, in uint8 batches of 128, with two processes or threads.
+Each runs in a process of its own, and they take turns. A turn starts with nothing read and ends with nothing pending:
 
     feed         ours, on Ray Data, from JPEG shards (feed raw: from raw shards)
     imagefolder  torch DataLoader and torchvision ImageFolder from the original files: Resize(256), RandomCrop, flip
@@ -12,7 +12,7 @@ threads, each in a process of its own, turn about. A turn begins with nothing re
     webdataset   webdataset over tars of the same JPEGs, with simplejpeg
     pyarrow      pyarrow and a pool of threads over our shards, with simplejpeg: the limit
 
-images per CPU-second count the whole process tree, Ray's own processes included. The shares say whose they are.
+Images per CPU-second count the whole process tree, Ray's own processes included; the shares split it up.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def crop(data: Any, out: np.ndarray) -> None:
 
 
 def feed(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
-    """A run of some epochs, training and validation."""
+    """A run of PASSES epochs, training and validation."""
     from orchestrator.cluster.connection import connect
 
     connect()
@@ -170,7 +170,7 @@ LOADERS = {
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Of this process and of all that live below it, by whose they are; loaders keep theirs alive between turns."""
+    """CPU time of this process and all its descendants, by role; loaders keep theirs alive between turns."""
     found = {"consumer": 0.0, "tasks": 0.0, "ray": 0.0}
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
@@ -186,7 +186,7 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def serve(name: str, shards: Path, source: Path) -> None:
-    """A contender: a turn, one pass over the images, for every line on standard input."""
+    """Run a contender: one turn for every line on standard input."""
     from alexnet import keep_freed_memory
 
     keep_freed_memory()

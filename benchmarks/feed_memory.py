@@ -1,11 +1,11 @@
-"""How much memory does the feed take on a set far larger than the object store?
+"""How much memory does the feed need for a data set far larger than the object store?
 
     python benchmarks/feed_memory.py --shards SHARDS
 
-SHARDS are made by jobs/prepare.py, best with --encoding raw, which is large. By links to them a set is made that has
-ten times the size of the object store that Ray takes on this machine, and one worker's feed runs over all of it. Every
-tenth of a second the memory is read that each process has for itself (anonymous pages; Linux only), what the object
-store holds, and in the end what was spilled to disk.
+SHARDS are made by jobs/prepare.py, preferably with --encoding raw, which is large. Links to them make up a data set of
+ten times the object store that Ray has on this machine, and one worker's feed reads all of it. Ten times a second the
+private memory of each process (anonymous pages; Linux only) and the content of the object store are measured, and at
+the end what was spilled to disk.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FACTOR = 10
 
 
 def private_bytes() -> dict[str, int]:
-    """Of this process, of those that run tasks or wait for some, and of Ray's own."""
+    """Private memory of this process, of those that run or await tasks, and of Ray's own."""
     me = psutil.Process()
     found = {"consumer": anonymous_bytes(me.pid), "tasks": 0, "ray": 0}
     for process in me.children(recursive=True):
@@ -50,7 +50,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def linked(place: StoragePath, manifest: Manifest, times: int, folder: Path) -> Manifest:
-    """The same shards many times over."""
+    """A data set of the same shards many times over, linked into a folder."""
     assert place.local is not None
     shards = []
     for time_number in range(times):

@@ -1,16 +1,17 @@
-"""What does it cost to make shards, and which quality and row groups are worth it?
+"""What does it cost to make shards, and which JPEG quality and which row groups pay?
 
     python benchmarks/prepare.py --source IMAGEFOLDER [IMAGEFOLDER ...]
 
 For each tree of train/CLASS/IMAGE and val/CLASS/IMAGE, on one core:
 
-    rate         images a second from files to a shard, statistics included, beside torchvision's usual loop
-                 (PIL, Resize(256), CenterCrop(256), JPEG of quality 90) on the same files, turn about
-    quality      bytes an image, and the mean absolute error of its pixels in grey levels, by JPEG quality
-    row groups   images a second through the feed's reader, in training order, by rows in a row group
+    rate         images per second from files to a shard, statistics included, against torchvision's usual loop
+                 (PIL, Resize(256), CenterCrop(256), JPEG of quality 90) on the same files, in turns
+    quality      bytes per image, and the mean absolute error of its pixels in grey levels, by JPEG quality
+    row groups   images per second through the feed's reader, in training order, by rows in a row group
 """
 
 import argparse
+import functools
 import io
 import random
 import statistics
@@ -28,10 +29,11 @@ from alexnet import keep_freed_memory
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import imagenette
 from orchestrator.data import images
-from orchestrator.data import prepare as preparation
+from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD
 from orchestrator.data.reader import Task, TaskReader
+from orchestrator.data.shard_writer import ShardWriter
 from orchestrator.data.shards import Manifest, Shard, schema
-from orchestrator.data.sources import open_source, read
+from orchestrator.data.sources import Entry, open_source, read
 
 SIZE = 256
 QUALITIES = (75, 85, 90, 95, 100)
@@ -41,21 +43,24 @@ ROW_GROUPS = (16, 64, 128, 256, 1024)
 def torchvision_loop(paths: list[str]) -> None:
     transform = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE)])
     for path in paths:
-        transform(PIL.Image.open(path).convert("RGB")).save(io.BytesIO(), "JPEG", quality=preparation.JPEG_QUALITY)
+        transform(PIL.Image.open(path).convert("RGB")).save(io.BytesIO(), "JPEG", quality=JPEG_QUALITY)
 
 
-def rate(entries: list[Any], folder: Path, rounds: int) -> dict[str, float]:
-    writer = preparation._ShardWriter(StoragePath.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
-    task = {"split": "train", "file": "shard.parquet", "entries": entries}
-    paths = [entry.path for entry in entries]
-    times = measure.take_turns(
-        {"ours": lambda: writer._make(task) and None, "torchvision": lambda: torchvision_loop(paths)}, rounds
-    )
+def rate(entries: list[Entry], folder: Path, rounds: int) -> dict[str, float]:
+    """Images a second of each, and the ratio."""
+    writer = ShardWriter(StoragePath.of(folder), SIZE, JPEG_QUALITY, 1000)
+    paths = [entry.path for entry in entries if entry.path]
+
+    def ours() -> None:
+        writer.make("train", "shard.parquet", entries)
+
+    times = measure.take_turns({"ours": ours, "torchvision": lambda: torchvision_loop(paths)}, rounds)
     found = {name: len(entries) / statistics.median(seconds) for name, seconds in times.items()}
     return found | {"ratio": measure.median_ratio(times["torchvision"], times["ours"])}
 
 
-def quality(entries: list[Any]) -> list[dict[str, float]]:
+def quality(entries: list[Entry]) -> list[dict[str, float]]:
+    """Size and error at each of QUALITIES."""
     pixels = [images.resize_and_center(images.decode(read(entry)), SIZE) for entry in entries]
     rows = []
     for level in QUALITIES:
@@ -70,22 +75,23 @@ def quality(entries: list[Any]) -> list[dict[str, float]]:
     return rows
 
 
-def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float]:
-    """Through TaskReader, in the order of an epoch; each turn reads all of it."""
+def row_groups(entries: list[Entry], folder: Path, rounds: int) -> dict[int, float]:
+    """Images a second through TaskReader, in the order of an epoch, by rows in a row group; a turn reads all of it."""
     readers = {}
-    data = [images.encode(images.resize_and_center(images.decode(read(entry)), SIZE), 90) for entry in entries]
+    data = [
+        images.encode(images.resize_and_center(images.decode(read(entry)), SIZE), JPEG_QUALITY) for entry in entries
+    ]
     config = imagenette().changed(color_noise="none")
     for count in ROW_GROUPS:
         shards = []
         place = StoragePath.of(folder / str(count))
-        writer = preparation._ShardWriter(place, SIZE, 90, 10)
-        preparation.ROW_GROUP_ROWS = count
-        for first in range(0, len(data), preparation.ROWS_PER_SHARD):
-            part = data[first : first + preparation.ROWS_PER_SHARD]
+        writer = ShardWriter(place, SIZE, JPEG_QUALITY, 10, row_group_rows=count)
+        for first in range(0, len(data), ROWS_PER_SHARD):
+            part = data[first : first + ROWS_PER_SHARD]
             columns: dict[str, list[Any]] = {name: [0] * len(part) for name in schema("jpeg", SIZE).names}
             columns |= {"image": part, "name": [""] * len(part), "label": np.zeros(len(part), np.int32)}
             shard = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
-            shards.append(Shard(**shard | writer._write(place / f"train/{first}.parquet", columns)))
+            shards.append(Shard(**shard | writer.write(place / f"train/{first}.parquet", columns)))
         manifest = Manifest.model_construct(
             shards=tuple(shards), rows={"train": len(data)}, image_size=SIZE,
             eigenvalues=(1.0, 1.0, 1.0), eigenvectors=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
@@ -99,7 +105,7 @@ def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float
             positions = np.concatenate([np.arange(lo, hi) for lo, hi in reader.rank_slices(task)])
             reader.read(task, positions)
 
-    times = measure.take_turns({str(n): lambda r=r: read_all(r) for n, r in readers.items()}, rounds)
+    times = measure.take_turns({str(n): functools.partial(read_all, r) for n, r in readers.items()}, rounds)
     return {count: len(data) / statistics.median(times[str(count)]) for count in ROW_GROUPS}
 
 
@@ -138,7 +144,7 @@ def main() -> None:
     measure.write(args.json, result)
 
 
-def is_image(entry: Any) -> bool:
+def is_image(entry: Entry) -> bool:
     try:
         images.decode(read(entry))
     except images.NotAnImage:

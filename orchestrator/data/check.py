@@ -1,4 +1,4 @@
-"""A data set held against its manifest, and the feed run alone over all of it."""
+"""The check of a data set: its files against its manifest, and the feed, run alone over all of its images."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PICTURES = 48  # on the contact sheet
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found; a data set with a fault has none, but raises."""
+    """What a check of a sound data set found."""
 
     manifest: Manifest
     size_bytes: int
@@ -38,16 +38,16 @@ class Report:
 
 
 def feed_config(manifest: Manifest) -> TrainConfig:
-    """Settings under which the feed makes full use of the stored images: the paper's 224 of 256 pixels, or as much."""
+    """Settings for the check: crops as large in proportion to the images as the paper's 224 of 256 pixels."""
     size = manifest.image_size
     return make_config(epochs=1, input_size=max(64, min(size, size * 224 // 256)), global_batch_size=128)
 
 
 def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
-    """Checksums, counts, labels, then every image decoded and cut by the feed. Ray must be connected.
+    """Check checksums, counts and labels, and have the feed decode and crop every image. Ray must be connected.
 
-    `say` gets a line after each part, `progress` images done, images in all and images/s while the feed runs.
-    Raises ValueError where there is no data set, JobError naming the file that is not what the manifest says.
+    `say` gets a line after the checksums; `progress` gets images done, images in all and images/s while the feed runs.
+    Raises ValueError if there is no data set, JobError naming the file that differs from the manifest.
     """
     import ray
 
@@ -55,15 +55,15 @@ def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[i
     size_bytes = sum(shard.size_bytes for shard in manifest.shards)
     verify(folder, manifest)
     read_mean_image(folder, manifest)
-    say(f"checksums  {len(manifest.shards)} shards, {size_bytes / 1e6:.1f} MB, and the mean image: as in the manifest")
+    say(f"checksums  {len(manifest.shards)} shards, {size_bytes / 1e6:.1f} MB, and the mean image match the manifest")
     check_labels(folder, manifest, label_ranges(folder, manifest), len(manifest.classes))
     config = feed_config(manifest)
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # no trainer here: all of them are the feed's
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # no training beside it: the feed gets all of them
     feed = Feed(folder, manifest, config, rank=0, world_size=1, num_cpus=1.0, num_tasks=cpus)
     images = sum(manifest.rows.values())
     samples: NDArray[np.uint8] | None = None
     labels = np.empty(0, np.int64)
-    ray.get([ray.remote(num_cpus=1)(warm_up).remote() for _ in range(cpus)])  # Ray's own start is not the feed's speed
+    ray.get([ray.remote(num_cpus=1)(warm_up).remote() for _ in range(cpus)])  # the speed should not include Ray's start
     done, start = 0, time.monotonic()
     with closing(feed):
         feed.start(0)
@@ -77,7 +77,8 @@ def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[i
                 progress(done, images, done / max(time.monotonic() - start, 1e-9))
             if tuple(counts.tolist()) != manifest.class_rows[split]:
                 raise DamagedData(
-                    f"{folder}: {split} has {counts.tolist()} rows of each class, not what the manifest says"
+                    f"{folder}: {split} has {counts.tolist()} rows of each class, but the manifest has "
+                    f"{list(manifest.class_rows[split])}; prepare the data again"
                 )
     assert samples is not None
     rate = done / max(time.monotonic() - start, 1e-9)

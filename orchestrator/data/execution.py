@@ -1,29 +1,25 @@
-"""One execution of Ray Data: a chunk of tasks to blocks, in order."""
+"""One execution of Ray Data: packed tasks to blocks of rows, in the order of the tasks."""
 
-import json
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import astuple
 from typing import Any
 
-from orchestrator.base.exits import JobError
-from orchestrator.data.reader import Columns, Task, TaskReader
-from orchestrator.data.shards import DamagedData
-
-FAILURES = {"damaged": DamagedData, "failure": JobError}  # the only column of a block that says why there is no other
+from orchestrator.data.reader import Columns, Task, TaskReader, pack, raise_failure
 
 
-class _Closed(Exception):
-    """The run is over, or given up: nobody takes from the feed any more."""
+class FeedClosed(Exception):
+    """The feed was closed: nobody will take what it has under way."""
 
 
-class _Execution:
-    """Blocks of tasks run by Ray Data, all of them whether or not anybody takes the results yet."""
+class Execution:
+    """Ray Data at work on blocks of tasks. It runs to its end, however slowly the results are taken."""
 
     def __init__(
         self, reader: TaskReader, blocks: list[list[Task]], num_cpus: float, num_tasks: int, closed: threading.Event
     ) -> None:
+        """Starts at once: num_cpus for each Ray Data task, num_tasks of them at a time. It ends early if `closed` is
+        set."""
         import ray.data
         from ray.data import ExecutionOptions
 
@@ -32,9 +28,9 @@ class _Execution:
         options = ExecutionOptions()
         options.preserve_order = True
         context.execution_options = options
-        self.num_blocks = len(blocks)  # of results
-        items = [{"tasks": json.dumps([astuple(task) for task in block])} for block in blocks]
-        # not from_arrow: it starts a task that wants a whole CPU, and no node may have one left
+        self.num_blocks = len(blocks)
+        items = [{"tasks": pack(block)} for block in blocks]
+        # not from_arrow, which starts a task that needs a whole CPU: no node may have one left
         self._dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             reader,
             batch_size=None,
@@ -47,7 +43,7 @@ class _Execution:
         threading.Thread(target=self._run, name="feed execution", daemon=True).start()
 
     def blocks(self) -> Iterator[Columns]:
-        """In the order of the tasks. Raises what one of them raised."""
+        """The rows of each block of tasks, in order. Raises what a task raised, FeedClosed once the feed is closed."""
         import ray
         from ray.data.block import BlockAccessor
 
@@ -55,11 +51,9 @@ class _Execution:
             if isinstance(result, BaseException):
                 raise result
             if self._closed.is_set():
-                raise _Closed
+                raise FeedClosed
             columns: Columns = BlockAccessor.for_block(ray.get(result)).to_batch_format("numpy")
-            for name, kind in FAILURES.items():
-                if name in columns:
-                    raise kind(str(columns[name][0]))
+            raise_failure(columns)
             yield columns
 
     def _run(self) -> None:
@@ -67,11 +61,11 @@ class _Execution:
 
         try:
             for bundle in self._dataset.iter_internal_ref_bundles():
-                ray.wait(bundle.block_refs, timeout=0, fetch_local=True)  # the pixels begin to travel here
+                ray.wait(bundle.block_refs, timeout=0, fetch_local=True)  # the pixels travel ahead of use
                 for block in bundle.block_refs:
                     self._results.put(block)
                 if self._closed.is_set():
-                    break  # Ray Data ends an execution whose iterator is dropped
+                    break  # dropping the iterator ends Ray Data's execution
             self._results.put(None)
         except BaseException as error:
             self._results.put(error)

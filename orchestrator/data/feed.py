@@ -1,12 +1,10 @@
 """The feed: shards to a worker's batches, through Ray Data.
 
-An epoch is a plan: one order of all rows, a pure function of (shards, seed, epoch), cut into global batches. Each
-worker trains on its own equal stretch of every global batch, in order. Ray Data runs the plan: a task takes the rows
-that one worker needs for a few steps, reads them, decodes, crops, mirrors and colours them (alexnet/augment.py), and
-sends uint8 pixels. The epochs and the validations between them are one stream, so that the next epoch is being
-decoded while this one is validated. Nothing depends on the number of workers, tasks or CPUs.
-
-N images, H rows, W columns, C colours.
+An epoch is a plan: one order of all rows, a pure function of (shards, seed, epoch), cut into global batches (order.py).
+Each worker trains on an equal slice of every global batch, in order. A task reads the rows that one worker needs for a
+few steps, decodes, crops, mirrors and colours them, and sends uint8 pixels (reader.py). Ray Data runs the tasks, a
+chunk of them in each execution (execution.py). Training and validation of all epochs are one stream, so that the next
+epoch is decoded while this one is validated. No batch depends on the number of workers, tasks or CPUs.
 """
 
 import collections
@@ -20,21 +18,21 @@ import numpy as np
 from alexnet import augment
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.execution import _Closed, _Execution
+from orchestrator.data.execution import Execution, FeedClosed
 from orchestrator.data.order import rank_slice
 from orchestrator.data.reader import Batch, Columns, Task, TaskReader
 from orchestrator.data.shards import Manifest
 
-TASK_BYTES = 2**26  # pixels of a task's output: 445 images of 224 pixels, enough to outweigh its overhead
-CHUNK_BYTES = 2**28  # of one execution's output, or two rounds of tasks if that is more; two executions at a time
+TASK_BYTES = 2**26  # of a task's output: 445 images of 224 pixels, enough to outweigh the cost of a task
+CHUNK_BYTES = 2**28  # of an execution's output, or two rounds of tasks if that is more; two executions at a time
 STORE_SHARE = 0.5  # of the object stores, at most, for the executions of all workers of all runs
-BLOCKS_AHEAD = 2  # a worker's own queue, in tasks' outputs
-CLOSED_EVERY_S = 0.2  # how often a feed that nobody takes from looks whether it is closed
-CLOSE_PATIENCE_S = 5.0  # for the tasks at work to end
+BLOCKS_AHEAD = 2  # task outputs in a worker's own queue
+CLOSED_EVERY_S = 0.2  # how often a full queue checks whether the feed was closed
+CLOSE_TIMEOUT_S = 5.0  # for the thread that fills the queue to end
 
 
 class Feed:
-    """One worker's batches of a run, from its first epoch to its last, in the order in which the loop asks for them."""
+    """One worker's batches of a run, in the order in which the training loop asks for them."""
 
     def __init__(
         self,
@@ -48,9 +46,9 @@ class Feed:
         num_tasks: int,
         num_concurrent: int = 1,
     ) -> None:
-        """num_cpus a task, num_tasks of this worker's at a time (twice as many where one execution follows another, if
-        there are CPUs): `placement.share_cpus` says what leaves every worker its part, for they wait for each other.
-        num_concurrent: runs that share the cluster."""
+        """num_cpus: of each task. num_tasks: of this worker at a time; briefly twice as many when one execution follows
+        another, if there are CPUs. `placement.share_cpus` chooses both so that every worker gets its share, because
+        workers wait for each other. num_concurrent: runs that share the cluster."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
         self.num_cpus, self.num_tasks, self.num_concurrent = num_cpus, num_tasks, num_concurrent
@@ -61,45 +59,46 @@ class Feed:
         self._thread: threading.Thread | None = None
 
     def close(self) -> None:
-        """End the stream, wherever it is: to be called before Ray is left."""
+        """End the stream, wherever it is. Call it before disconnecting from Ray."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join(CLOSE_PATIENCE_S)
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     def num_steps(self, split: str) -> int:
+        """Global batches in a pass."""
         return -(-self.manifest.rows[split] // self.config.global_batch_size)
 
     def start(self, first_epoch: int, first_step: int = 0) -> None:
-        """Begin the stream at a step of an epoch's training; then its validation, the next epoch's training, and so on.
+        """Begin the stream at a step of an epoch's training; then come its validation, the next epoch's training, ...
 
-        Nothing of the steps before is read.
+        The steps before it are not read.
         """
         import ray
 
-        able = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        stores = [has.get("object_store_memory", 0.0) for has in able if has.get("CPU") or has.get("GPU")]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        stores = [has.get("object_store_memory", 0.0) for has in nodes if has.get("CPU") or has.get("GPU")]
         self.steps_per_task, self.steps_per_chunk = self._steps(sum(stores) or None)
         tasks = self._tasks(first_epoch, first_step)
         self._thread = threading.Thread(target=self._fill, args=(tasks,), name="feed", daemon=True)
         self._thread.start()
 
     def rank_slice(self, split: str, step: int, rank: int) -> tuple[int, int]:
-        """Where in the pass a worker's part of a step begins and ends."""
+        """Where a worker's part of a step begins and ends in the pass."""
         return rank_slice(step, self.manifest.rows[split], self.config.global_batch_size, rank, self.world_size)
 
     def batches(self, split: str, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The worker's part of every step of a pass; a part can be empty in the last. Passes are asked for in order."""
+        """The worker's part of every step of a pass; that of the last step can be empty. Ask for passes in order."""
         for step in range(first_step, self.num_steps(split)):
             lo, hi = self.rank_slice(split, step, self.rank)
             batch = self._take(hi - lo)
-            # a lost, repeated or reordered row must not pass for training
+            # a lost, repeated or reordered row must not go unnoticed
             assert np.array_equal(batch["position"], np.arange(lo, hi)), (
                 f"{split} rows {lo}:{hi} of epoch {epoch} are not the plan's"
             )
             yield batch
 
     def _steps(self, store_bytes: float | None) -> tuple[int, float]:
-        """How many steps make a task and a chunk: less where the object store is small, and always at least one."""
+        """Steps per task and per chunk: fewer where the object store is small; of a task at least one."""
         step = 3 * self.config.input_size**2 * self.config.global_batch_size / self.world_size
         chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
         if store_bytes is not None:
@@ -116,15 +115,15 @@ class Feed:
                     yield Task(epoch, split, first, min(first + self.steps_per_task, total))
 
     def _fill(self, tasks: Iterator[Task]) -> None:
-        """Put the blocks of all tasks into the queue, in order; a failure too, for the consumer to raise."""
+        """Put the blocks of all tasks into the queue, in order, and a failure for the consumer to raise."""
         try:
             for block in self._blocks(tasks):
                 self._put(block)
             self._put(RuntimeError("the feed ended before the run: rows are missing"))
-        except _Closed:
+        except FeedClosed:
             pass
         except BaseException as error:
-            with contextlib.suppress(_Closed):
+            with contextlib.suppress(FeedClosed):
                 self._put(error)
 
     def _put(self, block: Columns | BaseException) -> None:
@@ -133,16 +132,16 @@ class Feed:
                 return self._queue.put(block, timeout=CLOSED_EVERY_S)
             except queue.Full:
                 continue
-        raise _Closed
+        raise FeedClosed
 
     def _blocks(self, tasks: Iterator[Task]) -> Iterator[Columns]:
-        """Run the tasks on Ray Data, a chunk at a time; the next begins when the last tasks of one are at work.
+        """Run the tasks on Ray Data, a chunk at a time; the next chunk begins while the last tasks of this one run.
 
-        A chunk's output fits in the object store, so its execution runs through and ends, however slow the trainer is,
-        and no task waits for a consumer. One long execution would be held back by the store's limit instead, and Ray
-        Data's scheduling thread then spins: measured at 0.6 of a core in every training process.
+        A chunk's output fits in the object store, so its execution runs to its end however slow training is, and no
+        task waits for a consumer. A single long execution would stall at the store's limit instead, and Ray Data's
+        scheduling thread then spins: measured at 0.6 of a core in every training process.
         """
-        running = collections.deque[_Execution]()
+        running = collections.deque[Execution]()
         while True:
             if not running and not self._begin_chunk(tasks, running):
                 return
@@ -153,20 +152,20 @@ class Feed:
                 yield block
             running.popleft()
 
-    def _begin_chunk(self, tasks: Iterator[Task], running: "collections.deque[_Execution]") -> bool:
+    def _begin_chunk(self, tasks: Iterator[Task], running: "collections.deque[Execution]") -> bool:
         if self._closed.is_set():
-            raise _Closed
+            raise FeedClosed
         blocks: list[list[Task]] = []
         steps = 0.0
         while steps < self.steps_per_chunk and (block := self._next_block(tasks)):
             blocks.append(block)
             steps += sum(task.last_step - task.first_step for task in block)
         if blocks:
-            running.append(_Execution(self.reader, blocks, self.num_cpus, self.num_tasks, self._closed))
+            running.append(Execution(self.reader, blocks, self.num_cpus, self.num_tasks, self._closed))
         return bool(blocks)
 
     def _next_block(self, tasks: Iterator[Task]) -> list[Task]:
-        """As many tasks as one of Ray's should do: several passes, where they are short."""
+        """Tasks for one task of Ray's: several passes of them where passes are short."""
         block: list[Task] = []
         steps = 0
         while steps < self.steps_per_task and (task := next(tasks, None)):
@@ -175,7 +174,7 @@ class Feed:
         return block
 
     def _take(self, count: int) -> Batch:
-        """The next `count` rows of the stream: views where they lie in one block, a copy where they straddle two."""
+        """The next `count` rows of the stream: views of one block, or a copy where they straddle two."""
         parts: list[Columns] = []
         while count:
             if self._left is None:
@@ -199,7 +198,7 @@ class Feed:
 
 
 def warm_up() -> None:
-    """Import what the tasks import, in one of Ray's processes, which they will then find ready."""
+    """Import and compile what tasks need, in one of Ray's processes, so that the first ones find it done."""
     import ray.data  # noqa: F401
 
     tiny = np.zeros((1, 8, 8, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Exact sums over images: of the pixels in each place, and of the products of two colours. Compiled by numba."""
+"""Exact sums over images, for the mean image and the covariance of colours: integers, in code compiled by numba."""
 
 from typing import Any
 
@@ -6,21 +6,21 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SIDE = 2**16  # below: a row's sum of squares stays within 32 bits
-MAX_IMAGES = 2**23  # so does a place's sum of pixels
+MAX_SIDE = 2**16  # pixels, exclusive: the sum of squares over a row fits in 32 bits
+MAX_IMAGES = 2**23  # the sum of one pixel over the images fits in 32 bits
 
 
 class Moments:
-    """Of the images added, all `size` pixels square."""
+    """Sums of the images added so far, all (size, size, 3)."""
 
     def __init__(self, size: int) -> None:
         assert size < MAX_SIDE
         self.count = 0
-        self.sums: NDArray[np.int32] = np.zeros((size, size, 3), np.int32)
-        self.products: NDArray[np.int64] = np.zeros((3, 3), np.int64)  # over all places: colour i times colour j
+        self.sums: NDArray[np.int32] = np.zeros((size, size, 3), np.int32)  # of each pixel
+        self.products: NDArray[np.int64] = np.zeros((3, 3), np.int64)  # colour i times colour j, over all pixels
 
     def add(self, image: NDArray[np.uint8]) -> None:
-        """(size, size, 3)."""
+        """Add (size, size, 3) pixels."""
         self.count += 1
         assert self.count <= MAX_IMAGES and image.shape == self.sums.shape  # noqa: PT018
         _add(image, self.sums, self.products)

@@ -1,13 +1,13 @@
-"""Sources to shards, on Ray Data.
+"""A source to shards, on Ray Data.
 
-The order is drawn once, from a seed; each shard is one task over its stretch of it. A task that is done leaves a note
-of it beside the data, so that a preparation that was killed redoes only what is missing. The manifest is written last.
+The order is drawn once, from a seed; each shard is a task over consecutive entries of it (shard_writer.py). A task that
+is done leaves a note beside the data, so that a preparation that was interrupted makes only what is missing. The
+manifest is written last.
 """
 
 import hashlib
 import io
 import json
-import pickle
 import queue
 import re
 import threading
@@ -23,24 +23,25 @@ from pydantic import BaseModel
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
-from orchestrator.data.shard_writer import _ShardWriter
+from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
 from orchestrator.data.sources import SPLITS, Source
 
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
-OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")
-BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # by JPEG quality, photographs (docs/data.md)
-SPARE = 1.1  # of disk space: photographs differ
+OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")  # files written here
+BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # of photographs, by JPEG quality (docs/data.md)
+SPARE = 1.1  # factor on the disk space: photographs differ
 
 
 class Progress(BaseModel):
     """How far a preparation is."""
 
     images_done: int
-    images_kept: int  # of those, were there from an earlier attempt
+    images_kept: int  # those of them that an earlier attempt had made
     images_total: int
     rejected: int
+    guessed: tuple[str, ...] = ()  # lines about images whose range of pixel values is not known
     elapsed_s: float
 
 
@@ -57,13 +58,13 @@ def prepare(
     parallelism: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
-    """Read every image of the source and write the shards, the same bytes whatever the parallelism.
+    """Read every image of the source and write the shards: the same bytes whatever the parallelism.
 
-    What an earlier attempt with the same settings has left is kept. All sums are of integers, so that they do not
-    depend on which task ends first.
+    Shards of an earlier attempt with the same settings are kept. All sums are of integers, so they do not depend on
+    which task ends first. Ray must be connected.
 
     Raises JobError if more than the fraction `max_rejected` of the files could not be read; the list is then in
-    output/rejected.jsonl, and there is no manifest. Ray must be connected.
+    output/rejected.jsonl, and there is no manifest.
     """
     import ray.data
 
@@ -71,9 +72,10 @@ def prepare(
     (output / MANIFEST).remove()
     tasks = list(_tasks(source, seed, rows_per_shard))
     quality = jpeg_quality if encoding == "jpeg" else None
-    write = _ShardWriter(output, size, quality, len(source.classes))
+    write = ShardWriter(output, size, quality, len(source.classes))
     shards: list[Shard] = []
     rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
+    guessed: list[str] = []
     total = sum(len(entries) for entries in source.splits.values())
     sums = np.zeros((size, size, 3), np.int64)
     products = np.zeros((3, 3), np.int64)
@@ -85,6 +87,7 @@ def prepare(
     for result in _results(dataset):
         report = json.loads(result["report"])
         rejected.extend(report["rejected"])
+        guessed.extend(report.get("guessed", ()))  # notes of version 0 have none
         if report["shard"]["split"] == "train":
             sums += result["sums"]
             products += result["products"]
@@ -93,17 +96,16 @@ def prepare(
             shards.append(Shard(**report["shard"]))
         done += report["images"]
         kept += report["images"] if result["kept"] else 0
+        counts = {"images_done": done, "images_kept": kept, "images_total": total, "rejected": len(rejected)}
         elapsed = time.monotonic() - start
-        on_progress(
-            Progress(images_done=done, images_kept=kept, images_total=total, rejected=len(rejected), elapsed_s=elapsed)
-        )
+        on_progress(Progress(**counts, guessed=tuple(sorted(guessed)), elapsed_s=elapsed))
     shards.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     rejected.sort(key=lambda row: row["name"])
     (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in rejected).encode())
     rows = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
     considered = total + len(source.misplaced)
     if empty := [split for split, count in rows.items() if not count]:
-        raise JobError(f"no image of {empty[0]} could be read; the reasons are listed in {output / REJECTED}")
+        raise JobError(f"no image of {empty[0]} could be read; the reasons are in {output / REJECTED}")
     if len(rejected) > max_rejected * considered:
         raise JobError(
             f"{len(rejected)} of {considered} files could not be read, more than --max-rejected {max_rejected:g}; "
@@ -111,7 +113,7 @@ def prepare(
         )
     counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
     manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
-    verify(output, manifest, whole=False)  # on a cluster, an output that only one node sees would be half here
+    verify(output, manifest, whole=False)  # on a cluster, an output that is not shared would hold only a part here
     _remove_leftovers(output, manifest)
     (output / MANIFEST).write((manifest.model_dump_json(indent=1) + "\n").encode())
     (output / UNFINISHED).remove()
@@ -119,7 +121,7 @@ def prepare(
 
 
 def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> int:
-    """About how much disk space the shards will take."""
+    """Roughly the disk space that a preparation takes: the shards, and its notes."""
     count = sum(len(entries) for entries in source.splits.values())
     bits = 24.0
     if jpeg_quality is not None:
@@ -131,19 +133,19 @@ def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows
 
 
 def check_apart(source: str, output: StoragePath) -> None:
-    """Raises ValueError where the shards would be written over, or among, the images."""
+    """Raises ValueError if the shards would be written over the images or among them."""
     if "://" not in source and output.local is not None:
         images_at, shards_at = Path(source).resolve(), output.local.resolve()
     else:
         images_at, shards_at = Path(source.partition("?")[0]), Path(output.text.partition("?")[0])
     if shards_at == images_at or any(shards_at.is_relative_to(images_at / split) for split in SPLITS):
-        raise ValueError(f"--output {output}: is where the images of --source are; choose another folder")
+        raise ValueError(f"--output {output}: holds the images of --source; choose another folder")
 
 
 def check_space(
     source: Source, output: StoragePath, image_size: int, jpeg_quality: int | None, rows_per_shard: int
 ) -> None:
-    """Raises ValueError of one line where the disk is too small for what would be written."""
+    """Raises ValueError of one line if the disk has too little space for the shards."""
     free = output.free_bytes()
     needed = bytes_needed(source, image_size, jpeg_quality, rows_per_shard)
     there = 0
@@ -151,16 +153,16 @@ def check_space(
         there = sum(path.stat().st_size for split in SPLITS for path in output.local.glob(f"{split}/shard-*.parquet"))
     if free is not None and free + there < needed:
         raise ValueError(
-            f"--output {output}: the shards need about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} "
-            "GB free; choose another disk, a smaller --image-size or a lower --jpeg-quality"
+            f"--output {output}: the shards need about {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB "
+            "free; choose another disk, a smaller --image-size or a lower --jpeg-quality"
         )
 
 
 def _results(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The tasks' reports. Raises JobError with the reason if one could not do its work, for want of space, say."""
+    """What the tasks return. Raises JobError with the reason if one failed, for want of disk space, say."""
     rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def fetch() -> None:  # a thread, because a signal must not wait for a shard, nor come while Ray is called
+    def fetch() -> None:  # in a thread: a signal must neither wait for a shard nor interrupt a call into Ray
         try:
             for row in dataset.iter_rows():
                 rows.put(row)
@@ -172,26 +174,25 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
     while (row := rows.get()) is not None:
         failure = last_line(row) if isinstance(row, BaseException) else row["failure"]
         if failure:
-            raise JobError(f"writing shards failed: {failure}; what is done is kept for another try")
+            raise JobError(f"writing shards failed: {failure}; finished shards are kept for another try")
         yield row
 
 
 def _tasks(source: Source, seed: int, rows_per_shard: int) -> Iterator[dict[str, bytes]]:
-    """One task a shard: its name and its stretch of the shuffled listing."""
+    """One task per shard: consecutive entries of the shuffled listing."""
     for number, split in enumerate(SPLITS):
         entries = source.splits[split]
         order = _order(source, split, [seed, number], rows_per_shard)
         for index, first in enumerate(range(0, len(order), rows_per_shard)):
-            stretch = [entries[i] for i in order[first : first + rows_per_shard]]
-            task = {"split": split, "file": f"{split}/shard-{index:05d}.parquet", "entries": stretch}
-            yield {"task": pickle.dumps(task)}  # read again by the tasks, and by nobody else
+            chosen = [entries[i] for i in order[first : first + rows_per_shard]]
+            yield pack(split, f"{split}/shard-{index:05d}.parquet", chosen)
 
 
 def _order(source: Source, split: str, seed: list[int], rows_per_shard: int) -> NDArray[np.int64]:
-    """One permutation of the listing; of tables, one that takes a shard's rows from a few row groups.
+    """A permutation of the listing; of Parquet files, one that takes a shard's rows from a few row groups.
 
-    Those are drawn at random from all, and training draws its row groups at random from all shards, so that even a
-    table sorted by class is well mixed.
+    The row groups are drawn from all of them, and training draws its own from all shards, so that even a table sorted
+    by class is well mixed.
     """
     runs = source.runs[split] if source.runs else None
     if runs is None:
@@ -204,7 +205,7 @@ def _order(source: Source, split: str, seed: list[int], rows_per_shard: int) -> 
 
 
 def _remove_leftovers(output: StoragePath, manifest: Manifest) -> None:
-    """Shards of an attempt with other settings, which no manifest names."""
+    """Remove the shards of attempts with other settings, which the manifest does not name."""
     named = {shard.file for shard in manifest.shards}
     for split in SPLITS:
         for name in (output / split).children():
@@ -225,13 +226,14 @@ def _describe(
     products: NDArray[np.int64],
     output: StoragePath,
 ) -> Manifest:
+    """The manifest; also writes the mean image, whose checksum is in it."""
     pixels = rows["train"] * size * size
     mean = sums.sum(axis=(0, 1)) / pixels
     covariance = products / pixels - np.outer(mean, mean)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
     largest = eigenvectors[np.abs(eigenvectors).argmax(axis=0), np.arange(3)]
-    eigenvectors = eigenvectors * np.sign(largest)  # the sign is free: make it the same everywhere
+    eigenvectors = eigenvectors * np.sign(largest)  # the sign is arbitrary: make it the same everywhere
     mean_image = io.BytesIO()
     np.save(mean_image, (sums / rows["train"]).astype(np.float32), allow_pickle=False)
     (output / MEAN_IMAGE).write(mean_image.getvalue())

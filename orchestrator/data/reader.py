@@ -1,13 +1,17 @@
-"""Tasks of the feed: which rows, read, decoded, cropped, mirrored and coloured. Runs in Ray Data's processes."""
+"""The feed's tasks: which rows one takes, and how it reads, decodes, crops, mirrors and colours them.
 
-import collections
+Runs in Ray Data's processes, which import no torch: that is why they start quickly.
+
+N images, H rows, W columns, C colours.
+"""
+
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import astuple, dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
+import cachetools
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +26,12 @@ from orchestrator.config.train import TrainConfig
 from orchestrator.data.order import Order, plan_epoch, plan_validation, rank_slice, row_groups
 from orchestrator.data.shards import DamagedData, Manifest, Shard
 
-DECODED_AT_A_TIME = 4
-RECENT_BYTES = 2**27  # of row groups that a feed process remembers; a window of 4096 JPEG rows is 90 MB
+DECODED_AT_A_TIME = 4  # JPEG images
+RECENT_BYTES = 2**27  # of row groups that a feed process caches; a window of 4096 JPEG rows is 90 MB
+FAILURES = {"damaged": DamagedData, "failure": JobError}  # by the name of the one column that reports them
 
-Batch = dict[str, NDArray[Any]]
 Columns = dict[str, NDArray[Any]]
+Batch = Columns  # a worker's rows of one step: image (N, H, W, C) uint8, label, id, position, top, left, flip
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,20 @@ class Task:
     last_step: int  # exclusive
 
 
+def pack(tasks: list[Task]) -> str:
+    """Tasks as a cell of the column `tasks` that `TaskReader` is called with."""
+    return json.dumps([astuple(task) for task in tasks])
+
+
+def raise_failure(columns: Columns) -> None:
+    """Raise the JobError that a task returned in place of its rows, if it did."""
+    for name, kind in FAILURES.items():
+        if name in columns:
+            raise kind(str(columns[name][0]))
+
+
 class TaskReader:
-    """Reads, decodes and augments the rows of a task. Runs in Ray Data's processes, which need no torch."""
+    """Reads, decodes and augments the rows of tasks."""
 
     def __init__(
         self, folder: StoragePath, manifest: Manifest, config: TrainConfig, rank: int, world_size: int
@@ -49,32 +66,36 @@ class TaskReader:
         self.margin = manifest.image_size - config.input_size
 
     def order(self, split: str, epoch: int) -> Order:
+        """The rows of a pass, in order."""
         return _order(self.manifest.split(split), split, self.config.seed, epoch, self.config.shuffle_window)
 
     def rank_slices(self, task: Task) -> list[tuple[int, int]]:
+        """Where this worker's part of each of the task's steps begins and ends in the pass."""
         num_rows = self.manifest.rows[task.split]
         size = self.config.global_batch_size
         steps = range(task.first_step, task.last_step)
         return [rank_slice(step, num_rows, size, self.rank, self.world_size) for step in steps]
 
     def __call__(self, rows: Columns) -> Iterator[Columns]:
-        """A block of tasks to columns: image (N, H, W, C) uint8, how it was cut, label, id, position in the pass."""
+        """The rows of packed tasks, or the one column of FAILURES that says why there are none."""
         keep_freed_memory()
         results = []
-        for fields in chain.from_iterable(json.loads(text) for text in rows["tasks"]):
-            task = Task(*fields)
+        for task in (Task(*fields) for text in rows["tasks"] for fields in json.loads(text)):
             positions = np.concatenate([np.arange(lo, hi) for lo, hi in self.rank_slices(task)])
             if len(positions):
                 try:
                     results.append(self.read(task, positions))
-                except JobError as failure:  # its one line, which Ray Data would bury under its own
-                    kind = "damaged" if isinstance(failure, DamagedData) else "failure"
+                except JobError as failure:  # returned, because Ray Data would bury its one line under its own advice
+                    kind = next(name for name, kind in FAILURES.items() if isinstance(failure, kind))
                     results = [{kind: np.array([str(failure)])}]
                     break
         yield from results
 
     def read(self, task: Task, positions: NDArray[np.int64]) -> Columns:
-        """The rows at these positions of the task's pass: group by group, decoded, and cut into their places."""
+        """The rows at these positions of the task's pass: read and decoded by row group, each cut into its place.
+
+        Raises DamagedData, JobError where a file cannot be read.
+        """
         config, manifest, total = self.config, self.manifest, len(positions)
         order, shards = self.order(task.split, task.epoch), manifest.split(task.split)
         places = row_groups(shards)
@@ -108,19 +129,19 @@ class TaskReader:
 class RowGroup:
     """A row group in memory."""
 
-    images: pa.Array | NDArray[np.uint8]  # binary: JPEG; binary of a fixed size, or bytes from their first: raw pixels
+    images: pa.Array | NDArray[np.uint8]  # JPEG: binary; raw: binary of a fixed size, or the file's bytes from there on
     labels: NDArray[np.int64]
     ids: NDArray[np.int64]
-    name: str  # for people
-    size: int  # bytes
+    name: str  # for messages
+    size: int  # bytes of memory
 
     def decoded(
         self, rows: NDArray[np.int64], place: NDArray[np.int64], size: int
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
         """Pixels (M, size, size, 3), which of them are wanted, and their places: the i-th of `rows` at `place[i]`.
 
-        Raw pixels are all there, as they lie in the file. JPEG is decoded a few images at a time, whose pixels stay in
-        the processor's cache until they are cut.
+        Raw pixels come all at once, as stored. JPEG is decoded a few images at a time, so that their pixels are still
+        in the processor's cache when they are cut. Raises DamagedData.
         """
         if isinstance(self.images, np.ndarray):
             count = len(self.labels)
@@ -142,34 +163,38 @@ class RowGroup:
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
 
-_recent: collections.OrderedDict[tuple[StoragePath, int], RowGroup] = collections.OrderedDict()
+# one that is larger than the cache counts as all of it: the rows of a task come from few groups, often from one
+_recent: MutableMapping[tuple[StoragePath, int], RowGroup] = cachetools.LRUCache(
+    RECENT_BYTES, getsizeof=lambda group: min(group.size, RECENT_BYTES)
+)
 
 
 def read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...] = ()) -> RowGroup:
-    """From the file, or from memory: the tasks of a shuffle window all need the same row groups.
+    """From the cache, or from the file. Raises DamagedData, JobError where the file cannot be read.
 
-    A process remembers the last RECENT_BYTES of them, so each is read about once a pass by every process at work, and
-    not once a task. Raw pixels of a local file whose place in it is known are not read at all, but mapped into memory.
+    All tasks of a shuffle window need the same row groups. The cache makes each process that is at work read a group
+    about once per pass, rather than once per task.
     """
-    found = _recent.pop((place, index), None)
+    found = _recent.get((place, index))
     if found is None:
-        mapped = bool(pixels_at) and place.local is not None
-        columns = ["label", "id"] if mapped else ["image", "label", "id"]
-        try:
-            table = place.with_retries(lambda: _open(place).read_row_group(index, columns=columns), "read")
-        except (OSError, pa.ArrowException) as error:
-            text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk, or the way there: it may pass
-                raise JobError(text) from None
-            raise DamagedData(text) from None
-        images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
-        labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
-        found = RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)
-        total = found.size + sum(group.size for group in _recent.values())
-        while _recent and total > RECENT_BYTES:
-            total -= _recent.popitem(last=False)[1].size
-    _recent[place, index] = found
+        found = _recent[place, index] = _read_row_group(place, index, pixels_at)
     return found
+
+
+def _read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...]) -> RowGroup:
+    """Raw pixels whose place in a local file is known are not read, but mapped into memory."""
+    mapped = bool(pixels_at) and place.local is not None
+    columns = ["label", "id"] if mapped else ["image", "label", "id"]
+    try:
+        table = place.with_retries(lambda: _open(place).read_row_group(index, columns=columns), "read")
+    except (OSError, pa.ArrowException) as error:
+        text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
+        if isinstance(error, OSError) and error.errno is not None:  # the disk or the network: another try may succeed
+            raise JobError(text) from None
+        raise DamagedData(text) from None
+    images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
+    labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
+    return RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""Rows to Parquet shards."""
+"""A task of a preparation: entries of a source to one shard, the sums of its pixels, and a note that it is done."""
 
 import collections
 import functools
@@ -15,113 +15,144 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.schema import KEY, check_version
 from orchestrator.base.storage import StoragePath
 from orchestrator.data import images
-from orchestrator.data.shards import (
-    ROW_GROUP_ROWS,
-    UNFINISHED,
-    schema,
-    sha256,
-)
-from orchestrator.data.sources import Entry, read, version
+from orchestrator.data.shards import ROW_GROUP_ROWS, UNFINISHED, schema, sha256
+from orchestrator.data.sources import Entry, read, versions
 
-READ_AHEAD = 32  # files of a remote source, while others are decoded
-READERS = 16
+NOTE_VERSION = 1
+READ_AHEAD = 32  # files of a remote source that are fetched while others are decoded
+READERS = 16  # threads that fetch them
 
 
-class _ShardWriter:
-    """The task that turns a stretch of entries into one Parquet file and the sums of its pixels."""
+def pack(split: str, file: str, entries: list[Entry]) -> dict[str, bytes]:
+    """The row that `ShardWriter` is called with: the shard's split, its file below the output, and what it holds."""
+    return {"task": pickle.dumps({"split": split, "file": file, "entries": entries})}  # read by ShardWriter only
 
-    def __init__(self, output: StoragePath, size: int, jpeg_quality: int | None, num_classes: int) -> None:
+
+class ShardWriter:
+    """Writes shards; called by Ray Data with the row of each."""
+
+    def __init__(
+        self,
+        output: StoragePath,
+        size: int,
+        jpeg_quality: int | None,
+        num_classes: int,
+        row_group_rows: int = ROW_GROUP_ROWS,
+    ) -> None:
+        """size: side of the stored images in pixels. jpeg_quality: None for raw pixels."""
         self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
+        self.row_group_rows = row_group_rows
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
-        """The report, the sums, and the one line of a failure, which Ray Data would bury under its own."""
+        """The report as JSON, the sums of Moments, whether the shard was kept, and a failure as one line or "".
+
+        A failure is returned, because Ray Data would bury its one line under its own advice.
+        """
         try:
-            return self._done(pickle.loads(row["task"])) | {"failure": ""}
+            return self._result(pickle.loads(row["task"])) | {"failure": ""}
         except (JobError, OSError, pa.ArrowException) as failure:
             nothing = np.zeros(0)
             return {"report": "", "sums": nothing, "products": nothing, "kept": False, "failure": last_line(failure)}
 
-    def _done(self, task: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, task: dict[str, Any]) -> dict[str, Any]:
         note = self.output / UNFINISHED / (task["file"] + ".npz")
-        settings = [self.size, self.jpeg_quality, self.num_classes, ROW_GROUP_ROWS]
-        versions = [version(entry) for entry in task["entries"]]
-        fingerprint = hashlib.sha256(repr((settings, task, versions)).encode()).hexdigest()
-        kept = self._done_before(note, fingerprint)
+        settings = [self.size, self.jpeg_quality, self.num_classes, self.row_group_rows]
+        fingerprint = hashlib.sha256(repr((settings, task, versions(task["entries"]))).encode()).hexdigest()
+        kept = self._kept(note, fingerprint)
         if kept is not None:
             return kept
-        result = self._make(task)
+        result = self.make(task["split"], task["file"], task["entries"])
         data = io.BytesIO()
         arrays: dict[str, Any] = {name: np.array(value) for name, value in result.items()}
-        np.savez(data, fingerprint=np.array(fingerprint), **arrays)
+        arrays |= {KEY: np.array(NOTE_VERSION), "fingerprint": np.array(fingerprint)}
+        np.savez(data, **arrays)
         note.write(data.getvalue())
         return result | {"kept": False}
 
-    def _done_before(self, note: StoragePath, fingerprint: str) -> dict[str, Any] | None:
-        """The result of the same task in an earlier attempt, if its shard is as it was then."""
+    def _kept(self, note: StoragePath, fingerprint: str) -> dict[str, Any] | None:
+        """The result of the same task in an earlier attempt, if its shard is still what it was then.
+
+        Raises JobError for a note of a newer version, whose shard this one would otherwise make again.
+        """
         if note.size() is None:
             return None
         data = note.read()
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as found:
-                if str(found["fingerprint"]) != fingerprint:
-                    return None
-                result = {"report": str(found["report"]), "sums": found["sums"], "products": found["products"]}
-            report = json.loads(result["report"])
-        except Exception:  # a note that was cut off says nothing
+                fields = {name: found[name] for name in found.files}
+        except Exception:  # whatever numpy makes of a note that was cut off
             return None
+        try:
+            check_version({KEY: fields[KEY].item()} if KEY in fields else {}, NOTE_VERSION, note)
+        except ValueError as error:
+            raise JobError(f"{error}, or remove {self.output / UNFINISHED} to begin again") from None
+        if str(fields.get("fingerprint")) != fingerprint:
+            return None
+        result = {"report": str(fields["report"]), "sums": fields["sums"], "products": fields["products"]}
+        report = json.loads(result["report"])
         shard = report["shard"]
-        if report["rejected"]:  # the user may have mended them
+        if report["rejected"]:  # the user may have repaired them
             return None
         place = self.output / shard["file"]
         if shard["rows"] and (place.size() != shard["size_bytes"] or sha256(place) != shard["sha256"]):
             return None
         return result | {"kept": True}
 
-    def _make(self, task: dict[str, Any]) -> dict[str, Any]:
-        from orchestrator.data.pixel_stats import Moments  # and numba, which drivers do without
+    def make(self, split: str, file: str, entries: list[Entry]) -> dict[str, Any]:
+        """Write the shard, whatever is there. Returns the report as JSON, and the sums of Moments."""
+        from orchestrator.data.pixel_stats import Moments  # imports numba, which drivers do not need
 
         moments = Moments(self.size)
         data: list[bytes] = []
         kept: list[Entry] = []
-        rejected = []
-        for entry, load in _ahead(task["entries"]):
+        rejected, guessed = [], []  # guessed: lines about images whose range of pixel values is not known
+        for entry, load in _read_ahead(entries):
+            notes: list[str] = []
             try:
-                pixels = images.resize_and_center(images.decode(load()), self.size)
+                pixels = images.resize_and_center(images.decode(load(), notes.append), self.size)
             except images.NotAnImage as reason:
                 rejected.append({"name": entry.name, "reason": str(reason)})
                 continue
+            guessed += [f"{entry.name}: {note}" for note in notes]
             moments.add(pixels)
             data.append(pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality))
             kept.append(entry)
         labels = np.array([entry.label for entry in kept], np.int32)
-        shard = {"file": task["file"], "split": task["split"], "rows": len(kept)}
+        shard = {"file": file, "split": split, "rows": len(kept)}
         if kept:
             rest = {"id": [entry.id for entry in kept], "name": [entry.name for entry in kept]}
-            shard |= self._write(self.output / task["file"], {"image": data, "label": labels} | rest)
+            shard |= self.write(self.output / file, {"image": data, "label": labels} | rest)
         class_rows = np.bincount(labels, minlength=self.num_classes).tolist()
-        report = {"shard": shard, "rejected": rejected, "images": len(task["entries"]), "class_rows": class_rows}
+        report = {
+            "shard": shard, "rejected": rejected, "guessed": guessed, "images": len(entries), "class_rows": class_rows
+        }  # fmt: skip
         return {"report": json.dumps(report), "sums": moments.sums, "products": moments.products}
 
-    def _write(self, place: StoragePath, columns: dict[str, Any]) -> dict[str, Any]:
+    def write(self, place: StoragePath, columns: dict[str, Any]) -> dict[str, Any]:
+        """Write columns as a Parquet file. Returns what a manifest's Shard says of the file."""
         form = schema("raw" if self.jpeg_quality is None else "jpeg", self.size)
         sink = pa.BufferOutputStream()
         # compressed or dictionary-encoded images would be slower to read (docs/data.md)
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         if self.jpeg_quality is None:
-            options["data_page_size"] = 2 * ROW_GROUP_ROWS * 3 * self.size**2  # one page, so that the rows lie together
-        pq.write_table(pa.table(columns, schema=form), sink, row_group_size=ROW_GROUP_ROWS, **options)
+            options["data_page_size"] = 2 * self.row_group_rows * 3 * self.size**2  # one page: the rows are contiguous
+        pq.write_table(pa.table(columns, schema=form), sink, row_group_size=self.row_group_rows, **options)
         data = sink.getvalue().to_pybytes()
         place.write(data)
         rows = len(columns["id"])
-        groups = [min(ROW_GROUP_ROWS, rows - first) for first in range(0, rows, ROW_GROUP_ROWS)]
+        groups = [min(self.row_group_rows, rows - first) for first in range(0, rows, self.row_group_rows)]
         found = {"row_groups": groups, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         return found | ({"pixels_at": _pixels_at(data, columns["image"])} if self.jpeg_quality is None else {})
 
 
 def _pixels_at(data: bytes, images_of_rows: list[bytes]) -> list[int]:
-    """Where the pixels of each row group begin in a file of raw images: at the end of its one page. Empty if not so."""
+    """The byte of a file of raw images where the pixels of each row group begin, at the end of its only page.
+
+    Empty if they are not there.
+    """
     metadata = pq.read_metadata(pa.BufferReader(data))
     found, first = [], 0
     for index in range(metadata.num_row_groups):
@@ -135,8 +166,8 @@ def _pixels_at(data: bytes, images_of_rows: list[bytes]) -> list[int]:
     return found
 
 
-def _ahead(entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
-    """Every entry and how to get its bytes; those of object storage are under way before they are asked for."""
+def _read_ahead(entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Each entry with a call that returns its bytes; those in object storage are requested before they are needed."""
     if not any(entry.path and "://" in entry.path and entry.row is None for entry in entries):
         for entry in entries:
             yield entry, functools.partial(read, entry)

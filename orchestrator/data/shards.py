@@ -1,15 +1,16 @@
-"""Shards: Parquet files of encoded images of one size, and the manifest that describes them.
+"""Shards: Parquet files of images of one size, and the manifest that describes them (docs/formats.md).
 
-A shard has the columns image (JPEG bytes, or raw RGB pixels), label (int32), id (int64) and name (where it came from),
-uncompressed, in row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one is no data set,
-whatever else is in it.
+A shard has the columns image (JPEG, or raw RGB pixels), label, id and name (its path in the source), uncompressed, in
+row groups of ROW_GROUP_ROWS. The manifest is written last: a folder without one is not a data set, whatever else it
+holds.
 """
 
 import hashlib
 import io
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,25 +19,27 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.base.exits import JobError
+from orchestrator.base.schema import check_version
 from orchestrator.base.storage import StoragePath
 
 MANIFEST = "manifest.json"
-UNFINISHED = "_unfinished"  # folder of the notes of tasks that are done, gone when all are
+SCHEMA_VERSION: Final = 1  # of the manifest
+UNFINISHED = "_unfinished"  # folder of the notes of finished tasks; removed at the end
 REJECTED = "rejected.jsonl"
 MEAN_IMAGE = "mean_image.npy"
 ROW_GROUP_ROWS = 128
-
 READ_AT_A_TIME = 8  # shards
 ENCODINGS = ("jpeg", "raw")
 
 
 def schema(encoding: str, image_size: int) -> pa.Schema:
+    """Of a shard."""
     image = pa.binary() if encoding == "jpeg" else pa.binary(3 * image_size**2)
     return pa.schema([("image", image), ("label", pa.int32()), ("id", pa.int64()), ("name", pa.string())])
 
 
 class DamagedData(JobError):
-    """A shard is not what its manifest says; the message names it."""
+    """A shard differs from its manifest, or an image in it cannot be decoded; the message names it."""
 
 
 class Shard(BaseModel):
@@ -47,7 +50,7 @@ class Shard(BaseModel):
     split: str
     rows: int
     row_groups: tuple[int, ...]  # rows of each
-    pixels_at: tuple[int, ...] = ()  # of raw images: the byte of the file where those of each row group begin
+    pixels_at: tuple[int, ...] = ()  # of raw images: the byte where the pixels of each row group begin
     size_bytes: int
     sha256: str
 
@@ -56,13 +59,14 @@ class Manifest(BaseModel):
     """What a folder of shards holds. Pixel statistics are over the training images, in units of [0, 255]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: int = 1
+    schema_version: Literal[1] = SCHEMA_VERSION
+    format: Literal[1] = 1  # of the shards
     source: str
     classes: tuple[str, ...]
-    class_names: tuple[str, ...] = ()  # in words, where the source tells them
+    class_names: tuple[str, ...] = ()  # in words, if the source has them
     image_size: int  # side of the stored images in pixels
     encoding: Literal["jpeg", "raw"] = "jpeg"
-    jpeg_quality: int | None  # of jpeg
+    jpeg_quality: int | None  # None for raw
     seed: int  # of the global shuffle
     rows: dict[str, int]  # train, val
     class_rows: dict[str, tuple[int, ...]]  # train, val: rows of each class, in the order of classes
@@ -76,16 +80,17 @@ class Manifest(BaseModel):
     shards: tuple[Shard, ...]
 
     def split(self, name: str) -> tuple[Shard, ...]:
+        """The shards of train or val."""
         return tuple(shard for shard in self.shards if shard.split == name)
 
     @property
     def digest(self) -> str:
-        """A short name for exactly these bytes."""
+        """A short hash of the shards' bytes."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: StoragePath) -> Manifest:
-    """Raises ValueError where the folder holds no data set, or one that this version cannot read."""
+    """Raises ValueError if the folder holds no data set, or one that this version cannot read."""
     place = folder / MANIFEST
     if place.size() is None:
         if not folder.is_folder():
@@ -99,7 +104,13 @@ def read_manifest(folder: StoragePath) -> Manifest:
             "python jobs/prepare.py --source DIR --output DIR"
         )
     try:
-        return Manifest.model_validate_json(place.read())
+        document = json.loads(place.read())
+    except ValueError as error:
+        raise ValueError(f"{place}: is not JSON ({error}); prepare the data again") from None
+    if isinstance(document, dict):
+        check_version(document, SCHEMA_VERSION, place)
+    try:
+        return Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -119,9 +130,9 @@ def read_mean_image(folder: StoragePath, manifest: Manifest) -> NDArray[np.float
 def verify(
     folder: StoragePath, manifest: Manifest, *, whole: bool = True, on_done: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Hold every shard against the manifest: there, of its size, and, if `whole`, unchanged. Raises DamagedData.
+    """Check every shard against the manifest: its presence, its size and, if `whole`, its checksum. Raises DamagedData.
 
-    `on_done` gets the bytes of each shard that is as it should be.
+    `on_done` gets the size of each shard that passes, in bytes.
     """
     with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
         for shard, problem in zip(
@@ -133,19 +144,19 @@ def verify(
 
 
 def label_ranges(folder: StoragePath, manifest: Manifest) -> list[tuple[int, int]]:
-    """The least and the greatest label of every shard. DamagedData if one cannot be read."""
+    """The least and the greatest label of every shard. Raises DamagedData if one cannot be read."""
     with ThreadPoolExecutor(READ_AT_A_TIME) as pool:
         return list(pool.map(lambda shard: _label_range(folder / shard.file), manifest.shards))
 
 
 def check_labels(folder: StoragePath, manifest: Manifest, ranges: list[tuple[int, int]], num_classes: int) -> None:
-    """ranges: of `label_ranges`. Raises ValueError if a label is not below num_classes, naming the shard."""
+    """Check the `label_ranges` of all shards. Raises ValueError naming a shard with a label beyond num_classes."""
     for shard, (least, greatest) in zip(manifest.shards, ranges, strict=True):
         if not 0 <= least <= greatest < num_classes:
             worst = greatest if greatest >= num_classes else least
             raise ValueError(
                 f"{folder / shard.file}: has label {worst}, but there are {num_classes} classes; "
-                "set --num-classes to what the data has"
+                "set --num-classes to as many as the data has"
             )
 
 

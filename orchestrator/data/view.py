@@ -1,4 +1,4 @@
-"""What the user sees of preparing and checking data."""
+"""What jobs/prepare.py prints: the progress and the outcome of a preparation or a check."""
 
 import shlex
 from pathlib import Path
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class PrepareView:
-    """The life of `jobs/prepare.py`."""
+    """A preparation."""
 
     def __init__(self, source: "Source", output: "StoragePath") -> None:
-        self.line, self.output, self.kept = LiveLine(), output, 0
+        self.line, self.output = LiveLine(), output
+        self.last: Progress | None = None
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
         self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")
 
@@ -31,16 +32,18 @@ class PrepareView:
             f"{progress.images_done}/{progress.images_total} images  {rate:.0f} images/s  "
             f"rejected {progress.rejected}  ETA {left}"
         )
-        self.kept = progress.images_kept
+        self.last = progress
 
     def finished(self, manifest: "Manifest") -> None:
         size = sum(shard.size_bytes for shard in manifest.shards)
         rows = manifest.rows
         recipe = "imagenette " if manifest.image_size >= 224 else ""
-        if self.kept:
-            self.line.print(f"{self.kept} images were there from an earlier attempt and are kept")
+        if self.last and self.last.images_kept:
+            self.line.print(f"{self.last.images_kept} images were kept from an earlier attempt")
+        if self.last and self.last.guessed:
+            self.line.print(f"{len(self.last.guessed)} image(s) were scaled by a guess; first {self.last.guessed[0]}")
         self.line.print(
-            f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
+            f"wrote {len(manifest.shards)} shards ({size / 1e6:.1f} MB, digest {manifest.digest}) to {self.output}; "
             f"train with: python jobs/train.py {recipe}--data {shlex.quote(str(self.output))}"
         )
         self.line.print(
@@ -50,7 +53,7 @@ class PrepareView:
 
 
 class CheckView:
-    """The life of `jobs/prepare.py --check`."""
+    """A check (--check)."""
 
     def __init__(self) -> None:
         self.line = LiveLine()
@@ -64,15 +67,15 @@ class CheckView:
 
         rows, classes = report.manifest.rows, report.manifest.classes
         self.line.print(
-            f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes: as there"
+            f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes match, too"
         )
-        self.line.print(f"decoding   all {report.images} images")
+        self.line.print(f"decoding   all {report.images} images decode")
         names = report.manifest.class_names or classes
         captions = [names[label].split(",")[0] for label in report.labels]
         title = f"{report.manifest.source}: training images as the net sees them"
         contact_sheet(report.samples, captions, title).savefig(picture, dpi=100)
         self.line.print(f"picture    {picture}")
         self.line.print(
-            f"{report.images} images ok, {report.images_per_s:.0f} images/s decoded and cut by {report.num_tasks} "
-            f"tasks (digest {report.manifest.digest})"
+            f"{report.images} images ok, {report.images_per_s:.0f} images/s decoded and cropped by "
+            f"{report.num_tasks} tasks (digest {report.manifest.digest})"
         )

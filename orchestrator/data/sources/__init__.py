@@ -1,21 +1,21 @@
-"""Where images come from: a listing of train and val, each entry a file, a part of one, or bytes, with its label.
+"""Sources of images. `open_source` lists the images of train and val, each with its label; `read` gets one's bytes.
 
-A source is found in a folder or a URI by what lies there, or read as the format that the user names.
+The format of a folder or URI is detected from the names in it, unless the user states it.
 """
 
 from collections.abc import Callable
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
-from orchestrator.data.sources.cifar import ARCHIVE, FOLDER, open_cifar10
-from orchestrator.data.sources.cifar import TRAIN as BATCHES
+from orchestrator.data.sources import cifar, ilsvrc, parquet
+from orchestrator.data.sources.cifar import open_cifar10
 from orchestrator.data.sources.digits import DIGITS, open_digits
-from orchestrator.data.sources.ilsvrc import TRAIN, open_ilsvrc, verify_md5
+from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
 from orchestrator.data.sources.imagefolder import base_of, open_imagefolder
-from orchestrator.data.sources.listing import SPLITS, Entry, Say, Source, finished, read, version
-from orchestrator.data.sources.parquet import SUFFIX, open_parquet
+from orchestrator.data.sources.listing import SPLITS, Entry, Say, Source, check_usable, read, versions
+from orchestrator.data.sources.parquet import open_parquet
 
-__all__ = ["DIGITS", "FORMATS", "SPLITS", "Entry", "Say", "Source", "StoragePath", "open_source", "read", "version"]
+__all__ = ["DIGITS", "FORMATS", "SPLITS", "Entry", "Say", "Source", "open_source", "read", "versions"]
 
 FORMATS: dict[str, Callable[[StoragePath, Say], Source]] = {
     "imagefolder": open_imagefolder,
@@ -32,37 +32,43 @@ def open_source(
     verify: bool = False,
     say: Say = lambda line: None,
 ) -> Source:
-    """`digits`, or a folder or URI in one of FORMATS. Raises ValueError of one line where it is none of them.
+    """The listing of `digits`, or of a folder or URI in one of FORMATS. Raises ValueError of one line.
 
-    `say` gets what the user should know: the format that was found, and what was taken for what.
+    `verify` checks archives against their published MD5 sums first. `say` gets lines for the user: the format that was
+    detected, and what was taken as what.
     """
     if source == DIGITS:
         if verify:
-            raise ValueError(f"--verify: there are no checksums of {DIGITS}")
+            raise ValueError(f"--verify: {DIGITS} has no archives to verify; leave it out")
         return open_digits()
     root = StoragePath.of(source)
-    if not root.is_folder() and root.name != ARCHIVE:
-        raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or the word {DIGITS}")
+    if not root.is_folder() and root.name != cifar.ARCHIVE:
+        raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or {DIGITS}")
     if (root / MANIFEST).size() is not None:
         raise ValueError(f"--source {root}: holds shards already; train with: python jobs/train.py --data {root}")
-    name, why = detect(root) if as_format == "auto" else (as_format, "as asked")
+    name, why = detect(root) if as_format == "auto" else (as_format, "as given by --format")
     say(f"format {name}: {why}")
     if verify:
         verify_md5(root, say)
-    return finished(FORMATS[name](root, say))
+    found = FORMATS[name](root, say)
+    check_usable(found)
+    return found
 
 
 def detect(root: StoragePath) -> tuple[str, str]:
-    """The format of what lies in a folder, and by what it is known."""
+    """The format of a folder, and the name in it by which it is known."""
     names = root.children()
-    if TRAIN in names:
-        return "ilsvrc", f"it has {TRAIN}"
-    if root.name == ARCHIVE or names.keys() & {ARCHIVE, FOLDER, BATCHES[0]}:
-        return "cifar10", f"it has {next(n for n in (root.name, *names) if n in (ARCHIVE, FOLDER, BATCHES[0]))}"
+    if ilsvrc.TRAIN in names:
+        return "ilsvrc", f"it has {ilsvrc.TRAIN}"
+    if root.name == cifar.ARCHIVE:
+        return "cifar10", f"it is {cifar.ARCHIVE}"
+    known = next((name for name in names if name in (cifar.ARCHIVE, cifar.FOLDER, cifar.TRAIN[0])), None)
+    if known:
+        return "cifar10", f"it has {known}"
     for folder in ("", "data", "train"):
         inside = names if not folder else (root / folder).children() if names.get(folder) else {}
-        found = next((name for name in inside if name.endswith(SUFFIX)), None)
-        if found:
-            return "parquet", f"it has {folder + '/' if folder else ''}{found}"
+        known = next((name for name in inside if name.endswith(parquet.SUFFIX)), None)
+        if known:
+            return "parquet", f"it has {folder + '/' if folder else ''}{known}"
     base = base_of(root)
     return "imagefolder", "it has " + ("train/" if base == root else "train/ in Data/CLS-LOC")

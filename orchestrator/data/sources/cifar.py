@@ -1,4 +1,4 @@
-"""CIFAR-10 in the form that its page calls the python version: pickles, read by an unpickler that knows arrays only."""
+"""CIFAR-10 in its "python version": pickles, read by an unpickler that knows only arrays."""
 
 import io
 import pickle
@@ -8,15 +8,15 @@ import numpy as np
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import read_small_archive
-from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source
+from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source, small_images
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
 META = "batches.meta"
 TRAIN, VAL = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
-SIDE = 32
+SIDE = 32  # pixels
 
-# all that the real files name: an array of bytes and its type. A pickle that names anything else is not read.
+# all that the real files name: an array of bytes and its type. A pickle that names anything else is refused.
 ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -27,7 +27,7 @@ ALLOWED = {
 
 
 def open_cifar10(root: StoragePath, say: Say = lambda line: None) -> Source:
-    """From the archive as downloaded, or its folder. Raises ValueError naming the file that is missing or no batch."""
+    """The archive as downloaded, or its folder. Raises ValueError naming the file that is missing or damaged."""
     names = {*TRAIN, *VAL, META}
     folder = next((f for f in (root, root / FOLDER) if (f / TRAIN[0]).size()), None)
     if folder is not None:
@@ -49,24 +49,24 @@ def open_cifar10(root: StoragePath, say: Say = lambda line: None) -> Source:
             pixels, labels = np.asarray(content["data"]), content["labels"]
             if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape != (len(labels), 3 * SIDE**2):
                 raise ValueError(
-                    f"{where / batch}: holds {pixels.dtype} of shape {pixels.shape}, not rows of 3072 bytes"
+                    f"{where / batch}: holds {pixels.dtype} of shape {pixels.shape}, not rows of {3 * SIDE**2} bytes"
                 )
             if labels and not 0 <= min(labels) <= max(labels) < len(classes):
-                raise ValueError(f"{where / batch}: has a label outside of 0 to {len(classes) - 1}")
+                raise ValueError(f"{where / batch}: has a label outside 0 to {len(classes) - 1}")
             images = np.ascontiguousarray(pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
             shown = content.get("filenames") or [f"{batch}-{i:05d}" for i in range(len(labels))]
             for image, label, name in zip(images, labels, shown, strict=True):
-                data = b"P6 %d %d 255\n" % (SIDE, SIDE) + image.tobytes()  # PPM: the pixels, and a line before them
+                data = b"P6 %d %d 255\n" % (SIDE, SIDE) + image.tobytes()  # PPM: a line, then the pixels
                 splits[split].append(Entry(next_id, int(label), f"{split}/{_text(name)}", data=data))
                 next_id += 1
-    say(f"its images have {SIDE} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+    say(small_images(SIDE))
     return Source("cifar10", "cifar10", classes, splits, image_size=STORED_SMALL)
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"names {module}.{name}, which a CIFAR batch does not")
+            raise pickle.UnpicklingError(f"names {module}.{name}, which no CIFAR batch does")
         return super().find_class(module, name)
 
 
@@ -78,8 +78,8 @@ def _read(data: bytes, where: StoragePath, *wanted: str) -> dict[str, Any]:
         if missing:
             raise ValueError(f"it has no {missing[0]}")
         return content
-    except Exception as error:  # damaged bytes can end a pickle anyhow
-        raise ValueError(f"{where}: is no batch of CIFAR-10: {error}") from None
+    except Exception as error:  # damaged bytes can fail anywhere in a pickle
+        raise ValueError(f"{where}: is not a batch of CIFAR-10: {error}; download it again") from None
 
 
 def _text(value: Any) -> str:

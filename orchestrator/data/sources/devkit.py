@@ -1,7 +1,7 @@
-"""What ImageNet says about its images beside them: synsets in words, and the labels of the validation images.
+"""ImageNet's metadata: the names of its classes in words, and the labels of its validation images.
 
-The devkit of ILSVRC2012 (as an archive, or unpacked) numbers the classes in an order of its own, which its meta.mat
-translates; Kaggle's copy has LOC_synset_mapping.txt and LOC_val_solution.csv instead.
+The devkit of ILSVRC2012 (as an archive, or unpacked) numbers the classes in an order of its own; its meta.mat maps the
+numbers to WordNet ids. Kaggle's copy has LOC_synset_mapping.txt and LOC_val_solution.csv instead.
 """
 
 import csv
@@ -20,44 +20,45 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 SOLUTION = "LOC_val_solution.csv"
 WORDS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
-MAX_BYTES = 2**26  # of a file in such an archive: the largest real one is half of it
-MAX_ARCHIVE = 2**29
+MAX_BYTES = 2**26  # of a file in a small archive: twice the largest real one
+MAX_ARCHIVE_BYTES = 2**29  # of a small archive, unpacked
 
 
 @dataclass(frozen=True)
 class Synsets:
-    """Classes of ImageNet by their WordNet id."""
+    """ImageNet's classes, by WordNet id."""
 
     words: dict[str, str]
-    ids: dict[int, str] = field(default_factory=dict)  # the devkit's number of each
+    ids: dict[int, str] = field(default_factory=dict)  # WordNet ids, by the devkit's numbers
 
     def in_words(self, classes: tuple[str, ...]) -> tuple[str, ...]:
-        """Empty unless all of them are known."""
+        """The names of these classes; none unless all of them are known."""
         return tuple(self.words[name] for name in classes) if all(name in self.words for name in classes) else ()
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Labels of flat validation images, by the name's stem."""
+    """Labels of the images of a flat val/, by the stem of their names."""
 
     where: str
     label_of: dict[str, int]
 
     def label(self, name: str) -> int | None:
+        """None of an image that has none."""
         return self.label_of.get(PurePosixPath(name).stem)
 
     def rejection(self, name: str) -> tuple[str, str]:
-        """What is said of an image that has no label."""
+        """(name, reason) of an image that has no label."""
         return f"val/{name}", f"has no label in {self.where}"
 
     def absent(self, names: list[str]) -> list[tuple[str, str]]:
-        """What is said of the images that have labels and are not among these."""
+        """(name, reason) of the images that have a label and are not among these."""
         missing = sorted(self.label_of.keys() - {PurePosixPath(name).stem for name in names})
-        return [(f"val/{stem}", f"not there, though {self.where} names it") for stem in missing]
+        return [(f"val/{stem}", f"missing, though {self.where} lists it") for stem in missing]
 
 
 def find_synsets(root: StoragePath) -> Synsets:
-    """From the devkit, or a list of words; none where there is neither. Raises ValueError where one is damaged."""
+    """From the devkit, or a list of words; empty if there is neither. Raises ValueError for a damaged one."""
     found = _devkit_file(root, META)
     if found is not None:
         return read_meta(found[1], found[0])
@@ -70,7 +71,7 @@ def find_synsets(root: StoragePath) -> Synsets:
 
 
 def find_truth(root: StoragePath, label_of_class: dict[str, int], synsets: Synsets) -> Truth:
-    """Raises ValueError of one line where there is none, or one that does not fit the classes."""
+    """From LOC_val_solution.csv or the devkit. Raises ValueError if there is neither, or the classes differ."""
     solution = root / SOLUTION
     if solution.size():
         text = solution.read().decode("utf-8", "replace")
@@ -80,56 +81,57 @@ def find_truth(root: StoragePath, label_of_class: dict[str, int], synsets: Synse
     found = _devkit_file(root, GROUND_TRUTH)
     if found is None or not synsets.ids:
         raise ValueError(
-            f"--source {root}: val/ is flat, so its labels must come from {DEVKIT} or {SOLUTION} in that folder; "
-            "neither is there"
+            f"--source {root}: val/ is flat, so its labels must come from {DEVKIT} or {SOLUTION}; put one of them "
+            "into that folder"
         )
     where, data = found
     try:
         numbers = [int(line) for line in data.decode().split()]
         named = {f"ILSVRC2012_val_{i:08d}": synsets.ids[number] for i, number in enumerate(numbers, start=1)}
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{where}: {error} is no number of a class in {META}") from None
+        raise ValueError(f"{where}: {error} is not the number of a class in {META}; download both again") from None
     return _truth(where, named, label_of_class)
 
 
 def read_meta(data: bytes, where: object) -> Synsets:
-    """The devkit's meta.mat. Raises ValueError."""
+    """The devkit's meta.mat. Raises ValueError if it cannot be read as one."""
     import scipy.io
 
     try:
         synsets = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]), int(s["num_children"])) for s in synsets]
-    except Exception as error:  # whatever scipy makes of damaged bytes
-        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({type(error).__name__}: {error})") from None
+    except Exception as error:  # damaged bytes can fail anywhere in scipy
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({what}); download it again") from None
     leaves = [row for row in rows if row[3] == 0]
     return Synsets({wnid: words for _, wnid, words, _ in leaves}, {number: wnid for number, wnid, _, _ in leaves})
 
 
 def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
-    """Raises ValueError for a member that points out of its archive: nothing is unpacked here, but it bodes ill."""
+    """Raises ValueError for a member outside its archive. Nothing is unpacked, but no genuine archive has one."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{archive}: member {member.name!r} has an absolute or parent path; not reading this archive")
+        raise ValueError(f"{archive}: member {member.name!r} has an absolute or parent path; download it again")
     if not (member.isreg() or member.isdir()):
-        raise ValueError(f"{archive}: member {member.name!r} is a link or device, not a file; not reading this archive")
+        raise ValueError(f"{archive}: member {member.name!r} is a link or device, not a file; download it again")
 
 
 def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, bytes]:
-    """The wanted files of a gzipped archive that fits in memory, by their last name. Raises ValueError."""
+    """The wanted files of a gzipped archive that fits in memory, by file name. Raises ValueError if it is damaged."""
     found = {}
     try:
-        # all of it first: tarfile would stop before the checksum at the end
+        # whole, because tarfile would not read on to the checksum at the end
         with gzip.GzipFile(fileobj=io.BytesIO(archive.read())) as packed:
-            unpacked = packed.read(MAX_ARCHIVE + 1)
-        if len(unpacked) > MAX_ARCHIVE:
-            raise ValueError(f"{archive}: unpacks to more than {MAX_ARCHIVE} bytes: not the real one")
+            unpacked = packed.read(MAX_ARCHIVE_BYTES + 1)
+        if len(unpacked) > MAX_ARCHIVE_BYTES:
+            raise ValueError(f"{archive}: unpacks to more than {MAX_ARCHIVE_BYTES} bytes: not genuine")
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
             for member in tar:
                 refuse_unsafe(member, archive)
                 name = PurePosixPath(member.name).name
                 if member.isreg() and name in wanted:
                     if member.size > MAX_BYTES:
-                        raise ValueError(f"{archive}: member {member.name!r} has {member.size} bytes: not the real one")
+                        raise ValueError(f"{archive}: member {member.name!r} has {member.size} bytes: not genuine")
                     file = tar.extractfile(member)
                     assert file is not None
                     found[name] = file.read()
@@ -139,12 +141,12 @@ def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, byte
 
 
 def _devkit_file(root: StoragePath, name: str) -> tuple[StoragePath, bytes] | None:
-    """Where a file of the devkit is, and what is in it."""
+    """The place and the content of a file of the devkit, packed or unpacked; None if there is none."""
     archive = root / DEVKIT
     if archive.size():
         data = read_small_archive(archive, {name}).get(name)
         if data is None:
-            raise ValueError(f"{archive}: has no {name}")
+            raise ValueError(f"{archive}: has no {name}; download it again")
         return archive / name, data
     for folder in DEVKIT_FOLDERS:
         place = (root / folder / name) if folder else root / name

@@ -1,4 +1,4 @@
-"""The images that come with a package."""
+"""The bundled data set: scikit-learn's handwritten digits, which need no download."""
 
 import io
 

@@ -1,6 +1,6 @@
-"""The archives of ILSVRC2012 as they are downloaded: a tar of a thousand tars, a flat tar, and the devkit.
+"""The archives of ILSVRC2012 as downloaded: a tar of a thousand tars, a flat tar, and the devkit.
 
-Nothing is unpacked: an entry is a stretch of bytes in the archive.
+Nothing is unpacked: an entry is a byte range of an archive.
 """
 
 import collections
@@ -21,17 +21,17 @@ MD5 = {
     DEVKIT: "fa75699e90414af021442c21a62c3abf",
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
 }
-WINDOW_BYTES = 2**16  # read at a time of a remote archive's headers: the next may be near
-READERS = 16  # of a remote archive's parts
-SAY_EVERY = 100  # archives
+WINDOW_BYTES = 2**16  # read at a time from a remote archive: the next header may be near
+READERS = 16  # threads that list the inner archives of a remote one
+SAY_EVERY = 100  # inner archives
 BLOCK = tarfile.BLOCKSIZE
 
 
 def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
-    """The classes are the names of train's inner archives, sorted. Raises ValueError naming archive and member."""
+    """Its classes are the sorted names of train's inner archives. Raises ValueError naming archive and member."""
     for name in (TRAIN, VAL):
         if (root / name).size() is None:
-            raise ValueError(f"--source {root}: has no {name}; ILSVRC2012 is {TRAIN}, {VAL} and {DEVKIT}")
+            raise ValueError(f"--source {root}: has no {name}; ILSVRC2012 consists of {TRAIN}, {VAL} and {DEVKIT}")
     say(f"listing {TRAIN} and {VAL}")
     splits: dict[str, list[Entry]] = {"train": [], "val": []}
     misplaced: list[tuple[str, str]] = []
@@ -40,7 +40,7 @@ def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
     _refuse_twice(train, [name for name, _, _ in inner])
     wrong = [name for name, _, _ in inner if not name.endswith(".tar")]
     if wrong:
-        raise ValueError(f"{train}: member {wrong[0]!r} is not a class's archive, such as n01440764.tar")
+        raise ValueError(f"{train}: member {wrong[0]!r} is not the archive of a class, such as n01440764.tar")
     classes = tuple(name.removesuffix(".tar") for name, _, _ in inner)
     for label, found in enumerate(_listings(train, inner, say)):
         for member, at in found:
@@ -67,7 +67,7 @@ def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
 def _listings(
     train: StoragePath, inner: list[tuple[str, int, int]], say: Say
 ) -> Iterator[list[tuple[tarfile.TarInfo, int]]]:
-    """Of each inner archive, in order; many at a time where each look is a request."""
+    """The members of each inner archive, in order; many are listed at a time if each read is a request."""
 
     def listing(each: tuple[str, int, int]) -> list[tuple[tarfile.TarInfo, int]]:
         name, start, length = each
@@ -83,16 +83,16 @@ def _listings(
 def _refuse_twice(archive: StoragePath, names: list[str]) -> None:
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{archive}: has a member named {twice!r} twice; which is the right one?")
+        raise ValueError(f"{archive}: has two members named {twice!r}; download it again")
 
 
 def members(
     archive: StoragePath, start: int = 0, length: int | None = None, shown: str | None = None
 ) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The files of an uncompressed archive, and the byte of the whole file where each begins.
+    """The files in an uncompressed archive, each with the byte of the whole file at which it begins.
 
-    The archive may be a member of another: `length` bytes from `start`. Raises ValueError for what is damaged, cut off
-    or points out of the archive.
+    The archive may be a member of another: `length` bytes from `start`, named `shown` in messages. Raises ValueError
+    for one that is damaged, truncated or unsafe.
     """
     shown = shown or str(archive)
     window = _Window(archive, start, (archive.size() or 0) - start if length is None else length)
@@ -101,26 +101,26 @@ def members(
             for member in tar:
                 refuse_unsafe(member, shown)
                 if member.offset_data + member.size > window.length:
-                    raise ValueError(f"{shown}: cut off within member {member.name!r}; download it again")
-                if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's notes
+                    raise ValueError(f"{shown}: truncated in member {member.name!r}; download it again")
+                if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's own
                     yield member, start + member.offset_data
-            # tarfile takes a damaged header for the end; the real end is a block of zeros
+            # tarfile takes a damaged header for the end; the true end is a block of zeros
             window.seek(tar.offset)  # type: ignore[attr-defined]
             end = window.read(BLOCK)
     except tarfile.TarError as error:
         raise ValueError(f"{shown}: damaged: {error}; download it again") from None
     if len(end) < BLOCK or end.strip(b"\0"):
-        what = "cut off" if len(end) < BLOCK else "damaged: no header of a member"
+        what = "truncated" if len(end) < BLOCK else "damaged: no member's header"
         raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
 
 
 def verify_md5(root: StoragePath, say: Say) -> None:
-    """Hold the archives against their publishers' checksums. Raises ValueError naming the one that differs."""
+    """Check the archives against their published checksums. Raises ValueError naming one that differs."""
     present = {name: root / name for name in MD5 if (root / name).size() is not None}
     if root.name in MD5:
         present = {root.name: root}
     if not present:
-        raise ValueError(f"--verify: {root} has none of the archives whose checksums are known: {', '.join(MD5)}")
+        raise ValueError(f"--verify: {root} has no archive whose checksum is known, which are {', '.join(MD5)}")
     for name, place in present.items():
         say(f"checking the MD5 of {name}, {(place.size() or 0) / 1e9:.1f} GB")
         digest = hashlib.md5(usedforsecurity=False)
@@ -131,11 +131,11 @@ def verify_md5(root: StoragePath, say: Say) -> None:
 
 
 class _Window:
-    """A stretch of a file as a file."""
+    """A byte range of a file, for tarfile to read as a file."""
 
     def __init__(self, place: StoragePath, start: int, length: int) -> None:
         self.place, self.start, self.length, self.at = place, start, length, 0
-        self.ahead = (0, b"")  # where it begins, and what is there
+        self.ahead = (0, b"")  # bytes read ahead, and where they begin
 
     def seek(self, at: int, whence: int = 0) -> int:
         self.at = at + (0, self.at, self.length)[whence]

@@ -4,7 +4,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import find_synsets, find_truth
 from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, stored_size
 
-BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where train/ and val/ are; Kaggle's archive has the long ones
+BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where train/ and val/ may be; the long ones are Kaggle's
 
 
 def base_of(root: StoragePath) -> StoragePath:
@@ -17,10 +17,10 @@ def base_of(root: StoragePath) -> StoragePath:
 
 
 def open_imagefolder(root: StoragePath, say: Say = lambda line: None) -> Source:
-    """The classes are train's folders in sorted order.
+    """Its classes are the sorted folders of train/.
 
-    Every file below a class folder is an entry, whatever it is called: what is no image is found, and listed, when it
-    is read. Raises ValueError naming the folder that is missing or wrong.
+    Every file below a class folder is an entry, whatever its name: one that is no image is rejected when it is read.
+    Raises ValueError naming the folder that is missing or wrong.
     """
     base = base_of(root)
     for split in SPLITS:
@@ -37,7 +37,7 @@ def open_imagefolder(root: StoragePath, say: Say = lambda line: None) -> Source:
     in_val = [name for name, is_folder in (base / "val").children().items() if is_folder]
     unknown = sorted(set(in_val) - set(classes))
     if unknown:
-        raise ValueError(f"--source {base / 'val'}: class {unknown[0]!r} is not in train/, so no net could learn it")
+        raise ValueError(f"--source {base / 'val'}: class {unknown[0]!r} is not in train/; rename or remove its folder")
     label_of, synsets = {name: label for label, name in enumerate(classes)}, find_synsets(root)
     splits: dict[str, list[Entry]] = {}
     misplaced: list[tuple[str, str]] = []
@@ -47,9 +47,9 @@ def open_imagefolder(root: StoragePath, say: Say = lambda line: None) -> Source:
         truth = None
         if split == "val" and not in_val and files:
             truth = find_truth(root, label_of, synsets)
-            say(f"val/ is flat; its labels are from {truth.where}")
+            say(f"val/ is flat: its labels come from {truth.where}")
             misplaced += truth.absent(files)
-        else:  # class by class, as the labels go
+        else:  # by class, in the order of the labels
             files.sort(key=lambda name: name.split("/"))
         entries = splits[split] = []
         for name in files:
@@ -71,7 +71,7 @@ def open_imagefolder(root: StoragePath, say: Say = lambda line: None) -> Source:
 
 
 def _files(folder: StoragePath) -> list[str]:
-    """Paths below the folder. A class may be a link to a folder elsewhere; below it such links are not followed."""
+    """Paths below the folder. A class may be a link to a folder; links to folders below it are not followed."""
     try:
         if folder.local is None:
             return folder.files()

@@ -1,15 +1,14 @@
-"""A listing of images: where each one's bytes are, and what it shows."""
+"""A listing of images: where the bytes of each are, its label, and how it is read."""
 
-import collections
 import contextlib
 import errno
-import functools
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import cachetools
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,57 +18,57 @@ from orchestrator.data.images import NotAnImage, decode
 
 SPLITS = ("train", "val")
 
-OF_ONE_FILE = {  # errors that say something of a file, and not of the disk or the machine
+OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO,
 }  # fmt: skip
-SAMPLE = 16  # images that are looked at for their size
-SMALL, STORED_SMALL = 64, 72  # pixels: smaller images than this are stored at that, which the net's 64 are cut from
-RECENT_BYTES = 2**28  # of row groups that a process remembers
+SAMPLE = 16  # images whose size is looked at
+SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
+RECENT_BYTES = 2**28  # of row groups that a process caches
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
 
 Say = Callable[[str], None]  # takes a line for the user
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image before it is read: a file, a part of a file, a row of a table, or bytes when there is no file."""
+    """One image before it is read: a file, a byte range of an archive, a row of a Parquet file, or the bytes."""
 
-    id: int  # unique in the source, the same whatever the order in which entries are read
+    id: int  # unique in the source, whatever the order in which entries are read
     label: int
-    name: str  # for people: the path below the source, or what takes its place
+    name: str  # for messages: the path below the source, or what stands for it
     path: str | None = None  # as in StoragePath.text
-    start: int | None = None  # byte in the file, of an archive
+    start: int | None = None  # in an archive: the first byte
     length: int | None = None
-    row_group: int | None = None  # of a Parquet file
-    row: int | None = None
+    row_group: int | None = None  # in a Parquet file
+    row: int | None = None  # of the row group
     data: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A listed set of images. `image_size` is the stored side in pixels that suits it."""
+    """A listed set of images."""
 
     name: str
     format: str
     classes: tuple[str, ...]
     splits: dict[str, list[Entry]]
-    image_size: int = 256
-    class_names: tuple[str, ...] = ()  # in words, where the source tells them
-    misplaced: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of files that have no class
-    runs: dict[str, list[int]] | None = None  # lengths of the stretches of a split that are best read together
+    image_size: int = 256  # pixels: the side at which its images are best stored
+    class_names: tuple[str, ...] = ()  # in words, if the source has them
+    misplaced: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of files without a class
+    runs: dict[str, list[int]] | None = None  # numbers of consecutive entries of a split that are best read together
 
 
-def finished(source: Source) -> Source:
-    """Raises ValueError for a source that no net could be trained and validated on."""
+def check_usable(source: Source) -> None:
+    """Raises ValueError if no net could be trained and validated on the source."""
     if len(source.classes) < 2:
         raise ValueError(f"--source {source.name}: has {len(source.classes)} class; a classifier needs at least 2")
     for split in SPLITS:
         if not source.splits[split]:
             raise ValueError(f"--source {source.name}: its {split} part holds no images")
-    return source
 
 
 def read(entry: Entry) -> bytes:
-    """The image's bytes. Raises NotAnImage where this one file is none, StorageError where more than it is at fault."""
+    """The image's bytes. Raises NotAnImage if only this file is at fault, StorageError if it is more than that."""
     if entry.data is not None:
         return entry.data
     assert entry.path is not None
@@ -96,15 +95,23 @@ def read(entry: Entry) -> bytes:
         raise StorageError(f"{place}: cannot be read: {error.strerror or last_line(error)}") from None
 
 
-def version(entry: Entry) -> tuple[int, int] | None:
-    """What tells whether a file was replaced since: its size and time; None where that would be a request each."""
-    if entry.path is None or "://" in entry.path:
+def versions(entries: Iterable[Entry]) -> list[tuple[int, int] | None]:
+    """Size and modification time of each entry's file, which change if it is replaced.
+
+    None where there is no file, or where asking would take a request per entry. Each file is asked for once.
+    """
+    known: dict[str | None, tuple[int, int] | None] = {None: None}
+    found = []
+    for entry in entries:
+        if entry.path not in known:
+            known[entry.path] = _version(entry.path)
+        found.append(known[entry.path])
+    return found
+
+
+def _version(path: str | None) -> tuple[int, int] | None:
+    if path is None or "://" in path:
         return None
-    return _version(entry.path)
-
-
-@functools.lru_cache(maxsize=64)
-def _version(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
@@ -112,35 +119,37 @@ def _version(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-_recent: collections.OrderedDict[tuple[StoragePath, int | None], Any] = collections.OrderedDict()
+# one that is larger than the cache counts as all of it: the rows of a task come from few groups, often from one
+_recent: MutableMapping[tuple[StoragePath, int | None], Any] = cachetools.LRUCache(
+    RECENT_BYTES, getsizeof=lambda column: min(column.nbytes, RECENT_BYTES)
+)
 
 
 def _column(place: StoragePath, row_group: int | None) -> Any:
-    """The images of a row group: a task's rows come from a few of them, and the last are remembered."""
-    found = _recent.pop((place, row_group), None)
+    """The images of a row group, from the cache or from the file. Raises StorageError."""
+    found = _recent.get((place, row_group))
     if found is None:
-
-        def read_group() -> Any:
-            with place.open() as file:
-                parquet = pq.ParquetFile(file)
-                column = image_column(parquet.schema_arrow)
-                assert column is not None
-                return parquet.read_row_group(row_group, columns=[column]).flatten().column(0)
-
-        try:
-            found = place.with_retries(read_group, "read")
-        except (pa.ArrowException, OSError) as error:
-            text = str(error).splitlines()[0]
-            raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
-    _recent[place, row_group] = found
-    total = sum(column.nbytes for column in _recent.values())
-    while len(_recent) > 1 and total > RECENT_BYTES:
-        total -= _recent.popitem(last=False)[1].nbytes
+        found = _recent[place, row_group] = _read_column(place, row_group)
     return found
 
 
+def _read_column(place: StoragePath, row_group: int | None) -> Any:
+    def read_group() -> Any:
+        with place.open() as file:
+            parquet = pq.ParquetFile(file)
+            column = image_column(parquet.schema_arrow)
+            assert column is not None
+            return parquet.read_row_group(row_group, columns=[column]).flatten().column(0)
+
+    try:
+        return place.with_retries(read_group, "read")
+    except (pa.ArrowException, OSError) as error:
+        text = str(error).splitlines()[0]
+        raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
+
+
 def image_column(schema: Any) -> str | None:
-    """The column of image bytes, as dotted path: `image`, or `image.bytes` in the form of Hugging Face."""
+    """The column of image bytes, as a dotted path: `image`, or `image.bytes` as Hugging Face has it. None if none."""
     found = []
     for column in schema:
         kind = column.type
@@ -148,12 +157,12 @@ def image_column(schema: Any) -> str | None:
             found.append(f"{column.name}.bytes")
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
             found.append(column.name)
-    named = [name for name in found if name.split(".")[0] in ("image", "img", "jpg", "jpeg", "jpg;png", "png")]
+    named = [name for name in found if name.split(".")[0] in IMAGE_NAMES]
     return next(iter(named or found), None)
 
 
 def stored_size(entries: list[Entry], say: Say) -> int:
-    """What suits images as large as the largest of these."""
+    """The side in pixels at which to store a source, by the largest of these of its images."""
     sides = []
     for entry in entries:
         with contextlib.suppress(NotAnImage):
@@ -161,5 +170,10 @@ def stored_size(entries: list[Entry], say: Say) -> int:
     side = max(sides, default=SMALL)
     if side >= SMALL:
         return 256
-    say(f"its images have {side} pixels a side: stored at {STORED_SMALL}, unless --image-size says otherwise")
+    say(small_images(side))
     return STORED_SMALL
+
+
+def small_images(side: int) -> str:
+    """The line about a source of images that are smaller than the net's input."""
+    return f"its images are {side} pixels a side: stored at {STORED_SMALL}; --image-size changes that"

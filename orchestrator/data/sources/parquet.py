@@ -1,4 +1,4 @@
-"""Parquet files with a column of image bytes and one of labels, as Hugging Face and others keep data sets."""
+"""Parquet files with a column of image bytes and a column of labels, such as Hugging Face's data sets."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, image_column, stored_size
 
 SUFFIX = ".parquet"
+# names of columns, the first that is there counts
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 NAMES = ("name", "path", "file_name", "filename")
 
 
 def open_parquet(root: StoragePath, say: Say = lambda line: None) -> Source:
-    """Files named train* and val*, validation* or test*, in the folder or below it, or in folders of these names.
+    """Files, or folders of files, named train* and val*, validation* or test*, anywhere below the root.
 
     Raises ValueError naming the file and what it lacks.
     """
@@ -51,11 +52,11 @@ def open_parquet(root: StoragePath, say: Say = lambda line: None) -> Source:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """What is known of the rows of a row group without reading its images."""
+    """The rows of a row group without their images."""
 
     file: str
     index: int
-    labels: list[Any]  # as they stand there
+    labels: list[Any]  # as in the file
     names: list[str | None]
     schema: Any
 
@@ -70,7 +71,9 @@ def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
                 rows = table.read_row_group(index, columns=[label, *([path] if path else [])]).flatten()
                 labels = rows[label].to_pylist()
                 if any(isinstance(value, float) and not value.is_integer() for value in labels):
-                    raise ValueError(f"{place}: column {label} has numbers that are not whole")
+                    raise ValueError(
+                        f"{place}: column {label} has numbers that are not whole; expected classes' numbers"
+                    )
                 names = rows[path].to_pylist() if path else [None] * len(labels)
                 yield _RowGroup(name, index, labels, names, table.schema_arrow)
     except (pa.ArrowException, OSError) as error:
@@ -78,7 +81,7 @@ def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
 
 
 def split_files(root: StoragePath, say: Say = lambda line: None) -> dict[str, list[str]]:
-    """The Parquet files of train and val. Raises ValueError where one of them has none."""
+    """The Parquet files of train and val. Raises ValueError if either has none."""
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
     for name in _without_shards(root.files()):
@@ -89,21 +92,21 @@ def split_files(root: StoragePath, say: Say = lambda line: None) -> dict[str, li
     if not found["val"]:
         found["val"], found["test"] = found["test"], []
         if found["val"]:
-            say(f"val is the test part ({len(found['val'])} file(s)): there is no other")
+            say(f"the test part ({len(found['val'])} file(s)) is used as val: there is no other")
     for name in (*others, *found["test"]):
-        say(f"{name}: left out, neither of train nor of val")
+        say(f"{name}: left out, belongs to neither train nor val")
     for split in SPLITS:
         if not found[split]:
-            raise ValueError(f"--source {root}: has no Parquet file of {split}: expected {split}*.parquet or {split}/")
+            raise ValueError(f"--source {root}: has no Parquet file of {split}; expected {split}*.parquet or {split}/")
     return found
 
 
 def _without_shards(files: list[str]) -> list[str]:
-    """But for what a preparation has put, or is putting, into a folder below."""
+    """Without the shards that a preparation has written, or is writing, into a folder below."""
     paths = [PurePosixPath(name) for name in files]
     ours = {path.parent for path in paths if path.name == MANIFEST}
     ours |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
-    ours.discard(PurePosixPath("."))  # such data may be prepared again, in another size
+    ours.discard(PurePosixPath("."))  # shards may be the source themselves, to be stored at another size
     return [str(path) for path in paths if not ours & {*path.parents}]
 
 
@@ -116,7 +119,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _columns(place: StoragePath, schema: Any) -> tuple[str, str | None]:
-    """Of labels, and of names if there are any. Raises ValueError, also where there are no image bytes."""
+    """The columns of labels and, if any, of names. Raises ValueError for none or no fitting one, images included."""
     names = set(schema.names)
     image = image_column(schema)
     label = next((name for name in LABELS if name in names), None)
@@ -129,7 +132,7 @@ def _columns(place: StoragePath, schema: Any) -> tuple[str, str | None]:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     known = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
     if schema.names.count(label) > 1 or not any(is_it(kind) for is_it in known):
-        raise ValueError(f"{place}: column {label} ({kind}) is no single column of numbers or words")
+        raise ValueError(f"{place}: column {label} ({kind}) is not one column of numbers or words")
     texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     path = next((name for name in NAMES if name in texts and name != label), None)
     outer = image.split(".")[0]
@@ -139,7 +142,7 @@ def _columns(place: StoragePath, schema: Any) -> tuple[str, str | None]:
 
 
 def _classes(root: StoragePath, train: list[_RowGroup]) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Names of the classes, and the label of what stands in the label column. Raises ValueError."""
+    """The names of the classes, and the label of each value in the label column. Raises ValueError."""
     of_train = {value for group in train for value in group.labels if value is not None}
     if any(isinstance(value, str) for value in of_train):
         names = tuple(sorted(map(str, of_train)))
@@ -147,7 +150,9 @@ def _classes(root: StoragePath, train: list[_RowGroup]) -> tuple[tuple[str, ...]
     numbers = sorted(int(value) for value in of_train if value >= 0 and value == int(value))
     rows = sum(len(group.labels) for group in train)
     if numbers and numbers[-1] >= rows:
-        raise ValueError(f"--source {root}: has the label {numbers[-1]} among {rows} rows of train: no class's number")
+        raise ValueError(
+            f"--source {root}: has the label {numbers[-1]} among {rows} rows of train; expected classes' numbers"
+        )
     if len(numbers) < 2:
         raise ValueError(f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2")
     count = numbers[-1] + 1
@@ -158,7 +163,7 @@ def _classes(root: StoragePath, train: list[_RowGroup]) -> tuple[tuple[str, ...]
 
 
 def _named_classes(schema: Any) -> tuple[str, ...]:
-    """From the schema: Hugging Face's features, or a plain list."""
+    """The names in the schema's metadata: Hugging Face's features, or a list with commas. Empty if none."""
     metadata = schema.metadata or {}
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
