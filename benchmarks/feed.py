@@ -101,9 +101,11 @@ def imagefolder(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]
 def presized(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
     import torch
 
-    class Rows(torch.utils.data.IterableDataset):
-        def __iter__(self) -> Iterator[Any]:
-            for path, group in rows(shards)[torch.utils.data.get_worker_info().id :: WORKERS]:
+    class Rows(torch.utils.data.IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            worker = torch.utils.data.get_worker_info()
+            assert worker is not None
+            for path, group in rows(shards)[worker.id :: WORKERS]:
                 images = jpegs(path, group)
                 random.shuffle(images)
                 for data in images:

@@ -88,9 +88,9 @@ def row_groups(entries: list[Entry], folder: Path, rounds: int) -> dict[int, flo
         writer = ShardWriter(place, SIZE, JPEG_QUALITY, 10, row_group_rows=count)
         for first in range(0, len(data), ROWS_PER_SHARD):
             part = data[first : first + ROWS_PER_SHARD]
-            columns: dict[str, list[Any]] = {name: [0] * len(part) for name in schema("jpeg", SIZE).names}
+            columns: dict[str, Any] = {name: [0] * len(part) for name in schema("jpeg", SIZE).names}
             columns |= {"image": part, "name": [""] * len(part), "label": np.zeros(len(part), np.int32)}
-            shard = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
+            shard: dict[str, Any] = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
             shards.append(Shard(**shard | writer.write(place / f"train/{first}.parquet", columns)))
         manifest = Manifest.model_construct(
             shards=tuple(shards), rows={"train": len(data)}, image_size=SIZE,

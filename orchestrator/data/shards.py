@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.base.environment import command
 from orchestrator.base.exits import JobError
 from orchestrator.base.schema import check_version
 from orchestrator.base.storage import StoragePath
@@ -95,13 +96,13 @@ def read_manifest(folder: StoragePath) -> Manifest:
     if place.size() is None:
         if not folder.is_folder():
             raise ValueError(
-                f"--data {folder}: no such folder; make one with: python jobs/prepare.py --source DIR --output {folder}"
+                f"--data {folder}: no such folder; make one with: {command('prepare')} --source DIR --output {folder}"
             )
         found = folder.children()
         hint = "it looks like a source; " if found.get("train") and found.get("val") else ""
         raise ValueError(
             f"--data {folder}: has no {MANIFEST}; {hint}make shards with: "
-            "python jobs/prepare.py --source DIR --output DIR"
+            f"{command('prepare')} --source DIR --output DIR"
         )
     try:
         document = json.loads(place.read())

@@ -1,9 +1,10 @@
-"""What jobs/prepare.py prints: the progress and the outcome of a preparation or a check."""
+"""What a preparation and a check print: their progress and their outcome."""
 
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.base.environment import command
 from orchestrator.base.terminal import LiveLine, bar, duration
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class PrepareView:
             self.line.print(f"{len(self.last.guessed)} image(s) were scaled by a guess; first {self.last.guessed[0]}")
         self.line.print(
             f"wrote {len(manifest.shards)} shards ({size / 1e6:.1f} MB, digest {manifest.digest}) to {self.output}; "
-            f"train with: python jobs/train.py {recipe}--data {shlex.quote(str(self.output))}"
+            f"train with: {command('train')} {recipe}--data {shlex.quote(str(self.output))}"
         )
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"

@@ -1,6 +1,8 @@
 """Decoding and resizing, odd files included."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -41,9 +43,100 @@ def test_whatever_can_be_read_becomes_rgb(data, shape):
     assert pixels.dtype == np.uint8
 
 
-def test_sixteen_bits_are_scaled_not_clipped():
-    pixels = images.decode(encoded(PIL.Image.fromarray(GRAY16), "PNG"))
-    np.testing.assert_allclose(pixels[:, :, 0], GRAY16 / 257, atol=0.51)
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a sample, gray (H, W) or RGB (H, W, 3), which Pillow does not write."""
+    height, width, *colours = values.shape
+    rows = values.astype(">u2").reshape(height, -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if colours else 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def tiff(values: np.ndarray, bits: int, order: str = "<") -> bytes:
+    """An uncompressed gray TIFF of 8, 12 or 16 bits a sample."""
+    height, width = values.shape
+    if bits == 12:
+        pairs = values.astype(np.uint32).reshape(-1, 2)
+        both = pairs[:, 0] << 12 | pairs[:, 1]
+        data = np.stack([both >> 16, both >> 8 & 255, both & 255], axis=1).astype(np.uint8).tobytes()
+    else:
+        data = values.astype(f"{order}u{bits // 8}").tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags.append((279, len(data)))
+    entries = b"".join(struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value) for tag, value in tags)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    return start + data + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0)
+
+
+def pgm(values: np.ndarray, white: int) -> bytes:
+    return b"P5 %d %d %d\n" % (*values.shape[::-1], white) + values.astype(">u2" if white > 255 else "u1").tobytes()
+
+
+def jpeg2000(values: np.ndarray) -> bytes:
+    return encoded(PIL.Image.fromarray(values.astype(np.uint16)), "JPEG2000", irreversible=False)
+
+
+# what white is in a file, by its own header; and the file of some values
+DEPTHS = {
+    "png gray 16": (65535, png16),
+    "png gray 16 by Pillow": (65535, lambda v: encoded(PIL.Image.fromarray(v.astype(np.uint16)), "PNG")),
+    "png gray 8": (255, lambda v: encoded(PIL.Image.fromarray(v.astype(np.uint8)), "PNG")),
+    "png rgb 16": (65535, lambda v: png16(np.stack([v, v, v], axis=2))),
+    "tiff 16": (65535, lambda v: tiff(v, 16)),
+    "tiff 16 big-endian": (65535, lambda v: tiff(v, 16, ">")),
+    "tiff 16 by Pillow": (65535, lambda v: encoded(PIL.Image.fromarray(v.astype(np.uint16)), "TIFF")),
+    "tiff 12": (4095, lambda v: tiff(v, 12)),
+    "tiff 8": (255, lambda v: tiff(v, 8)),
+    "pgm 16": (65535, lambda v: pgm(v, 65535)),
+    "pgm of 1000": (1000, lambda v: pgm(v, 1000)),
+    "pgm 8": (255, lambda v: pgm(v, 255)),
+    "jpeg 2000 16": (65535, jpeg2000),
+}
+
+
+@pytest.mark.parametrize("brightest", [0.0, 0.0035, 0.2, 1.0])
+@pytest.mark.parametrize("name", DEPTHS)
+def test_pixels_are_scaled_by_the_depth_that_the_file_states(name, brightest):
+    white, write = DEPTHS[name]
+    values = np.round(np.linspace(0, brightest * white, 40 * 30)).reshape(40, 30)
+    said: list[str] = []
+    pixels = images.decode(write(values), said.append)
+    assert said == []
+    assert pixels.shape == (40, 30, 3)
+    expected = np.repeat(values[:, :, None] * 255 / white, 3, axis=2)
+    # Pillow itself takes the high byte of 16-bit colours
+    np.testing.assert_allclose(pixels, expected, atol=1.0 if "rgb" in name else 0.51)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_pixel_does_not_depend_on_how_bright_the_others_are(name):
+    white, write = DEPTHS[name]
+    dark = np.round(np.linspace(0, 0.003 * white, 40 * 30)).reshape(40, 30)
+    light = dark.copy()
+    light[0, 0] = white
+    a, b = images.decode(write(dark)), images.decode(write(light))
+    np.testing.assert_array_equal(a.reshape(-1, 3)[1:], b.reshape(-1, 3)[1:])
+    assert b[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "assumed"),
+    [
+        (np.full((4, 4), 200, np.int32), 255),
+        (np.full((4, 4), 256, np.int32), 65535),
+        (np.full((4, 4), 0.5, np.float32), 255),
+        (np.full((4, 4), 65535, np.float32), 65535),
+    ],
+)
+def test_a_depth_that_is_not_known_is_not_guessed_silently(values, assumed):
+    said: list[str] = []
+    pixels = images.decode(encoded(PIL.Image.fromarray(values), "TIFF"), said.append)
+    assert said == [f"{values.dtype} pixels; the file does not say which value is white, {assumed} was assumed"]
+    assert pixels[0, 0, 0] == round(float(values[0, 0]) * 255 / assumed)
 
 
 def test_cmyk_and_rgb_of_one_picture_look_alike():

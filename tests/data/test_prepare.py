@@ -10,6 +10,7 @@ import threading
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import ROOT, make_photographs, picture
 
@@ -20,7 +21,8 @@ from orchestrator.data import prepare as preparation
 from orchestrator.data import shards
 from orchestrator.data.feed import Feed
 from orchestrator.data.prepare import Progress, prepare
-from orchestrator.data.sources import open_source
+from orchestrator.data.sources import Entry, open_source, versions
+from orchestrator.data.view import PrepareView
 
 pytestmark = [pytest.mark.ray]
 
@@ -54,11 +56,11 @@ def test_a_preparation_killed_three_times_ends_with_the_same_bytes(here, many, t
         written = noted(output, now)
     done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "images were there from an earlier attempt and are kept" in done.stdout
+    assert "images were kept from an earlier attempt" in done.stdout
     assert written.items() <= found(output).items()
     assert shards.read_manifest(StoragePath.of(output)) == unbroken
     shards.verify(StoragePath.of(output), unbroken)
-    assert not (output / preparation.UNFINISHED).exists()
+    assert not (output / shards.UNFINISHED).exists()
 
 
 def found(output) -> dict[str, int]:
@@ -68,7 +70,7 @@ def found(output) -> dict[str, int]:
 
 def noted(output, now: dict[str, int]) -> dict[str, int]:
     """Those of them that another attempt will keep."""
-    return {name: when for name, when in now.items() if (output / preparation.UNFINISHED / (name + ".npz")).exists()}
+    return {name: when for name, when in now.items() if (output / shards.UNFINISHED / (name + ".npz")).exists()}
 
 
 def settled(output) -> None:
@@ -88,13 +90,6 @@ def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, 
         )
         return manifest, kept[-1]
 
-    class Enough(Exception):
-        pass
-
-    def stop(progress: Progress) -> None:
-        if progress.images_done == 80:
-            raise Enough
-
     with pytest.raises(Enough):
         prepare(source, output, rows_per_shard=16, image_size=48, on_progress=stop)
     (tmp_path / "out/train/shard-00001.parquet").write_bytes(b"damaged")
@@ -109,21 +104,118 @@ def test_notes_of_other_settings_or_damaged_shards_are_not_kept(ray_here, many, 
     assert sorted(p.name for p in (tmp_path / "out/train").iterdir()) == [f"shard-0000{i}.parquet" for i in range(4)]
 
 
+class Enough(Exception):
+    """Ends a preparation when all its shards are done, and their notes are there."""
+
+
+def stop(progress: Progress) -> None:
+    if progress.images_done == progress.images_total:
+        raise Enough
+
+
+def change_notes(output, change) -> None:
+    for path in (output / shards.UNFINISHED).glob("*/*.npz"):
+        with np.load(path) as found:
+            fields = change(dict(found))
+        np.savez(path, **fields)
+
+
+def test_notes_of_before_they_had_a_version_are_read_and_newer_ones_refused(ray_here, many, tmp_path):
+    source, output = open_source(str(many)), tmp_path / "out"
+    options = {"rows_per_shard": 16, "image_size": 48}
+    with pytest.raises(Enough):
+        prepare(source, StoragePath.of(output), on_progress=stop, **options)
+
+    def newer(fields):
+        assert fields["schema_version"] == 1
+        return fields | {"schema_version": np.array(2)}
+
+    def older(fields):
+        del fields["schema_version"]
+        report = json.loads(str(fields["report"]))
+        del report["guessed"]
+        return fields | {"report": np.array(json.dumps(report))}
+
+    change_notes(output, newer)
+    with pytest.raises(
+        JobError, match=r"_unfinished/.*\.npz: was written by a newer version .* or remove .*_unfinished"
+    ) as error:
+        prepare(source, StoragePath.of(output), **options)
+    assert "\n" not in str(error.value)
+    change_notes(output, older)
+    kept = []
+    prepare(source, StoragePath.of(output), on_progress=lambda p: kept.append(p.images_kept), **options)
+    assert kept[-1] == 80
+
+
+def test_a_note_that_was_cut_off_is_not_read(ray_here, many, tmp_path):
+    source, output = open_source(str(many)), tmp_path / "out"
+    with pytest.raises(Enough):
+        prepare(source, StoragePath.of(output), rows_per_shard=16, image_size=48, on_progress=stop)
+    notes = sorted((output / shards.UNFINISHED).glob("*/*.npz"))
+    for number, path in enumerate(notes):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) * number // len(notes)])
+    kept = []
+    prepare(
+        source, StoragePath.of(output), rows_per_shard=16, image_size=48,
+        on_progress=lambda p: kept.append(p.images_kept),
+    )  # fmt: skip
+    assert kept[-1] == 0
+
+
+def test_a_file_that_was_replaced_is_seen_by_a_process_that_knew_the_old_one(many):
+    entries = open_source(str(many)).splits["train"]
+    before = versions(entries)
+    with open(entries[3].path, "ab") as file:
+        file.write(b"x")
+    after = versions(entries)
+    assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [3]
+    assert after[3][0] == before[3][0] + 1
+
+
+def test_a_file_of_many_entries_is_asked_for_its_version_once(tmp_path, monkeypatch):
+    (tmp_path / "archive").write_bytes(b"x" * 100)
+    entries = [Entry(i, 0, str(i), path=str(tmp_path / "archive"), start=i, length=1) for i in range(50)]
+    entries += [Entry(50, 0, "bytes", data=b"x"), Entry(51, 0, "remote", path="s3://bucket/x")]
+    asked = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *rest, **options: asked.append(path) or stat(path, *rest, **options))
+    found = versions(entries)
+    monkeypatch.undo()
+    assert asked == [str(tmp_path / "archive")]
+    assert found == [(100, (tmp_path / "archive").stat().st_mtime_ns)] * 50 + [None, None]
+
+
+def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp_path, capsys):
+    odd = many / "train/apple/float.tif"
+    PIL.Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(odd, "TIFF")
+    source = open_source(str(many))
+    view = PrepareView(source, StoragePath.of(tmp_path / "out"))
+    manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=48, on_progress=view.progress)
+    assert manifest.rejected == 0
+    assert view.last.guessed == (
+        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 255 was assumed",
+    )
+    view.finished(manifest)
+    assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
+
+
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch):
     source, output = open_source(str(many)), StoragePath.of(tmp_path / "out")
     preparation.check_space(source, output, 256, 90, 1024)
     monkeypatch.setattr(StoragePath, "free_bytes", lambda place: 1_000_000)
-    with pytest.raises(ValueError, match=r"the shards need about 0\.0 GB and its disk has 0\.0 GB free"):
+    with pytest.raises(ValueError, match=r"the shards need about 0\.0 GB, and the disk has 0\.0 GB free"):
         preparation.check_space(source, output, 256, 90, 1024)
     assert preparation.bytes_needed(source, 256, None, 1024) == int(1.1 * (80 * 256**2 * 3 + 256**2 * 12))
 
 
 def test_an_output_among_the_images_is_refused(many, tmp_path):
     for output in (many, many / "train" / "shards"):
-        with pytest.raises(ValueError, match="is where the images of --source are"):
+        with pytest.raises(ValueError, match="holds the images of --source"):
             preparation.check_apart(str(many), StoragePath.of(output))
     preparation.check_apart(str(many), StoragePath.of(tmp_path / "out"))
-    with pytest.raises(ValueError, match="is where the images of --source are"):
+    with pytest.raises(ValueError, match="holds the images of --source"):
         preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/photos/train"))
     preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/shards"))
 
@@ -131,7 +223,7 @@ def test_an_output_among_the_images_is_refused(many, tmp_path):
 def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
     for path in (many / "val").glob("*/*"):
         path.write_bytes(b"no image")
-    with pytest.raises(JobError, match=r"no image of val could be read; the reasons are listed in .*rejected.jsonl"):
+    with pytest.raises(JobError, match=r"no image of val could be read; the reasons are in .*rejected.jsonl"):
         prepare(open_source(str(many)), StoragePath.of(tmp_path / "out"), image_size=48, max_rejected=1.0)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -164,7 +166,51 @@ def test_a_source_given_for_shards_is_recognised(photographs):
         shards.read_manifest(StoragePath.of(photographs))
 
 
-def test_a_manifest_of_another_form_is_refused(tmp_path):
-    (tmp_path / shards.MANIFEST).write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="prepare the data again"):
+SAMPLE = Path(__file__).parent.parent / "samples" / "0.1" / shards.MANIFEST
+
+
+def manifest_of(folder, **changes):
+    """The sample with some fields changed, as a file's reader sees it."""
+    (folder / shards.MANIFEST).write_text(json.dumps(json.loads(SAMPLE.read_text()) | changes))
+    return shards.read_manifest(StoragePath.of(folder))
+
+
+def test_a_manifest_of_version_0_1_is_read(tmp_path):
+    manifest = manifest_of(tmp_path)
+    assert "schema_version" not in json.loads(SAMPLE.read_text())
+    assert manifest.schema_version == shards.SCHEMA_VERSION
+    assert manifest.rows == {"train": 1437, "val": 360}
+    assert manifest.digest == "efc490ca8f16f6bf"
+    again = json.loads(manifest.model_dump_json())
+    assert again.pop("schema_version") == 1
+    assert again == json.loads(SAMPLE.read_text()), "nothing else of it changes"
+
+
+def test_a_manifest_of_a_newer_version_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest.json: was written by a newer version .*2.*; upgrade it") as error:
+        manifest_of(tmp_path, schema_version=2, classes="what it will be")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / shards.MANIFEST) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"format": 1}', "[1]", "", '{"format"', "\xff", "null"])
+def test_a_manifest_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / shards.MANIFEST).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"manifest.json: .*; prepare the data again") as error:
         shards.read_manifest(StoragePath.of(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+        ({"format": 2}, "format: Input should be 1"),
+        ({"schema_version": "1"}, "schema_version is '1', which is no version"),
+        ({"rows": {"train": "many"}}, "rows.train: Input should be a valid integer"),
+    ],
+)
+def test_what_a_manifest_of_this_version_cannot_hold_is_refused(tmp_path, changes, words):
+    manifest_of(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        manifest_of(tmp_path, **changes)

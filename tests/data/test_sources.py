@@ -1,4 +1,4 @@
-"""Every form in which a user may have the images: found out, labelled rightly, and refused in one line when damaged."""
+"""Every form in which a user may have the images: detected, labelled, and refused in one line when damaged."""
 
 import errno
 import hashlib
@@ -8,8 +8,10 @@ import os
 import pickle
 import re
 import tarfile
+import types
 from pathlib import Path
 
+import cachetools
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ from conftest import picture
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data import images
 from orchestrator.data.sources import ilsvrc as archives
-from orchestrator.data.sources import open_source, read
+from orchestrator.data.sources import listing, open_source, read
 
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684")
 NUMBERS = {"n01440764": 3, "n02102040": 1, "n02979186": 4, "n03000684": 2}  # the devkit has an order of its own
@@ -141,7 +143,7 @@ def test_flat_validation_images_take_their_labels_from_what_lies_beside_them(tmp
     assert len(source.class_names) == 4
     reasons = dict(source.misplaced)
     assert "has no label in" in reasons["val/other.JPEG"]
-    assert "not there, though" in reasons["val/ILSVRC2012_val_00000007"]
+    assert "missing, though" in reasons["val/ILSVRC2012_val_00000007"]
 
 
 def test_damaged_and_unsafe_archives_are_refused_in_one_line(ilsvrc):
@@ -157,7 +159,7 @@ def test_damaged_and_unsafe_archives_are_refused_in_one_line(ilsvrc):
     with_train(bytes(train))
     assert f"{archives.TRAIN}: n01440764.tar: damaged" in refused(ilsvrc, "download it again")
     with_train(whole[archives.TRAIN][: len(train) // 2])
-    refused(ilsvrc, f"{archives.TRAIN}: cut off")
+    refused(ilsvrc, f"{archives.TRAIN}: truncated")
     with_train(b"not a tar at all" * 100)
     refused(ilsvrc, f"{archives.TRAIN}: damaged")
     for name in ("../n01440764.tar", "/etc/n01440764.tar", "a/../../b.tar"):
@@ -183,10 +185,10 @@ def test_damaged_and_unsafe_archives_are_refused_in_one_line(ilsvrc):
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(flipped)
     refused(ilsvrc, r"ILSVRC2012_devkit_t12.tar.gz: damaged: .*; download it again")
     with_train(tar_of({"a/n01440764.tar": tar_of({}), "n01440764.tar": tar_of({})}))
-    refused(ilsvrc, "has a member named 'n01440764.tar' twice")
+    refused(ilsvrc, "has two members named 'n01440764.tar'")
     with_train(whole[archives.TRAIN])
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_of(devkit([9]), "w:gz"))
-    refused(ilsvrc, "9 is no number of a class in meta.mat")
+    refused(ilsvrc, "9 is not the number of a class in meta.mat")
     (ilsvrc / archives.VAL).unlink()
     refused(ilsvrc, f"has no {archives.VAL}")
 
@@ -252,6 +254,24 @@ def test_plain_parquet_with_words_for_labels_and_test_for_val(tmp_path):
     assert [name.split("/")[0] for name, _ in source.misplaced] == ["val"]
 
 
+def test_a_row_group_is_read_once_for_all_its_rows_even_if_it_is_larger_than_the_cache(tmp_path, monkeypatch):
+    data = table(tmp_path / "train.parquet", [0, 1, 0, 1, 1], nested=False)
+    table(tmp_path / "val.parquet", [0, 1], nested=False)
+    entries = open_source(str(tmp_path)).splits["train"]
+    size_of = listing._recent.getsizeof
+    assert size_of(types.SimpleNamespace(nbytes=1000)) == 1000
+    assert size_of(types.SimpleNamespace(nbytes=2**40)) == listing._recent.maxsize == 2**28
+    reads: list[int] = []
+    read_column = listing._read_column
+    monkeypatch.setattr(listing, "_read_column", lambda place, group: reads.append(group) or read_column(place, group))
+    for size, expected in ((2**28, [0, 1]), (10, [0, 1, 0])):
+        cache = cachetools.LRUCache(size, getsizeof=lambda column, size=size: min(column.nbytes, size))
+        monkeypatch.setattr(listing, "_recent", cache)
+        reads.clear()
+        assert [read(entry) for entry in (*entries, entries[0])] == [*data, data[0]]
+        assert reads == expected
+
+
 def test_parquet_that_holds_no_images_is_refused(tmp_path):
     pq.write_table(pa.table({"x": [1.0], "label": [0]}), tmp_path / "train.parquet")
     refused(tmp_path, "has no Parquet file of val")
@@ -303,7 +323,7 @@ def test_a_pickle_that_would_run_something_is_not_run(tmp_path, monkeypatch):
     files = cifar_batches() | {"data_batch_3": pickle.dumps({b"data": Evil()})}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    refused(tmp_path, "data_batch_3: is no batch of CIFAR-10: names .*mkdir, which a CIFAR batch does not")
+    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: names .*mkdir, which no CIFAR batch does")
     assert not (tmp_path / "owned").exists()
     (tmp_path / "data_batch_3").unlink()
     refused(tmp_path, "has no data_batch_3")
@@ -328,7 +348,7 @@ def test_a_class_may_be_a_link_to_a_folder(tmp_path, photographs):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ([{"a": 1}] * 4, "is no single column of numbers or words"),
+        ([{"a": 1}] * 4, "is not one column of numbers or words"),
         ([0.5, 1.0, 0.0, 1.0], "numbers that are not whole"),
         ([0, 1, 2, 1440764], "has the label 1440764 among 4 rows of train"),
         ([7, 7, 7, 7], "has the label 7 among 4 rows of train"),

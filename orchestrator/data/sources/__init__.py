@@ -5,6 +5,7 @@ The format of a folder or URI is detected from the names in it, unless the user 
 
 from collections.abc import Callable
 
+from orchestrator.base.environment import command
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources import cifar, ilsvrc, parquet
@@ -45,7 +46,7 @@ def open_source(
     if not root.is_folder() and root.name != cifar.ARCHIVE:
         raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or {DIGITS}")
     if (root / MANIFEST).size() is not None:
-        raise ValueError(f"--source {root}: holds shards already; train with: python jobs/train.py --data {root}")
+        raise ValueError(f"--source {root}: holds shards already; train with: {command('train')} --data {root}")
     name, why = detect(root) if as_format == "auto" else (as_format, "as given by --format")
     say(f"format {name}: {why}")
     if verify:
