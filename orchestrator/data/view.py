@@ -68,9 +68,9 @@ class CheckView:
 
         rows, classes = report.manifest.rows, report.manifest.classes
         self.line.print(
-            f"counts     {rows['train']} train and {rows['val']} val rows, {len(classes)} classes match, too"
+            f"counts     {rows['train']} train and {rows['val']} val rows of {len(classes)} classes match the manifest"
         )
-        self.line.print(f"decoding   all {report.images} images decode")
+        self.line.print(f"decoding   all {report.images} images decoded")
         names = report.manifest.class_names or classes
         captions = [names[label].split(",")[0] for label in report.labels]
         title = f"{report.manifest.source}: training images as the net sees them"

@@ -1,4 +1,4 @@
-"""The plan of an epoch, and the feed that runs it on Ray Data."""
+"""The order of an epoch, and the feed that runs it on Ray Data."""
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +53,7 @@ def test_neighbours_of_a_shard_end_up_far_apart():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 23, 24, 25, 100])
-def test_the_workers_stretches_tile_every_batch(world, rows):
+def test_the_workers_slices_tile_every_batch(world, rows):
     size = 24
     steps = -(-rows // size)
     seen = []
@@ -129,7 +129,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(digit_shards, 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("epoch", "step"), [(0, 7), (1, 0), (1, 23)])
-def test_a_feed_that_resumes_at_a_step_goes_on_with_the_same_bytes(digit_shards, one, epoch, step):
+def test_a_feed_that_resumes_at_a_step_continues_with_the_same_bytes(digit_shards, one, epoch, step):
     feed = feed_for(digit_shards, CONFIG, 0, 1, epoch, step)
     for ours, theirs in zip(feed.batches("train", epoch, step), one[epoch, "train"][step:], strict=True):
         assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
@@ -156,7 +156,7 @@ def test_a_short_last_batch_may_leave_a_worker_nothing(digit_shards):
 
 @pytest.mark.ray
 def test_images_and_labels_belong_together(digit_shards):
-    """Every row of val, decoded here by other means, equals what the feed delivers."""
+    """Every row of val, decoded here without the feed, equals what the feed delivers."""
     import pyarrow.parquet as pq
 
     from orchestrator.data import images
@@ -217,7 +217,7 @@ def test_a_damaged_image_is_no_crash_that_could_be_tried_again(digit_shards, tmp
 
 
 def test_the_reader_needs_no_torch():
-    """Ray Data's processes start in a moment because nothing they import is heavy."""
+    """Ray Data's processes start quickly because they import nothing heavy."""
     import subprocess
     import sys
 

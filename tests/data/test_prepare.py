@@ -1,4 +1,4 @@
-"""Preparations that are interrupted, and object storage: a real S3 server on loopback, which comes and goes."""
+"""Interrupted preparations, and object storage: a real S3 server on loopback, which goes away and comes back."""
 
 import itertools
 import json
@@ -74,7 +74,7 @@ def noted(output, now: dict[str, int]) -> dict[str, int]:
 
 
 def settled(output) -> None:
-    """Wait for what a killed driver's task has under way."""
+    """Wait until the tasks of a killed driver have stopped writing."""
     before = None
     while before != (before := (found(output), len(list(output.glob("**/*"))))):
         time.sleep(0.5)
@@ -201,7 +201,7 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(many, tmp_path, monkeypatch):
     source, output = open_source(str(many)), StoragePath.of(tmp_path / "out")
     preparation.check_space(source, output, 256, 90, 1024)
     monkeypatch.setattr(StoragePath, "free_bytes", lambda place: 1_000_000)
@@ -220,7 +220,7 @@ def test_an_output_among_the_images_is_refused(many, tmp_path):
     preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/shards"))
 
 
-def test_a_split_of_which_nothing_can_be_read_is_said(ray_here, many, tmp_path):
+def test_a_split_without_a_readable_image_is_an_error(ray_here, many, tmp_path):
     for path in (many / "val").glob("*/*"):
         path.write_bytes(b"no image")
     with pytest.raises(JobError, match=r"no image of val could be read; the reasons are in .*rejected.jsonl"):
@@ -251,7 +251,7 @@ def test_only_our_own_leftovers_are_removed(ray_here, many, tmp_path):
     assert not any(path.exists() for path in ours)
 
 
-def test_files_that_were_mended_are_read_again(ray_here, many, tmp_path):
+def test_files_that_were_repaired_are_read_again(ray_here, many, tmp_path):
     broken = sorted((many / "train").glob("*/*.JPEG"))[:5]
     whole = [path.read_bytes() for path in broken]
     for path in broken:

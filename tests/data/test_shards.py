@@ -1,4 +1,4 @@
-"""Sources to shards on Ray Data, and what a damaged data set says."""
+"""Sources to shards on Ray Data, manifests of several versions, and how damage is reported."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.data import images, shards
 from orchestrator.data.prepare import prepare
+from orchestrator.data.shard_writer import ShardWriter
 from orchestrator.data.sources import open_source
 
 
@@ -159,6 +160,17 @@ def test_labels_beyond_the_classes_are_refused(digit_shards):
     shards.check_labels(StoragePath.of(folder), manifest, ranges, 10)
     with pytest.raises(ValueError, match="label 9, but there are 9 classes"):
         shards.check_labels(StoragePath.of(folder), manifest, ranges, 9)
+
+
+@pytest.mark.parametrize("quality", [90, None], ids=["jpeg", "raw"])
+def test_row_groups_have_as_many_rows_as_asked(photographs, tmp_path, quality):
+    entries = open_source(str(photographs)).splits["val"]
+    writer = ShardWriter(StoragePath.of(tmp_path), 40, quality, 2, row_group_rows=3)
+    shard = json.loads(writer.make("val", "val/shard-00000.parquet", entries)["report"])["shard"]
+    assert shard["row_groups"] == [3, 3, 2]
+    metadata = pq.read_metadata(tmp_path / "val/shard-00000.parquet")
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 3, 2]
+    assert len(shard.get("pixels_at", ())) == (3 if quality is None else 0)
 
 
 def test_a_source_given_for_shards_is_recognised(photographs):

@@ -93,7 +93,7 @@ def refused(root: object, words: str, **options: object) -> str:
     return str(error.value)
 
 
-def test_official_archives_are_read_where_they_lie_with_the_devkits_labels(ilsvrc):
+def test_official_archives_are_read_in_place_with_the_devkits_labels(ilsvrc):
     said: list[str] = []
     source = open_source(str(ilsvrc), say=said.append)
     assert said[0] == f"format ilsvrc: it has {archives.TRAIN}"
@@ -113,7 +113,7 @@ def test_official_archives_are_read_where_they_lie_with_the_devkits_labels(ilsvr
 
 
 @pytest.mark.parametrize("truth", ["archive", "unpacked", "kaggle"])
-def test_flat_validation_images_take_their_labels_from_what_lies_beside_them(tmp_path, truth):
+def test_flat_validation_images_take_their_labels_from_the_files_beside_them(tmp_path, truth):
     base = tmp_path / "ILSVRC/Data/CLS-LOC" if truth == "kaggle" else tmp_path
     for wnid, files in samples().items():
         (base / "train" / wnid).mkdir(parents=True)
@@ -334,7 +334,7 @@ def test_shards_are_no_source(tmp_path):
     refused(tmp_path, "holds shards already")
 
 
-def test_a_format_that_is_asked_for_is_not_guessed(ilsvrc):
+def test_a_format_that_is_given_is_not_detected(ilsvrc):
     refused(ilsvrc, "has no folder train/", as_format="imagefolder")
 
 
@@ -381,7 +381,7 @@ def test_links_to_folders_are_listed_not_followed(tmp_path, photographs):
         read(entry)
 
 
-def test_places_join_and_refuse_secrets():
+def test_paths_join_and_refuse_secrets():
     assert str(StoragePath.of("s3://bucket/a/?region=x") / "b") == "s3://bucket/a/b?region=x"
     assert (StoragePath("s3://bucket/a?region=x") / "b?.txt").name == "b?.txt"
     assert StoragePath.of("file:///tmp/x%20y#z").local == Path("/tmp/x y#z")
@@ -400,7 +400,7 @@ def test_places_join_and_refuse_secrets():
         assert "sec" not in str(error.value)
 
 
-def test_what_fsspec_knows_is_a_place_too():
+def test_what_fsspec_opens_is_a_path_too():
     place = StoragePath.of("memory://box/folder")
     (place / "a/b.bin").write(b"12345")
     assert (place / "a/b.bin").read() == b"12345"
