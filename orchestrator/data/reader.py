@@ -28,7 +28,8 @@ from orchestrator.data.shards import DamagedData, Manifest, Shard
 
 DECODED_AT_A_TIME = 4  # JPEG images
 RECENT_BYTES = 2**27  # of row groups that a feed process caches; a window of 4096 JPEG rows is 90 MB
-FAILURES = {"damaged": DamagedData, "failure": JobError}  # by the name of the one column that reports them
+# by the name of the only column that a failed task returns; the subclass comes first
+FAILURES = {"damaged": DamagedData, "failure": JobError}
 
 Columns = dict[str, NDArray[Any]]
 Batch = Columns  # a worker's rows of one step: image (N, H, W, C) uint8, label, id, position, top, left, flip
@@ -86,8 +87,8 @@ class TaskReader:
                 try:
                     results.append(self.read(task, positions))
                 except JobError as failure:  # returned, because Ray Data would bury its one line under its own advice
-                    kind = next(name for name, kind in FAILURES.items() if isinstance(failure, kind))
-                    results = [{kind: np.array([str(failure)])}]
+                    column = next(name for name, kind in FAILURES.items() if isinstance(failure, kind))
+                    results = [{column: np.array([str(failure)])}]
                     break
         yield from results
 
