@@ -9,11 +9,10 @@ help:  ## this list
 
 setup: .venv/ready  ## make .venv with the locked packages and the project
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock pyproject.toml install.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python install.py $(SETUP)
 	@touch .venv/ready
 
 train: setup  ## train the embedded recipe: two workers, about a minute
@@ -42,10 +41,11 @@ cluster: setup  ## a cluster of several hosts in namespaces, as root; FAULTS=1 a
 quick: setup  ## the tests that start no Ray and need no patience
 	$(BIN)/python -m pytest -m "not ray and not slow and not long and not cluster"
 
-check: setup  ## lint, format, types
+check: setup  ## lint, format, types, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup  ## the benchmarks, into benchmarks/results
 	$(BIN)/python benchmarks/lrn.py
@@ -53,5 +53,5 @@ bench: setup  ## the benchmarks, into benchmarks/results
 	$(BIN)/python benchmarks/layouts.py
 
 clean:  ## remove the environment, caches and results
-	rm -rf .venv build runs mlflow.db mlartifacts *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build runs mlflow.db mlartifacts *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

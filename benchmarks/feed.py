@@ -101,9 +101,14 @@ def imagefolder(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]
 def presized(shards: Path, source: Path) -> Callable[[], Iterator[np.ndarray]]:
     import torch
 
-    class Rows(torch.utils.data.IterableDataset):
+    def worker() -> int:
+        info = torch.utils.data.get_worker_info()
+        assert info is not None
+        return info.id
+
+    class Rows(torch.utils.data.IterableDataset[torch.Tensor]):
         def __iter__(self) -> Iterator[Any]:
-            for path, group in rows(shards)[torch.utils.data.get_worker_info().id :: WORKERS]:
+            for path, group in rows(shards)[worker() :: WORKERS]:
                 images = jpegs(path, group)
                 random.shuffle(images)
                 for data in images:

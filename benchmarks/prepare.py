@@ -11,6 +11,7 @@ For each tree of train/CLASS/IMAGE and val/CLASS/IMAGE, on one core:
 """
 
 import argparse
+import functools
 import io
 import random
 import statistics
@@ -27,7 +28,7 @@ from torchvision.transforms import v2
 from alexnet import keep_freed_memory
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import imagenette
-from orchestrator.data import images
+from orchestrator.data import images, shard_writer
 from orchestrator.data import prepare as preparation
 from orchestrator.data.reader import Task, TaskReader
 from orchestrator.data.shards import Manifest, Shard, schema
@@ -45,11 +46,11 @@ def torchvision_loop(paths: list[str]) -> None:
 
 
 def rate(entries: list[Any], folder: Path, rounds: int) -> dict[str, float]:
-    writer = preparation._ShardWriter(StoragePath.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
+    writer = shard_writer._ShardWriter(StoragePath.of(folder), SIZE, preparation.JPEG_QUALITY, 1000)
     task = {"split": "train", "file": "shard.parquet", "entries": entries}
     paths = [entry.path for entry in entries]
     times = measure.take_turns(
-        {"ours": lambda: writer._make(task) and None, "torchvision": lambda: torchvision_loop(paths)}, rounds
+        {"ours": lambda: writer._make(task), "torchvision": lambda: torchvision_loop(paths)}, rounds
     )
     found = {name: len(entries) / statistics.median(seconds) for name, seconds in times.items()}
     return found | {"ratio": measure.median_ratio(times["torchvision"], times["ours"])}
@@ -78,13 +79,13 @@ def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float
     for count in ROW_GROUPS:
         shards = []
         place = StoragePath.of(folder / str(count))
-        writer = preparation._ShardWriter(place, SIZE, 90, 10)
-        preparation.ROW_GROUP_ROWS = count
+        writer = shard_writer._ShardWriter(place, SIZE, 90, 10)
+        shard_writer.ROW_GROUP_ROWS = count  # type: ignore[attr-defined]
         for first in range(0, len(data), preparation.ROWS_PER_SHARD):
             part = data[first : first + preparation.ROWS_PER_SHARD]
             columns: dict[str, list[Any]] = {name: [0] * len(part) for name in schema("jpeg", SIZE).names}
-            columns |= {"image": part, "name": [""] * len(part), "label": np.zeros(len(part), np.int32)}
-            shard = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
+            columns |= dict[str, Any]({"image": part, "name": [""] * len(part), "label": np.zeros(len(part), np.int32)})
+            shard: dict[str, Any] = {"file": f"train/{first}.parquet", "split": "train", "rows": len(part)}
             shards.append(Shard(**shard | writer._write(place / f"train/{first}.parquet", columns)))
         manifest = Manifest.model_construct(
             shards=tuple(shards), rows={"train": len(data)}, image_size=SIZE,
@@ -99,7 +100,7 @@ def row_groups(entries: list[Any], folder: Path, rounds: int) -> dict[int, float
             positions = np.concatenate([np.arange(lo, hi) for lo, hi in reader.rank_slices(task)])
             reader.read(task, positions)
 
-    times = measure.take_turns({str(n): lambda r=r: read_all(r) for n, r in readers.items()}, rounds)
+    times = measure.take_turns({str(n): functools.partial(read_all, r) for n, r in readers.items()}, rounds)
     return {count: len(data) / statistics.median(times[str(count)]) for count in ROW_GROUPS}
 
 
