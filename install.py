@@ -17,7 +17,7 @@ from pathlib import Path
 
 LOCK = "requirements.lock"
 PIP = [sys.executable, "-m", "pip"]
-QUIET = ["--quiet", "--disable-pip-version-check"]
+QUIET = ["-qq", "--disable-pip-version-check"]  # errors only
 LOCKED = ["--requirement", LOCK]
 # setuptools, which builds it, is in the lock
 PROJECT = ["--no-build-isolation", "--no-deps", "--editable", "."]

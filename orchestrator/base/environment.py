@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 OUTPUT = (
     "ALEXNET_OUTPUT"  # in the environment: where runs live unless --output says otherwise; a cluster's yaml sets it
@@ -10,6 +11,16 @@ OUTPUT = (
 
 def default_output() -> str:
     return os.environ.get(OUTPUT) or "runs"
+
+
+def installed() -> bool:
+    """Whether this process was started as a console script of the installed package, not as jobs/NAME.py."""
+    return os.path.basename(sys.argv[0]).startswith("alexnet-")
+
+
+def command(job: str) -> str:
+    """What the user types to start a job, in the form in which this process was started."""
+    return f"alexnet-{job}" if installed() else f"python jobs/{job}.py"
 
 
 def on_cluster() -> bool:
