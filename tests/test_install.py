@@ -114,6 +114,14 @@ def test_the_lock_has_what_the_project_asks_for_and_names_no_index():
     assert "alexnet-orchestrator" not in done.stdout, done.stdout
 
 
+def test_the_workflow_runs_what_ci_runs_on_the_oldest_python_that_is_supported():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    oldest = re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert job["strategy"]["matrix"]["python"][0] == oldest
+    assert f"version_info >= ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
+
+
 @pytest.mark.parametrize("name", ["cluster.yaml", "clusters/onprem.yaml"])
 def test_nodes_get_every_file_that_make_setup_needs(name):
     recipe = re.search(r"^\.venv/ready: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
