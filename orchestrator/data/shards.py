@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.base.environment import command
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 
@@ -90,13 +91,13 @@ def read_manifest(folder: StoragePath) -> Manifest:
     if place.size() is None:
         if not folder.is_folder():
             raise ValueError(
-                f"--data {folder}: no such folder; make one with: python jobs/prepare.py --source DIR --output {folder}"
+                f"--data {folder}: no such folder; make one with: {command('prepare')} --source DIR --output {folder}"
             )
         found = folder.children()
         hint = "it looks like a source; " if found.get("train") and found.get("val") else ""
         raise ValueError(
             f"--data {folder}: has no {MANIFEST}; {hint}make shards with: "
-            "python jobs/prepare.py --source DIR --output DIR"
+            f"{command('prepare')} --source DIR --output DIR"
         )
     try:
         return Manifest.model_validate_json(place.read())

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.base.environment import command
 from orchestrator.base.terminal import LiveLine, bar, duration
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PrepareView:
             self.line.print(f"{self.kept} images were there from an earlier attempt and are kept")
         self.line.print(
             f"wrote {len(manifest.shards)} shards, {size / 1e6:.1f} MB, digest {manifest.digest}, to {self.output}; "
-            f"train with: python jobs/train.py {recipe}--data {shlex.quote(str(self.output))}"
+            f"train with: {command('train')} {recipe}--data {shlex.quote(str(self.output))}"
         )
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"

@@ -5,6 +5,7 @@ A source is found in a folder or a URI by what lies there, or read as the format
 
 from collections.abc import Callable
 
+from orchestrator.base.environment import command
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources.cifar import ARCHIVE, FOLDER, open_cifar10
@@ -44,7 +45,7 @@ def open_source(
     if not root.is_folder() and root.name != ARCHIVE:
         raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or the word {DIGITS}")
     if (root / MANIFEST).size() is not None:
-        raise ValueError(f"--source {root}: holds shards already; train with: python jobs/train.py --data {root}")
+        raise ValueError(f"--source {root}: holds shards already; train with: {command('train')} --data {root}")
     name, why = detect(root) if as_format == "auto" else (as_format, "as asked")
     say(f"format {name}: {why}")
     if verify:
