@@ -100,7 +100,7 @@ def test_a_failure_of_both_is_a_failure(calls):
 
 def test_pip_can_be_asked_for(calls):
     assert install.main(["pip"]) == 0
-    assert not [command for command in calls[0] if "uv" in command.split()[0]]
+    assert not [command for command in calls[0] if command.split()[0].endswith("/uv")]
     assert install.main(["conda"]) == 2
 
 
