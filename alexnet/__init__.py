@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .net import LRN, PRESETS, AlexNet, build, num_parameters
     from .optim import PaperSGD, plateau_schedule
 
+__version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestrator read it here
+
 _HOMES = {
     "allocator": ("keep_freed_memory", "release_freed_memory"),
     "augment": ("MeanSubtraction",),
@@ -34,6 +36,7 @@ __all__ = [
     "LocalResponseNorm",
     "MeanSubtraction",
     "PaperSGD",
+    "__version__",
     "build",
     "count_errors",
     "keep_freed_memory",

@@ -44,7 +44,7 @@ class Contender:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             scores = self.placed(pixels.float().mul_(1 / 64), where, self.sizes)
         loss = F.cross_entropy(scores.float(), labels, reduction="sum") / (len(labels) * self.layout.replicas)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.placed.zero_grad()
         self.step += 1
@@ -55,7 +55,8 @@ def serve(rank: int, kinds: list[str], threads: int, batch_size: int, store: str
     alexnet.keep_freed_memory()
     torch.set_num_threads(threads)
     if kinds != ["single"]:
-        dist.init_process_group("gloo", store=dist.FileStore(store, WORKERS), rank=rank, world_size=WORKERS)
+        file = dist.FileStore(store, WORKERS)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=file, rank=rank, world_size=WORKERS)
     workers = 1 if kinds == ["single"] else WORKERS
     contenders = {kind: Contender(Layout(kind, workers), rank, batch_size) for kind in kinds}
     done.put("ready")

@@ -3,16 +3,18 @@
     python benchmarks/ledger.py
 
 Prints the table of docs/layouts.md: nothing is measured here, the bytes come from the shapes (alexnet.cost) and the
-times from the links' rates (orchestrator.placement.LINKS). A test holds the bytes against what sockets really send.
+times from the links' rates (orchestrator.cluster.layout_choice.LINKS). A test compares the bytes with what sockets
+really send.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from alexnet.cost import communication, estimate
 from alexnet.layouts import Layout
 from orchestrator.cluster.layout_choice import LINKS
 
-NET = {"num_classes": 1000, "input_size": 224, "width": 1.0}
+NET: dict[str, Any] = {"num_classes": 1000, "input_size": 224, "width": 1.0}
 SHOWN = ("PCIe 3.0 x16", "NVLink 3", "100 GbE", "10 GbE")
 
 

@@ -6,7 +6,9 @@ Both work on channels_last float32 batches of the paper's two sizes. Ours has tw
 one call over all maps. A second pair of contenders does what training needs: ReLU, then LRN within each column.
 """
 
+import functools
 import statistics
+from collections.abc import Callable
 
 import measure
 import torch
@@ -33,16 +35,25 @@ def main() -> None:
         def torch_lrn(x: Tensor, theirs: nn.Module = theirs) -> Tensor:
             return torch.cat([theirs(half) for half in x.chunk(2, 1)], 1)
 
-        def run(function, a: Tensor = a, grad: Tensor = grad) -> None:  # type: ignore[no-untyped-def]
+        def ours(x: Tensor) -> Tensor:
+            return alexnet.local_response_norm(x, columns=2)
+
+        def ours_with_relu(x: Tensor) -> Tensor:
+            return alexnet.local_response_norm(x, columns=2, relu=True)
+
+        def torch_with_relu(x: Tensor, lrn: Callable[[Tensor], Tensor] = torch_lrn) -> Tensor:
+            return lrn(F.relu(x))
+
+        def run(function: Callable[[Tensor], Tensor], a: Tensor = a, grad: Tensor = grad) -> None:
             torch.autograd.grad(function(a), a, grad)
 
         times = measure.take_turns(
             {
-                "ours": lambda run=run: run(lambda x: alexnet.local_response_norm(x, columns=2)),
-                "torch": lambda run=run, theirs=theirs: run(theirs),
-                "torch_contiguous": lambda run=run, theirs=theirs, a=plain, g=plain_grad: run(theirs, a, g),
-                "ours_with_relu": lambda run=run: run(lambda x: alexnet.local_response_norm(x, columns=2, relu=True)),
-                "torch_two_columns_with_relu": lambda run=run, f=torch_lrn: run(lambda x: f(F.relu(x))),
+                "ours": functools.partial(run, ours),
+                "torch": functools.partial(run, theirs),
+                "torch_contiguous": functools.partial(run, theirs, plain, plain_grad),
+                "ours_with_relu": functools.partial(run, ours_with_relu),
+                "torch_two_columns_with_relu": functools.partial(run, torch_with_relu),
             },
             args.rounds,
         )

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     return flags
 
 
-def take_turns(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every turn of every contender, after two warm-up turns of each."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-2, rounds):

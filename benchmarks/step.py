@@ -24,7 +24,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, label
     optimizer.zero_grad()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         scores = net(images)
-    F.cross_entropy(scores.float(), labels).backward()
+    F.cross_entropy(scores.float(), labels).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     if images.device.type == "cuda":
         torch.cuda.synchronize()

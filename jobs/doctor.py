@@ -1,4 +1,4 @@
-"""Look a cluster over: orchestrator/cli/doctor.py."""
+"""Check a cluster: orchestrator/cli/doctor.py."""
 
 import sys
 

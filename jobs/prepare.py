@@ -1,4 +1,4 @@
-"""Make shards of photographs: orchestrator/cli/prepare.py."""
+"""Convert photographs to shards: orchestrator/cli/prepare.py."""
 
 import sys
 

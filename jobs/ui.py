@@ -1,4 +1,4 @@
-"""Open tunnels to a cluster: orchestrator/cli/ui.py."""
+"""Open SSH tunnels to a cluster: orchestrator/cli/ui.py."""
 
 import sys
 

@@ -1,0 +1,1 @@
+from alexnet import __version__ as __version__

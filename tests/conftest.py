@@ -1,4 +1,4 @@
-"""Shared by all tests: no test leaves anything outside its own folder."""
+"""Fixtures for all tests. No test leaves anything outside its own folder."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def ray_here():
 
 @pytest.fixture(scope="session")
 def here(ray_here) -> dict[str, str]:
-    """The environment in which a job joins this process's Ray: warm, so that a test takes half the time."""
+    """The environment in which a job joins this process's Ray, which halves the time of a test."""
     import ray
 
     return {
@@ -56,7 +56,7 @@ def here(ray_here) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
-    """The embedded digits as shards of uneven size, several to a split."""
+    """The bundled digits as shards of uneven size, several per split."""
     folder = tmp_path_factory.mktemp("digits") / "shards"
     return folder, prepare(open_source("digits"), StoragePath.of(folder), rows_per_shard=500)
 
@@ -69,7 +69,7 @@ def job(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(name: str, *args: object, cwd: Path = default, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)]
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-        return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=500)
 
     return run
 
@@ -83,7 +83,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def refused(name: str, args: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """The one line of a job that is refused with status 2: in this process, which has imported all that it needs."""
+    """The one line of a job that is refused with status 2; run in this process, which has its imports already."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
     with pytest.raises(SystemExit) as ended:
@@ -96,9 +96,9 @@ def refused(name: str, args: list[str], folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="session")
 def recorded() -> list[dict[str, float]]:
-    """The history of an undisturbed digits run in float64, as benchmarks/same_losses.py wrote it: every layout, and
-    every machine, comes to the same within 1e-7, and so must every run that was disturbed. A change of the code that
-    changes it on purpose runs that benchmark again."""
+    """The history of an undisturbed digits run in float64, written by benchmarks/same_losses.py. Every layout and every
+    CPU reproduces it within 1e-7, and so must every run that was disturbed. If a change alters it on purpose, run that
+    benchmark again."""
     found = json.loads((ROOT / "benchmarks" / "results" / "same_losses.json").read_text())
     history: list[dict[str, float]] = found["histories"]["single 1"]
     return history
@@ -113,7 +113,7 @@ def assert_same_history(history, recorded):
 
 @pytest.fixture
 def s3() -> Iterator[tuple[StoragePath, Callable[[], None], Callable[[], None]]]:
-    """A folder of a bucket; what stops its server, and starts it again."""
+    """A folder of a bucket, and functions that stop its server and start it again."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

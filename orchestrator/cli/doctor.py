@@ -1,27 +1,31 @@
-"""Look a cluster over before it costs money: versions, GPUs, network, storage, tracking server, clocks, disks, ports.
+"""Check a cluster before it costs money: versions, GPUs, network, storage, tracking server, clocks, disks, ports.
 
-    ray job submit -- python jobs/doctor.py         the cluster, from its head
-    python jobs/doctor.py                           this machine
+    ray job submit -- python jobs/doctor.py         checks the cluster, from its head
+    python jobs/doctor.py                           checks this machine
 
-Every line is ok, warn or fail, and what is not ok has its remedy below.
-Exit status: 0 nothing failed, 1 something did, 2 wrong usage.
+Prints one line per check: ok, warn or fail. Every warning and failure is repeated below with its remedy.
+Exit status: 0 nothing failed, 1 something failed, 2 wrong usage.
 """
 
+import argparse
 from collections import Counter
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.exits import FAILED, run_job
+from orchestrator.base.exits import FAILED
 from orchestrator.base.storage import StoragePath
-from orchestrator.cli.flags import Parser
+from orchestrator.cli.flags import Parser, run
 from orchestrator.cluster.diagnosis import Finding
 from orchestrator.cluster.doctor import Doctor
 
 
-def main() -> int:
-    flags = Parser("doctor.py", __doc__)
+def parser() -> Parser:
+    flags = Parser("doctor", __doc__)
     flags.add_argument("--output", default=default_output(), metavar="DIR",
-                       help="the storage to try, a folder or a URI (default: %(default)s)")  # fmt: skip
-    args = flags.parse_args()
+                       help="storage to check: a folder or a URI (default: %(default)s)")  # fmt: skip
+    return flags
+
+
+def main(flags: Parser, args: argparse.Namespace) -> int:
     try:
         doctor = Doctor(StoragePath.of(args.output))
     except ValueError as error:
@@ -40,4 +44,4 @@ def main() -> int:
 
 def script() -> int:
     """The console script, and jobs/doctor.py: returns the exit status."""
-    return run_job(main)
+    return run(parser, main)

@@ -1,4 +1,4 @@
-"""Command lines: flags made from the settings' own fields, and errors of one line."""
+"""Command lines: a flag for every field of the settings, and one-line errors."""
 
 import argparse
 import difflib
@@ -7,24 +7,36 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from orchestrator.base.exits import USAGE
+from orchestrator import __version__
+from orchestrator.base import logs
+from orchestrator.base.environment import command, installed
+from orchestrator.base.exits import USAGE, run_job
 
 DEFAULT_RECIPE = "digits"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the file's docstring as its help, no abbreviations, and a one-line error with a suggestion."""
+    """argparse with the module's docstring as its help, no abbreviations, one-line errors with a suggestion, and the
+    flags that all commands have."""
 
-    def __init__(self, prog: str, doc: str | None) -> None:
+    def __init__(self, job: str, doc: str | None) -> None:
+        prog = command(job).rpartition("/")[2]
         super().__init__(
             prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        self.add_argument("--version", action="version", version=f"alexnet-orchestrator {__version__}")
+        self.add_argument("-v", "--verbose", action="store_true", help="print more of the log")
+
+    def format_help(self) -> str:
+        """Commands in it are named as the user started this one."""
+        text = super().format_help()
+        return re.sub(r"(python )?jobs/(\w+)\.py", lambda found: command(found[2]), text) if installed() else text
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -37,8 +49,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE)
 
 
+def run(parser: Callable[[], Parser], main: Callable[[Parser, argparse.Namespace], int]) -> int:
+    """A command from its arguments to its exit status."""
+
+    def start() -> int:
+        flags = parser()
+        args = flags.parse_args()
+        logs.set_up(args.verbose)
+        return main(flags, args)
+
+    return run_job(start)
+
+
 def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> None:
-    """A flag for every field of the model, grouped by the class that declares it; defaults are shown, not set."""
+    """Add a flag for every field of the model, grouped by the class that declares it; defaults are shown, not set."""
     groups: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         owner = next(c for c in reversed(model.__mro__) if name in inspect.get_annotations(c))
@@ -62,18 +86,18 @@ def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> No
 
 
 def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
-    """The positional argument; `recipe_of` reads it."""
+    """Add the positional argument; `recipe_of` reads it."""
     shown = f"{', '.join(recipes)} (default: {DEFAULT_RECIPE}); its defaults are shown below"
     flags.add_argument("recipe", nargs="?", metavar="RECIPE", help=shown)
 
 
 def shown_recipe(recipes: Collection[str]) -> str:
-    """The one whose defaults --help shows: as the command line has it, before it is parsed."""
+    """The recipe whose defaults --help shows: the one on the command line, which is not parsed yet."""
     return next((word for word in sys.argv[1:] if word in recipes), DEFAULT_RECIPE)
 
 
 def recipe_of(args: argparse.Namespace, recipes: Collection[str]) -> str:
-    """Raises ValueError of one line."""
+    """The recipe that was asked for. Raises ValueError of one line."""
     recipe: str = args.recipe or DEFAULT_RECIPE
     if recipe not in recipes:
         raise ValueError(f"recipe {recipe!r}: unknown; the recipes are {', '.join(recipes)}")
@@ -81,15 +105,15 @@ def recipe_of(args: argparse.Namespace, recipes: Collection[str]) -> str:
 
 
 def only_resume(args: argparse.Namespace, *others: str) -> None:
-    """Raises ValueError of one line where --resume is not the only word on what is to be done."""
+    """Raises ValueError of one line if an argument contradicts --resume, which takes the settings of before."""
     for flag in ("recipe", *others):
         if getattr(args, flag):
             shown = "RECIPE" if flag == "recipe" else f"--{flag}"
-            raise ValueError(f"--resume {args.resume}: has settings; leave out {shown}")
+            raise ValueError(f"--resume {args.resume}: resumes with the settings it has; leave out {shown}")
 
 
 def given_fields(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
-    """The fields that the command line named, and only those."""
+    """Only the fields that were given on the command line."""
     return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
@@ -122,9 +146,9 @@ def fraction(text: str) -> float:
 
 
 def _reading(name: str, field: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field's value; ranges are left to the model, whose messages name what would work."""
+    """How argparse reads a field's value; ranges are left to the model, whose messages say what would work."""
     kind = field.annotation
-    if isinstance(kind, types.UnionType):  # X | None, or int | str, which the model reads itself
+    if isinstance(kind, types.UnionType):  # X | None, or int | str, which the model parses
         kind = [part for part in typing.get_args(kind) if part is not type(None)][-1]
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}

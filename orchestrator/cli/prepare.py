@@ -1,4 +1,4 @@
-"""Turn photographs into shards that training reads, or check shards.
+"""Convert photographs to the shards that training reads, or check shards.
 
     python jobs/prepare.py --source PHOTOS --output SHARDS
     python jobs/prepare.py --check SHARDS
@@ -8,22 +8,22 @@ PHOTOS is a folder, or a URI such as s3://BUCKET/FOLDER, with one of
     ilsvrc       ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, as downloaded
     parquet      train*.parquet and val*, validation* or test*.parquet, with columns of image bytes and labels
     cifar10      cifar-10-python.tar.gz, or its folder
-What it is, is found out and said. Every image becomes RGB, its shorter side 256 pixels, its centre 256x256, a JPEG in a
-Parquet shard. `--source digits` takes the 1,797 digits that scikit-learn ships instead.
+The format is detected and printed. Every image is converted to RGB, resized to a shorter side of 256 pixels, cropped to
+its central 256x256 and stored as a JPEG in a Parquet shard. `--source digits` takes the 1,797 digits that ship with
+scikit-learn instead.
 
-A preparation that was interrupted goes on when it is started again, and ends with the same bytes.
+Run an interrupted preparation again to resume it; the result is identical to the last byte.
 
---check holds every shard against its checksum, counts rows, classes and labels, has the feed decode and cut every image
-as training would, prints images/s, and draws a contact sheet of augmented images.
+--check verifies every shard's checksum, counts rows, classes and labels, has the feed decode and crop every image as
+training would, prints images/s, and draws a contact sheet of augmented images.
 """
 
 import argparse
 from pathlib import Path
 
-from orchestrator.base.exits import run_job
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
-from orchestrator.cli.flags import Parser, fraction, natural, positive_int
+from orchestrator.cli.flags import Parser, fraction, natural, positive_int, run
 from orchestrator.cluster.connection import connect
 from orchestrator.data import check as checking
 from orchestrator.data import shards
@@ -35,74 +35,75 @@ SMALLEST = 64  # pixels
 
 
 def parser() -> Parser:
-    flags = Parser("prepare.py", __doc__)
-    flags.add_argument("--source", metavar="DIR", help="folder or URI of images, or the word digits")
+    flags = Parser("prepare", __doc__)
+    flags.add_argument("--source", metavar="DIR", help="folder or URI of the images, or the word digits")
     flags.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="of --source (default: auto, found out)"
+        "--format", choices=("auto", *FORMATS), default="auto", help="of --source (default: auto, which detects it)"
     )
     flags.add_argument(
-        "--verify", action="store_true", help="first hold the archives against the MD5 sums that ImageNet publishes"
+        "--verify", action="store_true", help="first check the archives against the MD5 sums that ImageNet publishes"
     )
-    flags.add_argument("--output", metavar="DIR", help="folder or URI for the shards; must not hold a data set yet")
+    flags.add_argument("--output", metavar="DIR", help="folder or URI for the shards; must not contain a data set yet")
     flags.add_argument("--check", metavar="DIR", help="check the shards in this folder instead")
     flags.add_argument(
         "--picture",
         metavar="FILE",
         type=Path,
-        help="of --check: the contact sheet (default: contact_sheet.png, in DIR or, of a URI, here)",
+        help="with --check: the contact sheet (default: contact_sheet.png in DIR; for a URI, in the current folder)",
     )
-    flags.add_argument("--overwrite", action="store_true", help="replace the data set that --output holds")
+    flags.add_argument("--overwrite", action="store_true", help="replace the data set in --output")
     flags.add_argument(
         "--image-size",
         type=positive_int,
         metavar="PIXELS",
-        help="side of the stored images (default: 256; of images below 64 pixels 72)",
+        help="side of the stored images (default: 256, or 72 for images smaller than 64)",
     )
-    flags.add_argument("--seed", type=natural, default=0, help="of the one global shuffle (default: 0)")
+    flags.add_argument("--seed", type=natural, default=0, help="of the global shuffle (default: 0)")
     flags.add_argument(
         "--encoding",
         choices=shards.ENCODINGS,
         default="jpeg",
-        help="jpeg: about 20 KB an image of 256 pixels; raw: 197 KB, and no decoding in training (default: jpeg)",
+        help="jpeg: about 20 KB per 256-pixel image; raw: 197 KB, but no decoding during training (default: jpeg)",
     )
     flags.add_argument("--jpeg-quality", type=positive_int, default=JPEG_QUALITY, help="1 to 100 (default: 90)")
     flags.add_argument(
-        "--rows-per-shard", type=positive_int, default=ROWS_PER_SHARD, help="images in a file (default: 1024)"
+        "--rows-per-shard", type=positive_int, default=ROWS_PER_SHARD, help="images per file (default: 1024)"
     )
     flags.add_argument(
         "--max-rejected",
         type=fraction,
         default=0.01,
         metavar="FRACTION",
-        help="of files that may be unreadable (default: 0.01)",
+        help="tolerated share of unreadable files (default: 0.01)",
     )
     flags.add_argument(
-        "--parallelism", type=positive_int, metavar="TASKS", help="shards made at a time (default: as many as CPUs)"
+        "--parallelism",
+        type=positive_int,
+        metavar="TASKS",
+        help="shards to make at the same time (default: one per CPU)",
     )
     return flags
 
 
-def main() -> int:
-    flags = parser()
-    args = flags.parse_args()
+def main(flags: Parser, args: argparse.Namespace) -> int:
     if args.check:
         if args.source or args.output:
-            flags.error("--check: takes no --source and no --output")
+            flags.error("--check: takes neither --source nor --output")
         return check(flags, args)
     if args.picture:
-        flags.error("--picture: is drawn by --check only")
+        flags.error("--picture: only --check draws one")
     missing = [f"--{name}" for name in ("source", "output") if getattr(args, name) is None]
     if missing:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or --check DIR)")
     if args.image_size is not None and args.image_size < SMALLEST:
-        flags.error(f"--image-size {args.image_size}: the net sees {SMALLEST} pixels at least")
+        flags.error(f"--image-size {args.image_size}: must be at least {SMALLEST}, the smallest input of the net")
     if args.jpeg_quality > 100:
         flags.error(f"--jpeg-quality {args.jpeg_quality}: must be between 1 and 100")
     line = LiveLine()
     try:
         output = StoragePath.of(args.output)
         if (output / shards.MANIFEST).size() is not None and not args.overwrite:
-            flags.error(f"--output {output}: already holds a data set; choose another folder, or say --overwrite")
+            flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
         source = open_source(args.source, as_format=args.format, verify=args.verify, say=line.print)
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
         check_apart(args.source, output)
@@ -142,4 +143,4 @@ def check(flags: Parser, args: argparse.Namespace) -> int:
 
 def script() -> int:
     """The console script, and jobs/prepare.py: returns the exit status."""
-    return run_job(main)
+    return run(parser, main)

@@ -1,11 +1,11 @@
-"""Train AlexNet on Ray: Ray Data feeds it, Ray Train runs it, MLflow keeps what came of it.
+"""Train AlexNet on Ray: Ray Data feeds it, Ray Train runs it, MLflow tracks it.
 
-    python jobs/train.py                                      the digits that are embedded, about a minute
+    python jobs/train.py                                      the bundled digits, about a minute
     python jobs/train.py imagenette --data SHARDS             the full net on photographs (jobs/prepare.py makes SHARDS)
-    python jobs/train.py --resume NAME                        go on with an interrupted run
-    python jobs/train.py --config runs/NAME/config.yaml       the settings of an earlier run again
+    python jobs/train.py --resume NAME                        resume an interrupted run
+    python jobs/train.py --config runs/NAME/config.yaml       reuse the settings of an earlier run
 
-Settings come from the recipe, then --config, then flags; each overrides what came before.
+Settings come from the recipe, then --config, then flags; later ones win.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
@@ -15,7 +15,6 @@ import time
 from pathlib import PurePosixPath
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.exits import run_job
 from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import (
     Parser,
@@ -25,6 +24,7 @@ from orchestrator.cli.flags import (
     only_resume,
     positive,
     recipe_of,
+    run,
     shown_recipe,
 )
 from orchestrator.config.models import read_yaml
@@ -35,39 +35,37 @@ from orchestrator.train.forecast import describe
 from orchestrator.train.run_folder import RunFolder
 
 
-def parser(recipe: str) -> Parser:
-    flags = Parser("train.py", __doc__)
+def parser() -> Parser:
+    flags = Parser("train", __doc__)
     add_recipe(flags, RECIPES)
     place = flags.add_argument_group("the run")
     place.add_argument(
         "--output",
         default=default_output(),
         metavar="DIR",
-        help="where runs live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
+        help="where runs are stored: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
-    place.add_argument("--name", help="of the run: its folder in --output (default: the recipe and the time)")
+    place.add_argument("--name", help="of the run and of its folder in --output (default: the recipe and the time)")
     place.add_argument(
         "--resume",
         metavar="NAME",
-        help="go on with this run from its last checkpoint",
+        help="resume this run from its last checkpoint",
     )
     place.add_argument("--config", metavar="FILE", help="YAML of settings, such as a run's config.yaml")
-    place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost; start nothing")
-    place.add_argument("--images-per-s", type=positive, metavar="X", help="a speed that --dry-run counts with")
-    add_fields(flags, TrainConfig, RECIPES[recipe]())
+    place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost, and exit")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="assumed speed for --dry-run")
+    add_fields(flags, TrainConfig, RECIPES[shown_recipe(RECIPES)]())
     return flags
 
 
-def main() -> int:
-    flags = parser(shown_recipe(RECIPES))
-    args = flags.parse_args()
+def main(flags: Parser, args: argparse.Namespace) -> int:
     try:
-        run, config, resume = resolve(args)
+        folder, config, resume = resolve(args)
         if args.dry_run:
             print(describe(config, StoragePath.of(args.output), args.images_per_s))
             return 0
         prepared = session.Session(
-            run, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")
+            folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")
         )
     except ValueError as error:
         flags.error(str(error))
@@ -76,22 +74,22 @@ def main() -> int:
 
 
 def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
-    """The run's folder and settings, and whether it goes on. Raises ValueError of one line."""
+    """The run's folder and settings, and whether it is resumed. Raises ValueError of one line."""
     changes = given_fields(args, TrainConfig)
     recipe = recipe_of(args, RECIPES)
     if args.resume:
         only_resume(args, "config", "name")
-        run = RunFolder(args.output, args.resume)
-        return run, session.resumed(run.config(), changes), True
+        folder = RunFolder(args.output, args.resume)
+        return folder, session.resumed(folder.config(), changes), True
     fields = RECIPES[recipe]().model_dump()
     if args.config:
         fields |= read_yaml(args.config)
     kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
     kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
-    run = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return run, make_config(**fields | changes), False
+    folder = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return folder, make_config(**fields | changes), False
 
 
 def script() -> int:
     """The console script, and jobs/train.py: returns the exit status."""
-    return run_job(main)
+    return run(parser, main)

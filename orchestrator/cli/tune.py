@@ -1,12 +1,12 @@
-"""Search for better settings than the paper's: trials are whole training runs, Ray Tune runs them side by side.
+"""Search for better settings than the paper's: trials are complete training runs, which Ray Tune runs in parallel.
 
-    python jobs/tune.py                                       learning rate, decay and LRN on the embedded digits
+    python jobs/tune.py                                       learning rate, decay and LRN on the bundled digits
     python jobs/tune.py imagenette --data SHARDS --num-samples 32 --time-budget 8h
     python jobs/tune.py --space space.yaml --scheduler fifo   a space of your own (lr: {loguniform: [0.001, 0.1]})
-    python jobs/tune.py --resume NAME                         go on with an interrupted search
+    python jobs/tune.py --resume NAME                         resume an interrupted search
 
-The first trial has the paper's constants, so that every search says whether it found better ones. It leaves best.yaml,
-for jobs/train.py --config, a table of the best, and pictures of what it learned.
+The first trial uses the paper's constants, so every search reports whether it found better ones. It writes best.yaml
+(for jobs/train.py --config), a table of the best trials, and plots.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.exits import run_job
 from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import (
     Parser,
@@ -25,6 +24,7 @@ from orchestrator.cli.flags import (
     only_resume,
     positive,
     recipe_of,
+    run,
     shown_recipe,
 )
 from orchestrator.config.models import read_yaml
@@ -35,38 +35,38 @@ from orchestrator.search.forecast import describe
 from orchestrator.search.recipes import SEARCHES
 from orchestrator.search.search import Search
 
-MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that goes on
+MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that is resumed
 
 
-def parser(recipe: str) -> Parser:
-    flags = Parser("tune.py", __doc__)
+def parser() -> Parser:
+    flags = Parser("tune", __doc__)
     add_recipe(flags, SEARCHES)
-    place = flags.add_argument_group("the search as a whole")
+    place = flags.add_argument_group("the search")
     place.add_argument(
         "--output",
         default=default_output(),
         metavar="DIR",
-        help="where searches live: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
+        help="where searches are stored: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
-    place.add_argument("--name", help="of the search: its folder in --output (default: tune, the recipe and the time)")
-    place.add_argument("--resume", metavar="NAME", help="go on with this search: ended trials are not run again")
+    place.add_argument(
+        "--name", help="of the search and of its folder in --output (default: tune, the recipe and the time)"
+    )
+    place.add_argument("--resume", metavar="NAME", help="resume this search; finished trials are not run again")
     place.add_argument(
         "--space",
         type=Path,
         metavar="FILE",
-        help="YAML of the settings that vary: choice, uniform, loguniform, randint or grid (default: the recipe's)",
+        help="YAML of the settings to search: choice, uniform, loguniform, randint or grid (default: the recipe's)",
     )
-    place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost; start nothing")
-    place.add_argument("--images-per-s", type=positive, metavar="X", help="of a trial, that --dry-run counts with")
-    defaults = SEARCHES[recipe]()
+    place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost, and exit")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="assumed speed of a trial for --dry-run")
+    defaults = SEARCHES[shown_recipe(SEARCHES)]()
     add_fields(flags, SearchSettings, defaults)
     add_fields(flags, TrainConfig, defaults.train)
     return flags
 
 
-def main() -> int:
-    flags = parser(shown_recipe(SEARCHES))
-    args = flags.parse_args()
+def main(flags: Parser, args: argparse.Namespace) -> int:
     try:
         folder, config, resume = resolve(args)
         if args.dry_run:
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]:
-    """The search's folder and settings, and whether it goes on. Raises ValueError of one line."""
+    """The search's folder and settings, and whether it is resumed. Raises ValueError of one line."""
     recipe = recipe_of(args, SEARCHES)
     training, settings = given_fields(args, TrainConfig), given_fields(args, SearchSettings)
     if args.resume:
@@ -103,4 +103,4 @@ def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]
 
 def script() -> int:
     """The console script, and jobs/tune.py: returns the exit status."""
-    return run_job(main)
+    return run(parser, main)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.base.environment import on_cluster
+from orchestrator.base.environment import command, on_cluster
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.connection import connect
@@ -136,10 +136,10 @@ class Doctor:
         shown = redact(uri)
         if not uri.startswith("http"):
             if len(self.names) > 1:
-                remedy = "`python jobs/tracking.py start --host ADDRESS` on the head, as the cluster's yaml does"
+                remedy = f"`{command('tracking')} start --host ADDRESS` on the head, as the cluster's yaml does"
                 yield Finding("tracking", "cluster", "warn", f"no server; runs go to {shown} of one machine", remedy)
             return
-        remedy = "`python jobs/tracking.py start --host ADDRESS` on the head; ~/alexnet-tracking/server.log says why"
+        remedy = f"`{command('tracking')} start --host ADDRESS` on the head; ~/alexnet-tracking/server.log says why"
         try:
             seconds = round_trip(uri)
         except (JobError, ValueError) as error:

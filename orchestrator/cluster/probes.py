@@ -19,7 +19,7 @@ from orchestrator.cluster.diagnosis import (
 )
 from orchestrator.tracking.server import PORT as MLFLOW_PORT
 
-PACKAGES = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "numpy")
+PACKAGES = ("ray", "torch", "mlflow", "pyarrow", "numpy")
 TRAFFIC_BYTES, TRAFFIC_ROUNDS, NETWORK_PATIENCE_S = 16 * 2**20, 4, 90.0
 
 

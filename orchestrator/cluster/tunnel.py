@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.base.environment import command
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.tracking.server import CLIENT, FOLDER
 
@@ -58,7 +59,7 @@ def open_tunnels(head: Head, dashboard_port: int, mlflow_port: int) -> "subproce
     if taken := [port for port in (dashboard_port, mlflow_port) if _listens(port)]:
         raise JobError(
             f"port {taken[0]} is taken on this machine, by another `make ui` or a server of its own; "
-            "python jobs/ui.py --dashboard-port N --mlflow-port N take others"
+            f"{command('ui')} --dashboard-port N --mlflow-port N take others"
         )
     tunnels = {dashboard_port: f"127.0.0.1:{DASHBOARD}", mlflow_port: head.tracking_address()}
     forwards = [part for port, target in tunnels.items() for part in ("-L", f"127.0.0.1:{port}:{target}")]

@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from types import FrameType
 from typing import Any
 
+from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
 from orchestrator.base.storage import PARTIAL
 from orchestrator.base.terminal import duration, table
@@ -376,7 +377,7 @@ class Search:
                 for name, figure in pictures.items():
                     self.folder.write_picture(name, figure, dpi=110)
                 self.folder.write(BEST_YAML, best.to_yaml())
-                result["command"] = f"python jobs/train.py --config {shlex.quote(str(self.folder.path / BEST_YAML))}"
+                result["command"] = f"{command('train')} --config {shlex.quote(str(self.folder.path / BEST_YAML))}"
             self.folder.write_result(result)
         finally:  # storage may be what failed
             self._finish_children(status)
@@ -481,7 +482,7 @@ class Search:
                     (kept / name).remove()
 
     def _command(self) -> str:
-        return f"python jobs/tune.py{self.folder.flag} --resume {self.folder.name}"
+        return f"{command('tune')}{self.folder.flag} --resume {self.folder.name}"
 
     def _warn(self, text: str) -> None:
         self.view.say(f"warning: {text}")

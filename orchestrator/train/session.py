@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet import pictures
+from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
@@ -77,7 +78,7 @@ class Session:
             self._log_what_came_of_it()
         except Interrupted as stop:
             self._end("KILLED", f"stopped by {stop}")
-            self.view.line.print(f"stopped; go on with: python jobs/train.py{self.run.flag} --resume {self.run.name}")
+            self.view.line.print(f"stopped; go on with: {command('train')}{self.run.flag} --resume {self.run.name}")
             raise
         except BaseException as error:
             self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import alexnet
 from orchestrator.cluster.prices import Meter, NodeType, node_types, usd_per_hour, would_start
 from orchestrator.config.train import make_config
 
@@ -108,9 +109,9 @@ def test_versions_are_those_of_the_lock():
         assert read(name)["setup_commands"][0] == "cd ~/alexnet && make setup", "the lock is what nodes install"
         for found in re.findall(r"(ray|torch|mlflow)==([\d.]+)", (ROOT / name).read_text()):
             assert versions[found[0]] == found[1]
-    project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
-    images = re.findall(r"alexnet-orchestrator:([\w.]+)", (ROOT / "clusters/kuberay.yaml").read_text())
-    assert set(images) == {project}
+    for name in ("clusters/kuberay.yaml", "clusters/Dockerfile"):
+        images = re.findall(r"alexnet-orchestrator:([\w.]+)", (ROOT / name).read_text())
+        assert set(images) == {alexnet.__version__}, name
 
 
 def test_the_aws_cluster_starts_from_nothing_and_its_gpu_nodes_hold_pairs():

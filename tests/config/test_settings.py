@@ -72,7 +72,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, text, words):
 
 
 def flags_for(recipe="digits"):
-    flags = Parser("train.py", "doc")
+    flags = Parser("train", "doc")
     add_fields(flags, TrainConfig, RECIPES[recipe]())
     return flags
 

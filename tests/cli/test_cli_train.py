@@ -1,4 +1,4 @@
-"""Whole jobs, run as a user runs them."""
+"""Whole training runs, started as a user starts them."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import mlflow
 import psutil
@@ -24,7 +23,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(job, place):
-    """A short digits run, in float64 so that others can be held against it; its folder is `place`."""
+    """A short digits run, in float64, where every machine computes the same; its folder is `place`."""
     done = job("train", "--epochs", "3", "--precision", "fp64", "--name", "first", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
@@ -44,7 +43,7 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
     assert result["status"] == "FINISHED"
     assert len(result["history"]) == 3
     assert result["metrics"] == result["history"][-1]
-    assert result["metrics"]["val/top1_error"] < 0.5
+    assert result["metrics"]["val/top1_error"] < 0.5, "0.09 on every CPU"
     assert result["metrics"]["step"] == 3 * 23
     assert result["images_per_s"] > 0
     assert result["config"]["epochs"] == 3
@@ -191,13 +190,6 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
     assert "69 in all" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "tune"])
-def test_help_teaches(job, name):
-    done = job(name, "--help")
-    assert done.returncode == 0
-    assert f"python jobs/{name}.py" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -215,41 +207,3 @@ def test_help_teaches(job, name):
 def test_a_wrong_request_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
     assert words in refused("train", args, tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--source", "nowhere", "--output", "out"], "nowhere: no such folder"),
-        (["--output", "out"], "the following arguments are required: --source (or --check DIR)"),
-        (["--check", "nowhere"], "nowhere: no such folder"),
-        (["--check", "out", "--source", "digits"], "--check: takes no --source"),
-        (["--source", "digits", "--output", "out", "--picture", "x.png"], "--picture: is drawn by --check only"),
-        (["--source", "digits", "--output", "out", "--encoding", "png"], "invalid choice: 'png'"),
-        (["--source", "digits", "--output", "out", "--max-rejected", "2"], "must be between 0 and 1"),
-        (["--source", "digits", "--output", "out", "--jpeg-quality", "101"], "must be between 1 and 100"),
-    ],
-)
-def test_a_wrong_preparation_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
-    assert words in refused("prepare", args, tmp_path, monkeypatch, capsys)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path, here):
-    (photographs / "train" / "apple" / "broken.JPEG").write_bytes(b"no picture")
-    start = time.monotonic()
-    done = job(
-        "prepare", "--source", photographs, "--output", tmp_path / "out", "--max-rejected", "0.1", cwd=tmp_path, **here
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.match(
-        r"32 rows \(24 train, 8 val\), 1 rejected, listed in .*rejected\.jsonl", done.stdout.splitlines()[-1]
-    )
-    again = job("prepare", "--source", photographs, "--output", tmp_path / "out", cwd=tmp_path, **here)
-    assert again.returncode == 2
-    assert "already holds a data set" in error_of(again)
-    refused = job("prepare", "--source", photographs, "--output", tmp_path / "strict", cwd=tmp_path, **here)
-    assert refused.returncode == 1
-    assert "1 of 33 files could not be read" in error_of(refused)
-    assert time.monotonic() - start < 280
