@@ -1,5 +1,6 @@
-"""Asking a cluster that grows for nodes, waiting for them, and counting what they cost."""
+"""Capacity of a cluster that grows on demand: requesting nodes, waiting for them, and their cost so far."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,15 +14,18 @@ from orchestrator.cluster.nodes import alive, uses_gpu
 from orchestrator.cluster.prices import Meter, NodeType, node_types, would_start
 from orchestrator.config.train import TrainConfig
 
-SAY_EVERY_S = 30.0
-GROW_PATIENCE_S = 600.0  # spot may never have as many as are wished for
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 30.0  # while waiting
+GROW_TIMEOUT_S = 600.0  # the cloud may never have as many spot nodes as are wanted
 
 
 def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Callable[[str], None]) -> None:
-    """On a cluster that grows when asked: ask for nodes for so many runs side by side, or as many as it can grow to,
-    and wait until they are there; for all but the first run only GROW_PATIENCE_S. They must see the output, too.
+    """On a cluster that grows on demand, request nodes for `runs` concurrent runs and wait for them.
 
-    Raises JobError where the cluster cannot grow so far.
+    It waits for one run's nodes as long as it takes, and for the others' (as many as the cluster can grow to) at most
+    GROW_TIMEOUT_S. Raises JobError if the cluster cannot grow far enough for one run, or its nodes do not share
+    `output`.
     """
     types = node_types()
     if not on_cluster() or not types or not runs:
@@ -30,17 +34,20 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Cal
     if found is None:
         has = "; ".join(f"{kind.at_most} {kind}" for kind in types)
         raise JobError(f"--workers {config.workers}: more than this cluster can grow to: {has}")
-    kind, _, runs = found
-    _wait_for_room(config, kind, 1, math.inf, say)
-    if runs > 1:
-        _wait_for_room(config, kind, runs, GROW_PATIENCE_S, say)
+    kind, count, runs = found
+    log.info("%d run(s) at a time need %d node(s) such as %s", runs, count, kind)
+    _wait_for_capacity(config, kind, 1, math.inf, say)
+    if runs > 1 and not _wait_for_capacity(config, kind, runs, GROW_TIMEOUT_S, say):
+        log.info("no nodes for %d runs within %.0f s; starting with those that are there", runs, GROW_TIMEOUT_S)
     check_shared(output)
 
 
 class CapacityRequest:
-    """Room for so many workers, asked of the cluster, which may start nodes for it. It is a placement group, which ends
-    with this process whatever becomes of it: nobody pays for nodes that nobody waits for. Once granted it holds the
-    room, until `end`."""
+    """A request for room for workers, which makes the cluster start nodes.
+
+    It is a placement group, which ends with this process in any case: nobody pays for nodes that nobody waits for. Once
+    ready it holds the room until `release`.
+    """
 
     def __init__(self, config: TrainConfig, workers: int, *, on_gpu: bool, runs: int = 1) -> None:
         from ray.util import placement_group
@@ -48,47 +55,53 @@ class CapacityRequest:
         together = 2 if config.layout == "columns" and workers % 2 == 0 and not config.spread else 1
         unit = {"GPU": 1.0, "CPU": 1.0} if on_gpu else {"CPU": 2.0 if config.spread else 1.0}
         bundle = {name: amount * together for name, amount in unit.items()}
-        feed = [] if on_gpu or config.spread else [{"CPU": 1.0}]  # on GPU nodes there are CPUs enough
+        feed = [] if on_gpu or config.spread else [{"CPU": 1.0}]  # GPU nodes have CPUs to spare
         bundles = [bundle] * (workers // together) * runs + feed
         strategy = "STRICT_SPREAD" if config.spread and runs == 1 else "PACK"
         with signals_deferred():
             self._group: Any = placement_group(bundles, strategy=strategy)
+        log.info("requested capacity for %d worker(s) of %d run(s): %s, %s", workers, runs, bundles, strategy)
 
     def ready(self, within_s: float) -> bool:
-        """To be called with signals deferred."""
+        """Whether the room is there, or is within so many seconds. Call with signals deferred."""
         return bool(self._group.wait(within_s))
 
-    def end(self) -> None:
+    def release(self) -> None:
+        """Give up the request and the room that it holds. Further calls do nothing."""
         from ray.util import remove_placement_group
 
         if self._group is not None:
             group, self._group = self._group, None
             with signals_deferred():
                 remove_placement_group(group)
+            log.debug("released the requested capacity")
 
 
-def _wait_for_room(
-    config: TrainConfig, kind: NodeType, runs: int, patience_s: float, say: Callable[[str], None]
-) -> None:
+def _wait_for_capacity(
+    config: TrainConfig, kind: NodeType, runs: int, timeout_s: float, say: Callable[[str], None]
+) -> bool:
+    """Whether there was room for `runs` runs at once within timeout_s."""
     import ray
 
-    wish = CapacityRequest(config, config.worker_range[0], on_gpu=uses_gpu(config.device, kind.gpus), runs=runs)
-    began, said = time.monotonic(), -math.inf
+    request = CapacityRequest(config, config.worker_range[0], on_gpu=uses_gpu(config.device, kind.gpus), runs=runs)
+    began, reported = time.monotonic(), -math.inf
     try:
-        while time.monotonic() - began < patience_s:
+        while time.monotonic() - began < timeout_s:
             with signals_deferred():
-                if wish.ready(0.5):
-                    return
+                if request.ready(0.5):
+                    log.info("capacity for %d run(s) after %.0f s", runs, time.monotonic() - began)
+                    return True
                 here = len(alive(ray.nodes()))
-            if time.monotonic() - said > SAY_EVERY_S:
-                said = time.monotonic()
-                say(f"waiting for nodes such as {kind.name}: {here} here, {said - began:.0f} s so far")
+            if time.monotonic() - reported > REPORT_EVERY_S:
+                reported = time.monotonic()
+                say(f"waiting for nodes such as {kind.name}: {here} joined after {reported - began:.0f} s")
     finally:
-        wish.end()
+        request.release()
+    return False
 
 
 def cost_so_far(meter: Meter) -> float | None:
-    """Dollars, of all nodes; None where they have no price."""
+    """The cost of all nodes in dollars; None if they have no price."""
     if not on_cluster():
         return None
     import ray

@@ -1,11 +1,10 @@
-"""What is wrong with a cluster, found out before it costs money: every node is looked at, and its way to the next."""
+"""The doctor: checks every node of a cluster, and the network between them, before a job depends on them."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import yaml
 
 from orchestrator.base.environment import command, on_cluster
 from orchestrator.base.exits import JobError, last_line
@@ -14,42 +13,52 @@ from orchestrator.cluster.connection import connect
 from orchestrator.cluster.diagnosis import Facts, Finding, check_clocks, check_machines, check_token, check_versions
 from orchestrator.cluster.join import HEAD, ask_the_head, on_node
 from orchestrator.cluster.nodes import alive
-from orchestrator.cluster.prices import BOOTSTRAP
+from orchestrator.cluster.prices import read_bootstrap
 from orchestrator.cluster.probes import (
-    NETWORK_PATIENCE_S,
+    NETWORK_TIMEOUT_S,
     Peer,
-    _ask_by_ssh,
-    _now,
-    _reaches,
-    _read_from,
-    _token,
-    _write_to,
+    ask_by_ssh,
+    auth_token,
+    clock,
     examine,
+    reach_server,
+    read_files,
+    write_file,
 )
 from orchestrator.tracking.run import round_trip
 from orchestrator.tracking.store import redact, tracking_uri
 
-SLOW_BYTES_PER_S = 0.1e9  # below the network of any cloud's smallest machine
-LOOPBACK = ("http://127.", "http://localhost")
-PATIENCE_S = 60.0  # with a node that has to start a process for the first task
+log = logging.getLogger(__name__)
+
+SLOW_BYTES_PER_S = 0.1e9  # less than the smallest machine of any cloud has
+LOOPBACK_URIS = ("http://127.", "http://localhost")
+ANSWER_TIMEOUT_S = 60.0  # a node may have to start a process first
+CLOCK_ROUNDS = 5
 
 
 class Doctor:
-    """Looks at the cluster of RAY_ADDRESS, or at this machine."""
+    """Checks the cluster of RAY_ADDRESS, or this machine."""
 
     def __init__(self, output: StoragePath) -> None:
+        """output: the storage to check."""
         self.output = output
+        self.names: dict[str, str] = {}  # of the nodes, by id
 
     def findings(self) -> Iterator[Finding]:
-        """As they are made; a check that cannot be made is a finding, too."""
-        if on_cluster() and os.environ.get("RAY_AUTH_MODE") == "token" and not _token():
-            remedy = "`make token`, or RAY_AUTH_TOKEN_PATH=FILE; it must be the cluster's"
-            yield Finding("token", "here", "fail", "RAY_AUTH_MODE is token, and there is none", remedy)
+        """All findings, each as soon as it is made; a check that fails to run is a finding, too."""
+        for finding in self._checks():
+            log.info("%s: %s, %s: %s", finding.severity, finding.check, finding.where, finding.text)
+            yield finding
+
+    def _checks(self) -> Iterator[Finding]:
+        if on_cluster() and os.environ.get("RAY_AUTH_MODE") == "token" and not auth_token():
+            remedy = "`make token`, or RAY_AUTH_TOKEN_PATH=FILE; it must be the cluster's token"
+            yield Finding("token", "here", "fail", "RAY_AUTH_MODE is token, but there is no token", remedy)
             return
         try:
             connect()
         except JobError as error:
-            remedy = "is it up, and is .ray-token the one it was started with? `ray status` on its head tells more"
+            remedy = "check that it is up and was started with this .ray-token; `ray status` on its head shows more"
             yield Finding("cluster", os.environ.get("RAY_ADDRESS", "here"), "fail", str(error), remedy)
             return
         import ray
@@ -63,10 +72,10 @@ class Doctor:
         nodes: dict[str, Facts] = {}
         for node in living:
             try:
-                facts = ray.get(refs[node["NodeID"]], timeout=PATIENCE_S)
+                facts = ray.get(refs[node["NodeID"]], timeout=ANSWER_TIMEOUT_S)
             except ray.exceptions.RayError as error:
-                remedy = "its raylet's log, in /tmp/ray/session_latest/logs there, says why it runs no task"
-                why = "runs no task" if isinstance(error, ray.exceptions.GetTimeoutError) else last_line(error)
+                remedy = "see the raylet's log, in /tmp/ray/session_latest/logs there"
+                why = "runs no tasks" if isinstance(error, ray.exceptions.GetTimeoutError) else last_line(error)
                 yield Finding("nodes", self.names.pop(node["NodeID"]), "fail", why, remedy)
                 continue
             nodes[self.names[node["NodeID"]]] = facts | {"gpus_of_ray": node["Resources"].get("GPU", 0)}
@@ -77,59 +86,58 @@ class Doctor:
             try:
                 yield from check()
             except JobError as error:
-                remedy = "run the doctor again; what it found so far stands"
+                remedy = "run the doctor again; its other findings are valid"
                 yield Finding(check.__name__.strip("_"), "cluster", "fail", str(error), remedy)
 
     def _missing(self, living: list[Facts]) -> Iterator[Finding]:
-        """Machines that the yaml on the head names and that have not joined: what is different there?"""
-        config = _bootstrap()
+        """Machines of the yaml on the head that have not joined, and what is different there."""
+        config = read_bootstrap()
         wanted = config.get("provider", {}).get("worker_ips") or []
         here = {node["NodeManagerAddress"] for node in living}
         for address in (address for address in wanted if address not in here):
-            text, remedy = _ask_by_ssh(config, address)
+            text, remedy = ask_by_ssh(config, address)
             yield Finding("nodes", address, "fail", f"is not in the cluster: {text}", remedy)
 
     def _clocks(self) -> Iterator[Finding]:
-
+        """Of a few exchanges with each node, the quickest tells its clock best."""
         found = {}
         for node, name in self.names.items():
             best = (float("inf"), 0.0)
-            for _ in range(5):
+            for _ in range(CLOCK_ROUNDS):
                 before = time.time()
-                there = _ask(node, _now)
+                there = _ask(node, clock)
                 after = time.time()
                 best = min(best, (after - before, there - (before + after) / 2))
             found[name] = best[1]
         yield from check_clocks(found)
 
     def _storage(self) -> Iterator[Finding]:
-        """What each node writes, every other reads."""
-
+        """Every node reads what each has written."""
         place = self.output / f".doctor-{os.getpid()}-{time.time_ns()}"
         written: dict[str, str] = {}
         try:
             for node, name in self.names.items():
-                trouble = _ask(node, _write_to, str(place / name), name)
+                trouble = _ask(node, write_file, str(place / name), name)
                 if trouble:
-                    remedy = "mount it there, or let this user write; or give another with --output or ALEXNET_OUTPUT"
+                    remedy = "mount it there and let this user write; or choose another with --output or ALEXNET_OUTPUT"
                     yield Finding("storage", name, "fail", f"{self.output}: cannot be written: {trouble}", remedy)
                 else:
                     written[name] = str(place / name)
             blind = False
             for node, name in self.names.items():
-                for trouble in _ask(node, _read_from, written):
+                for trouble in _ask(node, read_files, written):
                     blind = True
-                    remedy = "give storage that all nodes share, such as s3://BUCKET/runs, or mount it there"
+                    remedy = "choose storage that all nodes share, such as s3://BUCKET/runs, or mount it there"
                     yield Finding("storage", name, "fail", f"{self.output}: {trouble}", remedy)
             if not blind and len(written) == len(self.names):
-                yield Finding("storage", "all nodes", "ok", f"{self.output}: what each writes, every other reads")
+                yield Finding("storage", "all nodes", "ok", f"{self.output}: every node reads what the others write")
         finally:
             for name in written:
                 _quietly_remove(place / name)
             _quietly_remove(place)
 
     def _tracking(self) -> Iterator[Finding]:
-
+        """The tracking server takes a metric and a file from here, and every node reaches it."""
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             os.environ |= ask_the_head()
         uri = tracking_uri()
@@ -137,24 +145,26 @@ class Doctor:
         if not uri.startswith("http"):
             if len(self.names) > 1:
                 remedy = f"`{command('tracking')} start --host ADDRESS` on the head, as the cluster's yaml does"
-                yield Finding("tracking", "cluster", "warn", f"no server; runs go to {shown} of one machine", remedy)
+                yield Finding(
+                    "tracking", "cluster", "warn", f"no server; runs are logged to {shown} on one machine", remedy
+                )
             return
-        remedy = f"`{command('tracking')} start --host ADDRESS` on the head; ~/alexnet-tracking/server.log says why"
+        remedy = f"`{command('tracking')} start --host ADDRESS` on the head; see ~/alexnet-tracking/server.log"
         try:
             seconds = round_trip(uri)
         except (JobError, ValueError) as error:
             yield Finding("tracking", "here", "fail", str(error), remedy)
             return
-        yield Finding("tracking", "here", "ok", f"{shown}: a metric and a file came back in {seconds:.1f} s")
-        if uri.startswith(LOOPBACK):  # for drivers, which run on this node
+        yield Finding("tracking", "here", "ok", f"{shown}: logged and read back a metric and a file in {seconds:.1f} s")
+        if uri.startswith(LOOPBACK_URIS):  # used by drivers only, which run on this node
             return
         for node, name in self.names.items():
-            trouble = _ask(node, _reaches, uri)
+            trouble = _ask(node, reach_server, uri)
             if trouble:
                 yield Finding("tracking", name, "fail", f"does not reach {shown}: {trouble}", remedy)
 
     def _network(self) -> Iterator[Finding]:
-        """Neighbours in a ring: every node's way out and way in."""
+        """The bandwidth between neighbours in a ring: every node sends and receives."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -174,44 +184,36 @@ class Doctor:
                             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                         ).remote() for node in pair
                     ]  # fmt: skip
-                    address = ray.get(peers[0].address.remote(), timeout=NETWORK_PATIENCE_S)
-                    runs = [peer.talk.remote(backend, address, rank) for rank, peer in enumerate(peers)]
-                    rate = min(ray.get(runs, timeout=NETWORK_PATIENCE_S))
-                except Exception as error:  # whatever the backend raises, or nothing in time
+                    address = ray.get(peers[0].address.remote(), timeout=NETWORK_TIMEOUT_S)
+                    runs = [peer.measure.remote(backend, address, rank) for rank, peer in enumerate(peers)]
+                    rate = min(ray.get(runs, timeout=NETWORK_TIMEOUT_S))
+                except Exception as error:  # whatever the backend raises, or a timeout
                     reason = last_line(error) if not isinstance(error, TimeoutError) else "no answer"
-                    remedy = "open all TCP ports between the nodes; NCCL_SOCKET_IFNAME names their network"
+                    name = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+                    remedy = f"open all TCP ports between the nodes, and set {name} to their network"
                     yield Finding("network", names, "fail", f"{backend}: {reason}", remedy)
                     continue
                 finally:
                     for peer in peers:
                         ray.kill(peer)
                 slow = rate < SLOW_BYTES_PER_S
-                remedy = "keep --layout columns on one node, and expect little of --layout data" if slow else ""
+                remedy = "keep --layout columns on one node; expect --layout data to be slow" if slow else ""
                 yield Finding("network", names, "warn" if slow else "ok", f"{backend}: {rate / 1e9:.2f} GB/s", remedy)
 
 
 def _ask(node: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What it returns on that node. Raises JobError where the node does not answer."""
+    """Call the function on that node. Raises JobError if the node does not answer."""
     import ray
 
     try:
-        return ray.get(on_node(node, function).remote(*args), timeout=PATIENCE_S)
+        return ray.get(on_node(node, function).remote(*args), timeout=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayError as error:
-        raise JobError(f"a node ran a task, and then no more: {last_line(error)}") from None
+        raise JobError(f"a node stopped answering: {last_line(error)}") from None
 
 
 def _name(node: Facts) -> str:
     role = " (head)" if HEAD in node["Resources"] else ""
     return f"{node['NodeManagerAddress']}{role}"
-
-
-def _bootstrap() -> Facts:
-    """The yaml that `ray up` left on the head; nothing elsewhere."""
-    try:
-        found: Facts = yaml.safe_load(BOOTSTRAP.expanduser().read_text())
-        return found
-    except (OSError, yaml.YAMLError):
-        return {}
 
 
 def _quietly_remove(place: StoragePath) -> None:

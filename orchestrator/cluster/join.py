@@ -1,5 +1,6 @@
-"""What a job checks and learns when it joins a cluster: shared storage, and the address of the tracking server."""
+"""Joining a cluster: checking that the nodes share the output, and finding the tracking server."""
 
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -11,15 +12,18 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.nodes import alive
 from orchestrator.tracking.server import CLIENT, FOLDER, read_settings
+from orchestrator.tracking.store import redact
 
-ANSWER_S = 60.0  # that a node may take to start a process for a question
-HEAD = "node:__internal_head__"  # a resource that the head alone has
+log = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 60.0  # a node may have to start a process first
+HEAD = "node:__internal_head__"  # a resource that only the head has
 
 
 def join(output: StoragePath) -> None:
-    """Connect to the cluster that the job is one of, if any, and see that all nodes see where it writes.
+    """Connect to the job's cluster, if it is on one, and check that all nodes share `output`.
 
-    Takes the address of the cluster's tracking server where the environment names none. Raises JobError.
+    Sets the address of the cluster's tracking server unless the environment names one. Raises JobError.
     """
     if not on_cluster():
         return
@@ -27,10 +31,11 @@ def join(output: StoragePath) -> None:
     check_shared(output)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         os.environ |= ask_the_head()
+    log.info("on a cluster; tracking server: %s", redact(os.environ.get("MLFLOW_TRACKING_URI", "none")))
 
 
 def check_shared(output: StoragePath) -> None:
-    """Every node must see what another wrote: checkpoints above all."""
+    """Check that every node sees what this one writes to `output`, as checkpoints must be. Raises JobError."""
     import ray
 
     with signals_deferred():
@@ -45,22 +50,23 @@ def check_shared(output: StoragePath) -> None:
         raise JobError(f"--output {output}: cannot be written: {error.strerror}") from None
     try:
         with signals_deferred():
-            seen = ray.get([on_node(node, _sees).remote(str(marker)) for node in others], timeout=ANSWER_S)
+            seen = ray.get([on_node(node, _sees).remote(str(marker)) for node in others], timeout=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayError as error:
-        raise JobError(f"a node did not answer whether it sees --output {output}: {last_line(error)}") from None
+        raise JobError(f"--output {output}: a node did not answer whether it sees it: {last_line(error)}") from None
     finally:
         marker.remove()
     if not all(seen):
         blind = others[seen.index(False)]
         name = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == blind)
         raise JobError(
-            f"--output {output}: node {name} does not see this folder of {ray.util.get_node_ip_address()}; with "
-            f"several nodes give one that all share, such as s3://BUCKET/runs, or set {OUTPUT} in the cluster's yaml"
+            f"--output {output}: node {name} does not see this folder of {ray.util.get_node_ip_address()}; give one "
+            f"that all nodes share, such as s3://BUCKET/runs, or set {OUTPUT} in the cluster's yaml"
         )
+    log.info("%d other node(s) see %s", len(others), output)
 
 
 def on_node(node_id: str, function: Callable[..., Any]) -> Any:
-    """A task that runs on this node and takes nothing of it."""
+    """The function as a Ray task that runs on this node and reserves nothing there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -73,8 +79,10 @@ def _sees(path: str) -> bool:
 
 
 def ask_the_head() -> dict[str, str]:
-    """Address and password of the tracking server that the cluster's yaml started there, if it did. They travel as the
-    cluster's other objects do, for which the token is needed, and are in no log. Raises JobError."""
+    """Address and password of the tracking server on the head, as environment variables; empty if there is none.
+
+    They are sent as a Ray object, which needs the cluster's token, and appear in no log. Raises JobError.
+    """
     import ray
 
     try:
@@ -82,7 +90,7 @@ def ask_the_head() -> dict[str, str]:
             if HEAD not in ray.cluster_resources():
                 return {}
             asked = ray.remote(num_cpus=0, resources={HEAD: 0.001})(_read_client_settings).remote()
-            found: dict[str, str] = ray.get(asked, timeout=ANSWER_S)
+            found: dict[str, str] = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise JobError(f"the head did not answer where its tracking server is: {last_line(error)}") from None
     return found

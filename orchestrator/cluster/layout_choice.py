@@ -1,18 +1,22 @@
-"""Which layout a run takes: the memory and the seconds that each would cost."""
+"""Choosing a run's layout by what each would cost: memory, bytes sent and seconds per step."""
+
+import logging
 
 from alexnet.cost import Cost, Exchange, communication, estimate
 from alexnet.layouts import KINDS, Layout
 from orchestrator.cluster.nodes import Node, worker_slots
 from orchestrator.config.train import TrainConfig
 
-# Bytes per second that one worker sends. Line rates as published, but for the loopback: measured with gloo's
+log = logging.getLogger(__name__)
+
+# Bytes per second that one worker sends. Published line rates, except the loopback, which was measured with gloo's
 # all-gather of 10 and 50 MB between two processes of a two-core Sapphire Rapids machine (0.45 to 0.58e9, 2026-11-22).
 LINKS = {"loopback": 0.5e9, "10 GbE": 1.25e9, "100 GbE": 12.5e9, "PCIe 3.0 x16": 15.75e9, "NVLink 3": 300e9}
-# What a worker computes and moves, to one digit: enough to rank layouts that differ by factors.
-CPU_FLOPS, CPU_MEMORY_BYTES_PER_S = 70e9, 10e9  # a core in float32 (docs of benchmarks/step.py); two of them share
+# What a worker computes and moves, to one digit, which is enough to rank layouts that differ by factors.
+CPU_FLOPS, CPU_MEMORY_BYTES_PER_S = 70e9, 10e9  # one core in float32 (benchmarks/step.py); two share the memory
 GPU_FLOPS, GPU_MEMORY_BYTES_PER_S = 10e12, 500e9
-UPDATE_PASSES = 7  # over the weights: the paper's rule reads gradient, weight and velocity and writes two of them
-OVERLAP = 0.6  # of the arithmetic is backward, during which gradients are already being summed
+UPDATE_PASSES = 7  # over the weights: the update reads gradient, weight and velocity and writes two of them
+OVERLAP = 0.6  # the share of the arithmetic, in the backward pass, that overlaps with the all-reduce of gradients
 GPU_MEMORY_GB = {
     "T4": 16, "L4": 24, "A10G": 24, "V100": 16, "V100-32G": 32, "A100": 40, "A100-40G": 40, "A100-80G": 80,
     "H100": 80, "H200": 141, "L40S": 48,
@@ -20,7 +24,7 @@ GPU_MEMORY_GB = {
 
 
 def worker_counts(config: TrainConfig) -> list[int]:
-    """The numbers of workers that the run may have, largest first. Raises ValueError if there is none."""
+    """The valid numbers of workers for this config, largest first. Raises ValueError if there is none."""
     low, high = config.worker_range
     wrong: ValueError | None = None
     found = []
@@ -33,7 +37,7 @@ def worker_counts(config: TrainConfig) -> list[int]:
                     f"global_batch_size = {config.global_batch_size}: not divisible by {workers} workers; "
                     f"{lower or workers} or {lower + workers} would be"
                 )
-            _cost(config, layout, config.num_classes or 2)  # can the net be built, and cut so?
+            _cost(config, layout, config.num_classes or 2)  # raises if the net cannot be built or partitioned so
         except ValueError as error:
             wrong = wrong or error
             continue
@@ -41,54 +45,58 @@ def worker_counts(config: TrainConfig) -> list[int]:
     if wrong and low == high:
         raise wrong
     if wrong and not found:
-        raise ValueError(f"workers = {config.workers}: none of these numbers will do; of {high}: {wrong}")
+        raise ValueError(f"workers = {config.workers}: none of these numbers works; for {high}: {wrong}")
     return found
 
 
 def choose_layout(
     config: TrainConfig, workers: int, num_classes: int, nodes: list[Node], use_gpu: bool
 ) -> tuple[Layout, str]:
-    """The layout that was asked for, or the one that auto finds, and why. Raises ValueError if it cannot be."""
+    """The layout asked for, or the cheapest one if it is auto, and the reason in one line.
+
+    Raises ValueError for a layout that these workers cannot have.
+    """
     if config.layout != "auto":
         layout = Layout(config.layout, workers)
         _cost(config, layout, num_classes)
         return layout, f"layout {layout.kind} over {workers} worker(s), as asked"
     if workers == 1:
         return Layout("single", 1), "layout single: one worker"
-    memory = _memory_of_worker(nodes, workers, use_gpu)
+    memory = memory_per_worker(nodes, workers, use_gpu)
     found: list[tuple[bool, float, Layout, Cost, float]] = []
     for kind in KINDS[1:]:
         try:
             layout = Layout(kind, workers)
             cost = _cost(config, layout, num_classes)
-        except ValueError:  # this layout cannot have so many workers
+        except ValueError:  # not a number of workers for this layout
             continue
         pairs = sum(worker_slots(node, use_gpu) // layout.group_size for node in nodes)
         if kind == "columns" and len(nodes) > 1 and pairs < layout.replicas:
-            continue  # the nodes would split a pair
+            continue  # a pair of columns would be split over two nodes
         bytes_sent = sum(e.size_bytes for e in _exchanges(config, layout, num_classes))
         overhead = _overhead_s(config, layout, num_classes, nodes, use_gpu)
         fits = memory is None or cost.memory_bytes <= memory
         found.append((not fits, overhead, layout, cost, bytes_sent))
-    # what fits first, by time; if nothing does, the smallest
+    # those that fit come first, by time; if none fits, the smallest
     found.sort(key=lambda each: (each[0], each[3].memory_bytes if each[0] else each[1]))
     too_big, overhead, layout, cost, bytes_sent = found[0]
     others = "; ".join(
-        f"{other.kind} {1000 * seconds:,.0f} ms" + (" and too much memory" if big else "")
+        f"{other.kind} {1000 * seconds:,.0f} ms" + (", too large" if big else "")
         for big, seconds, other, _, _ in found[1:]
     )
     reason = (
-        f"layout {layout.kind} over {workers} workers (auto): about {1000 * overhead:,.0f} ms a step beside the "
-        f"arithmetic, {bytes_sent / 1e6:,.1f} MB sent and {cost.memory_bytes / 1e9:.2f} GB held by each"
+        f"layout {layout.kind} over {workers} workers (auto): about {1000 * overhead:,.0f} ms per step beside the "
+        f"arithmetic; each sends {bytes_sent / 1e6:,.1f} MB and holds {cost.memory_bytes / 1e9:.2f} GB"
         + (f" ({others})" if others else "")
     )
     if too_big:
-        reason += f"; no layout fits the {(memory or 0) / 1e9:.0f} GB of a worker"
+        reason += f"; no layout fits into a worker's {(memory or 0) / 1e9:.0f} GB"
+    log.debug("%s", reason)
     return layout, reason
 
 
 def ledger(config: TrainConfig, workers: int, num_classes: int) -> list[tuple[str, str]]:
-    """What a worker sends in a step under every layout that the number of workers allows, for --dry-run."""
+    """Memory and bytes sent per worker and step in every layout possible with so many workers, for --dry-run."""
     rows = []
     for kind in KINDS:
         try:
@@ -99,14 +107,14 @@ def ledger(config: TrainConfig, workers: int, num_classes: int) -> list[tuple[st
         exchanges = _exchanges(config, layout, num_classes)
         total = sum(e.size_bytes for e in exchanges)
         parts = ", ".join(f"{e.name} {e.size_bytes / 1e6:.1f}" for e in exchanges)
-        times = ", ".join(f"{1000 * total / rate:,.1f} ms by {link}" for link, rate in LINKS.items())
-        text = f"{total / 1e6:,.1f} MB sent a step ({parts}): {times}" if exchanges else "nothing sent"
-        rows.append((f"layout {kind}", f"{cost.memory_bytes / 1e9:.2f} GB a worker; {text}"))
+        times = ", ".join(f"{1000 * total / rate:,.1f} ms over {link}" for link, rate in LINKS.items())
+        text = f"{total / 1e6:,.1f} MB sent per step ({parts}): {times}" if exchanges else "nothing sent"
+        rows.append((f"layout {kind}", f"{cost.memory_bytes / 1e9:.2f} GB per worker; {text}"))
     return rows
 
 
 def _overhead_s(config: TrainConfig, layout: Layout, num_classes: int, nodes: list[Node], use_gpu: bool) -> float:
-    """Seconds a step that a layout costs beside the arithmetic, which is the same for all: a rough estimate."""
+    """Estimated seconds per step beside the arithmetic, which all layouts share."""
     flops, moved = (GPU_FLOPS, GPU_MEMORY_BYTES_PER_S) if use_gpu else (CPU_FLOPS, CPU_MEMORY_BYTES_PER_S)
     inside = LINKS["PCIe 3.0 x16" if use_gpu else "loopback"]
     between = min(inside, LINKS["10 GbE"]) if len(nodes) > 1 else inside
@@ -121,7 +129,7 @@ def _overhead_s(config: TrainConfig, layout: Layout, num_classes: int, nodes: li
 
 
 def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Exchange]:
-    """In the precision asked for; auto counts as float32."""
+    """The exchanges of a step in the precision asked for; auto counts as float32."""
     activation, other = {"bf16": (2, 4), "fp64": (8, 8)}.get(config.precision, (4, 4))
     return communication(
         layout, num_classes=num_classes, input_size=config.input_size, width=config.width,
@@ -136,8 +144,8 @@ def _cost(config: TrainConfig, layout: Layout, num_classes: int) -> Cost:
     )  # fmt: skip
 
 
-def _memory_of_worker(nodes: list[Node], workers: int, use_gpu: bool) -> float | None:
-    """Bytes that the poorest worker has, None if unknown."""
+def memory_per_worker(nodes: list[Node], workers: int, use_gpu: bool) -> float | None:
+    """Bytes of the worker that has least memory; None if unknown."""
     if use_gpu:
         sizes = [GPU_MEMORY_GB.get(node.accelerator or "") for node in nodes if node.gpus]
         known = [size for size in sizes if size is not None]

@@ -1,4 +1,4 @@
-"""The nodes of a cluster as far as placement needs them."""
+"""The nodes of a cluster, with what placement needs to know of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, as far as it matters here."""
+    """One machine of the cluster."""
 
     id: str
     cpus: float
@@ -17,7 +17,7 @@ class Node:
 
 
 def alive(nodes: Iterable[dict[str, Any]]) -> list[Node]:
-    """From `ray.nodes()`: those that live and have something to compute with, in a fixed order."""
+    """The nodes of `ray.nodes()` that are alive and have CPUs or GPUs, sorted by id."""
     found = []
     for node in nodes:
         has = node["Resources"]
@@ -31,10 +31,10 @@ def alive(nodes: Iterable[dict[str, Any]]) -> list[Node]:
 
 
 def uses_gpu(device: str, gpus: float) -> bool:
-    """Whether a run with this setting takes GPUs of a cluster that has so many."""
+    """Whether a run with this device setting uses GPUs on a cluster that has this many."""
     return device == "gpu" or (device == "auto" and gpus > 0)
 
 
 def worker_slots(node: Node, use_gpu: bool) -> int:
-    """Workers that an elastic run puts on a node at most: one a GPU, or one a CPU."""
+    """The most workers that an elastic run puts on a node: one per GPU, or one per CPU."""
     return int(node.gpus if use_gpu else node.cpus)

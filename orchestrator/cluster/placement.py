@@ -1,5 +1,6 @@
-"""Which layout, on which workers, on which nodes: decided from the settings and from what the cluster has."""
+"""Placing a run on a cluster: how many workers, what each reserves, and on which nodes."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
 from alexnet.layouts import Layout
@@ -8,17 +9,19 @@ from orchestrator.cluster.layout_choice import choose_layout, worker_counts
 from orchestrator.cluster.nodes import Node, uses_gpu, worker_slots
 from orchestrator.config.train import TrainConfig
 
-OVERSEER_CPUS = 0.001  # of the process that follows one of several runs: Ray Tune wants something to reserve
+log = logging.getLogger(__name__)
+
+OVERSEER_CPUS = 0.001  # of a trial's own process: Ray Tune has to reserve something for it
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run asks of the cluster."""
+    """What a run reserves on the cluster."""
 
     use_gpu: bool
     worker_cpus: float  # of each training worker
-    feed_cpus: float  # of each of its Ray Data tasks
-    feed_tasks: int  # of each worker, at a time
+    feed_cpus: float  # of each Ray Data task
+    feed_tasks: int  # concurrent tasks per worker
 
     def per_worker(self) -> dict[str, float]:
         return {"CPU": self.worker_cpus} | ({"GPU": 1.0} if self.use_gpu else {})
@@ -26,32 +29,32 @@ class Resources:
 
 @dataclass(frozen=True)
 class Plan:
-    """What Ray Train is asked for."""
+    """How a run is placed."""
 
     layout: Layout
     resources: Resources
-    reason: str  # of the layout, one line
-    node_of_worker: tuple[str, ...] = field(default=())  # empty: Ray chooses
-    spread: bool = False  # a worker a node
+    reason: str  # for the layout, one line
+    node_of_worker: tuple[str, ...] = field(default=())  # empty: Ray chooses the nodes
+    spread: bool = False  # one worker per node
 
     def strategy(self) -> str:
-        """Ray's word for how the workers lie over nodes; a lone group of columns stays together whatever comes."""
+        """Ray's placement strategy; a single group of columns must stay on one node."""
         if self.spread:
             return "STRICT_SPREAD"
         return "STRICT_PACK" if self.layout.kind == "columns" and self.layout.replicas == 1 else "PACK"
 
 
 def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str = "auto") -> Resources:
-    """Divide the cluster so that the workers and every worker's feed fit at once.
+    """Divide the cluster's CPUs so that all workers and the Ray Data tasks of each fit at the same time.
 
-    A Ray Data task that waits for its consumer keeps its CPUs, and the workers wait for each other in every step: one
-    worker's tasks must never be able to take all that another's need. Raises JobError where it cannot fit.
+    A task that waits for its consumer keeps its CPUs, and workers wait for each other in every step: one worker's tasks
+    must not be able to take the CPUs that another's need. Raises JobError if there are too few GPUs, or no CPUs.
     """
     use_gpu = uses_gpu(device, total_gpus)
     if use_gpu and total_gpus < workers:
         raise JobError(
-            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one of its own; "
-            "ask for fewer workers, or say --device cpu"
+            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one; "
+            "use fewer workers or --device cpu"
         )
     if total_cpus <= 0:
         raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
@@ -63,13 +66,21 @@ def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str =
 
 
 def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_concurrent: int = 0) -> Plan | None:
-    """The best plan for these nodes, or None where an elastic run finds too little.
+    """The best plan for these nodes; None if they are too few for an elastic run.
 
-    Of so many runs side by side, each with a process that follows it, each gets an equal part of the cluster; 0 is a
-    run that has the cluster for itself.
-
-    Raises JobError where a fixed number of workers does not fit.
+    num_concurrent: the trials that share the cluster equally, each with a process of its own; 0: a run that has the
+    cluster to itself. Raises JobError if a fixed number of workers does not fit.
     """
+    plan = _find_plan(config, nodes, num_classes, num_concurrent)
+    if plan is None:
+        log.debug("no plan for workers = %s on %d node(s)", config.workers, len(nodes))
+    else:
+        where = ", ".join(plan.node_of_worker) or plan.strategy()
+        log.debug("plan on %d node(s): %s; %s; workers on: %s", len(nodes), plan.reason, plan.resources, where)
+    return plan
+
+
+def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_concurrent: int) -> Plan | None:
     low, high = config.worker_range
     total_cpus, total_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     use_gpu = uses_gpu(config.device, total_gpus)
@@ -85,7 +96,7 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_conc
             if elastic:
                 continue
             raise
-        if use_gpu:  # a worker's CPUs are where its GPU is
+        if use_gpu:  # a worker's CPUs must be on the node of its GPU
             beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
             resources = replace(resources, worker_cpus=_down(min(resources.worker_cpus, beside)))
         layout, reason = choose_layout(config, workers, num_classes, nodes, use_gpu)
@@ -97,41 +108,41 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_conc
             if elastic:
                 continue
             raise JobError(
-                f"--workers {workers} --spread: a node for each is asked for, and the cluster has {able} node(s) "
-                f"with {'GPUs' if use_gpu else 'CPUs'}; ask for fewer workers, or say --no-spread"
+                f"--workers {workers} --spread: one node per worker is needed, and the cluster has {able} node(s) "
+                f"with {'GPUs' if use_gpu else 'CPUs'}; use fewer workers or --no-spread"
             )
-        if len(nodes) == 1 or layout.kind != "columns":  # Ray packs them where there is room
+        if len(nodes) == 1 or layout.kind != "columns":  # Ray packs them
             return plan
         places = place_groups(nodes, resources, layout, use_gpu, elastic)
-        if places:  # runs side by side are packed by Ray, in any order
+        if places:  # concurrent trials are packed by Ray
             return plan if num_concurrent > 1 else replace(plan, node_of_worker=places)
         if not elastic:
             size = layout.group_size
             raise JobError(
                 f"--workers {workers}: the nodes have no room for {layout.replicas} group(s) of {size} workers, each "
-                f"group on one node; ask for fewer workers, or say --layout data"
+                f"group on one node; use fewer workers or --layout data"
             )
     return None
 
 
 def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int | None = None) -> int:
-    """How many runs of these settings the cluster takes side by side: `wanted`, or as many as there is room for.
+    """How many of `wanted` runs fit on the cluster at the same time.
 
-    On CPUs a run takes one for each worker, unless `at_most` says that more runs are to share them; a GPU is not
-    shared. Raises JobError where not even one fits, or `at_most` is more than there are GPUs for.
+    On CPUs a run takes one per worker, unless `at_most` asks for more runs to share them; GPUs are not shared. Raises
+    JobError if not even one fits, or if there are too few GPUs for `at_most`.
     """
     workers = config.worker_range[1]
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     use_gpu = uses_gpu(config.device, gpus)
     if use_gpu:
-        # the columns of a net stay on one node
+        # the two columns of a net stay on one node
         together = 2 if config.layout == "columns" else 1
         room = sum(int(node.gpus) // together for node in nodes) * together // workers
         if not room:
             raise JobError(
                 f"a trial of {workers} worker(s) needs as many GPUs"
                 + (", two at a time on one node," if together > 1 else "")
-                + f" and the cluster has {gpus:g} on {len(nodes)} node(s); ask for fewer --workers, or say --device cpu"
+                + f" and the cluster has {gpus:g} on {len(nodes)} node(s); use fewer --workers or --device cpu"
             )
         if at_most and at_most > room:
             raise JobError(f"max_concurrent = {at_most}: the cluster's {gpus:g} GPU(s) have room for {room} trial(s)")
@@ -139,14 +150,14 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
         if cpus <= 0:
             raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")
         room = at_most or max(1, int(cpus) // workers)
-    if config.spread:  # a node a worker
+    if config.spread:  # one node per worker
         able = sum(bool(node.gpus if use_gpu else node.cpus) for node in nodes)
         room = min(room, max(1, able // workers))
     return min(wanted, room, at_most or room)
 
 
 def threads_for(config: TrainConfig, nodes: list[Node], num_concurrent: int, cpus_here: int) -> int:
-    """CPU threads of a worker, so that those of all runs together are as many as there are CPUs."""
+    """CPU threads per worker, so that the threads of all concurrent runs add up to the CPUs."""
     on_a_node = -(-num_concurrent * config.worker_range[1] // max(1, len([node for node in nodes if node.cpus])))
     least = min((node.cpus for node in nodes if node.cpus), default=1)
     return config.threads or max(1, int(min(least, cpus_here)) // on_a_node)
@@ -155,7 +166,7 @@ def threads_for(config: TrainConfig, nodes: list[Node], num_concurrent: int, cpu
 def place_groups(
     nodes: list[Node], resources: Resources, layout: Layout, use_gpu: bool, elastic: bool
 ) -> tuple[str, ...] | None:
-    """A node for every worker, so that no group is split; None if the nodes are too small for that."""
+    """The node of every worker, so that no group is split over nodes; None if the nodes are too small."""
     room = {}
     for node in nodes:
         slots = int((node.cpus + 1e-6) / resources.worker_cpus) if resources.worker_cpus else int(node.gpus)

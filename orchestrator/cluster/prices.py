@@ -1,9 +1,10 @@
-"""Nodes and their prices: those that a cluster has, and those that it can start.
+"""Node types and prices: of the nodes that a cluster has, and of those that it can start.
 
-A cluster's yaml gives every node type a price as a label, usd-per-hour. Nodes carry it while they live; the head has
-the yaml itself, so that nodes are known that do not exist yet.
+The cluster's yaml gives every node type a price as a label, usd-per-hour, which its nodes carry. `ray up` leaves the
+yaml on the head, which is how node types are known before any of their nodes exists.
 """
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from typing import Any
 
 import yaml
 
+from orchestrator.base.exits import last_line
 from orchestrator.cluster.nodes import uses_gpu
 from orchestrator.config.train import TrainConfig
+
+log = logging.getLogger(__name__)
 
 PRICE = "usd-per-hour"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the yaml on the head
@@ -21,7 +25,7 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves the yam
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of machine that the cluster starts when it is asked for."""
+    """A type of node that the cluster starts on demand."""
 
     name: str
     cpus: float
@@ -30,16 +34,25 @@ class NodeType:
     usd_per_hour: float | None
 
     def __str__(self) -> str:
-        price = "" if self.usd_per_hour is None else f", ${self.usd_per_hour:g} an hour each"
+        price = "" if self.usd_per_hour is None else f", ${self.usd_per_hour:g} per hour each"
         return f"{self.name} ({self.cpus:g} CPUs, {self.gpus:g} GPUs{price})"
 
 
-def node_types(path: Path = BOOTSTRAP) -> list[NodeType]:
-    """What this cluster grows by, from the yaml on its head; none elsewhere, or where all nodes are there for good."""
+def read_bootstrap(path: Path = BOOTSTRAP) -> dict[str, Any]:
+    """The cluster's yaml, as `ray up` left it on the head; empty on other machines."""
     try:
         config = yaml.safe_load(path.expanduser().read_text())
-    except (OSError, yaml.YAMLError):
-        return []
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        log.warning("%s: ignored: %s", path, last_line(error))
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def node_types(path: Path = BOOTSTRAP) -> list[NodeType]:
+    """The types of node that this cluster can start, smallest first; none if it has a fixed set of nodes."""
+    config = read_bootstrap(path)
     if config.get("provider", {}).get("type") == "local":
         return []
     found = []
@@ -55,10 +68,10 @@ def node_types(path: Path = BOOTSTRAP) -> list[NodeType]:
 def would_start(
     config: TrainConfig, types: Iterable[NodeType], wanted: int | None = 1
 ) -> tuple[NodeType, int, int] | None:
-    """The kind of node that a run on a cluster without nodes would start, how many of it, and how many such runs those
-    have room for: `wanted`, or less if the cluster cannot grow so far; None: as many as it can. None if none will do.
+    """The type of node that runs would start on a cluster without nodes, how many nodes, and for how many runs.
 
-    On GPUs wherever the cluster can have some and the run does not say otherwise.
+    That is `wanted` runs, or fewer if the cluster cannot grow so far; wanted = None: as many as it can grow to. Returns
+    None if no type will do. GPU nodes are taken if the cluster has a type with GPUs, unless the run is for CPUs.
     """
     workers = config.worker_range[0]
     with_gpu = [kind for kind in types if kind.gpus]
@@ -78,22 +91,26 @@ def would_start(
 
 
 def usd_per_hour(nodes: Iterable[dict[str, Any]]) -> float | None:
-    """Of all living nodes, from `ray.nodes()`; None where none has a price."""
+    """The price of all live nodes of `ray.nodes()` together; None if none has a price."""
     prices = [float(node["Labels"][PRICE]) for node in nodes if node["Alive"] and node.get("Labels", {}).get(PRICE)]
     return sum(prices) if prices else None
 
 
 class Meter:
-    """Dollars since it was made: the prices of the nodes that live, times the hours."""
+    """Adds up the cost of the live nodes in dollars."""
 
     def __init__(self, usd: float = 0.0) -> None:
-        """usd: what an interrupted run had cost before."""
+        """usd: the cost of a run before it was resumed."""
         self.usd, self._at = usd, time.monotonic()
+        self._rate: float | None = None
 
     def read(self, nodes: Iterable[dict[str, Any]]) -> float | None:
-        """To be called more often than nodes come and go. None where no node has a price."""
+        """The cost until now; None if no node has a price. Call more often than nodes join and leave."""
         now = time.monotonic()
         rate = usd_per_hour(nodes)
         self.usd += (rate or 0.0) * (now - self._at) / 3600
         self._at = now
+        if rate != self._rate:
+            log.info("the nodes cost $%.2f per hour now; $%.2f so far", rate or 0.0, self.usd)
+            self._rate = rate
         return self.usd if rate is not None or self.usd else None

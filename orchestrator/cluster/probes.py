@@ -1,4 +1,7 @@
-"""What the doctor runs on every node: versions, disks, clocks, the network."""
+"""The doctor's measurements: facts about a node, and whether it reaches storage, servers and other nodes.
+
+Most of these functions run on the nodes, as Ray tasks; `ask_by_ssh` asks a machine that has not joined.
+"""
 
 import hashlib
 import importlib.metadata
@@ -9,30 +12,32 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
 from orchestrator.base.exits import last_line
 from orchestrator.base.storage import StorageError, StoragePath
-from orchestrator.cluster.diagnosis import (
-    DASHBOARD_PORT,
-    Facts,
-)
+from orchestrator.cluster.diagnosis import Facts
+from orchestrator.cluster.tunnel import DASHBOARD
 from orchestrator.tracking.server import PORT as MLFLOW_PORT
 
 PACKAGES = ("ray", "torch", "mlflow", "pyarrow", "numpy")
-TRAFFIC_BYTES, TRAFFIC_ROUNDS, NETWORK_PATIENCE_S = 16 * 2**20, 4, 90.0
+TRAFFIC_BYTES, TRAFFIC_ROUNDS = 16 * 2**20, 4
+NETWORK_TIMEOUT_S = 90.0
+FULL_PERCENT = 95  # of a disk: Ray then places no tasks there
 
 
 def examine() -> Facts:
     """Facts about the machine that this runs on."""
     import psutil
+    import ray
     import torch
 
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    import ray
-
-    versions["ray"] = ray.__version__
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    versions["ray"] = ray.__version__  # of what runs, should another have been installed since
+    context = ray.get_runtime_context()
+    session = Path(context.get_temp_dir(), context.get_session_name())
     disks = {}
     for path in dict.fromkeys((str(session), str(Path.home()))):
         usage = shutil.disk_usage(path)
@@ -41,7 +46,7 @@ def examine() -> Facts:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr:
             address, port = connection.laddr
-            if port in (DASHBOARD_PORT, MLFLOW_PORT):
+            if port in (DASHBOARD, MLFLOW_PORT):
                 listening.setdefault(port, []).append(address)
     return {
         "versions": versions,
@@ -53,25 +58,29 @@ def examine() -> Facts:
     }
 
 
+def clock() -> float:
+    """This node's time, in seconds since 1970."""
+    return time.time()
+
+
 class Peer:
-    """One end of a line."""
+    """An actor at one end of a connection between two nodes."""
 
     def address(self) -> str:
+        """A free address of this node, for the process group to meet at."""
         import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def talk(self, backend: str, address: str, rank: int) -> float:
-        """Bytes a second that each end sends, and receives, in an all-reduce between two."""
-        from datetime import timedelta
-
+    def measure(self, backend: str, address: str, rank: int) -> float:
+        """Bytes per second that each of the two sends, and receives, in an all-reduce."""
         import torch
         import torch.distributed as dist
 
-        patience = timedelta(seconds=NETWORK_PATIENCE_S / 2)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=2, timeout=patience)
+        timeout = timedelta(seconds=NETWORK_TIMEOUT_S / 2)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=2, timeout=timeout)
         data = torch.ones(TRAFFIC_BYTES // 4, device="cuda" if backend == "nccl" else "cpu")
         dist.all_reduce(data)
         start = time.monotonic()
@@ -84,7 +93,38 @@ class Peer:
         return TRAFFIC_ROUNDS * TRAFFIC_BYTES / seconds
 
 
-def _token() -> str | None:
+def write_file(place: str, text: str) -> str | None:
+    """Write a file; returns the error, if any."""
+    try:
+        StoragePath.of(place).write(text.encode())
+    except (OSError, StorageError) as error:
+        return getattr(error, "strerror", None) or last_line(error)
+    return None
+
+
+def read_files(written: dict[str, str]) -> list[str]:
+    """Read the files that each node, by name, wrote its name to; returns the errors."""
+    errors = []
+    for name, place in written.items():
+        try:
+            if StoragePath.of(place).read().decode() != name:
+                errors.append(f"reads something else than {name} wrote")
+        except (OSError, StorageError):
+            errors.append(f"does not see what {name} wrote")
+    return errors
+
+
+def reach_server(uri: str) -> str | None:
+    """Ask a tracking server for its health; returns the error, if any."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            return None
+    except OSError as error:
+        return last_line(error)
+
+
+def auth_token() -> str | None:
+    """The token that Ray in this process would use; None if there is none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"]
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -94,13 +134,11 @@ def _token() -> str | None:
         return None
 
 
-def _hash_of_token() -> str:
-    """As `sha256sum` of the file has it; the token itself is not sent about to be compared."""
-    return hashlib.sha256(f"{_token()}\n".encode()).hexdigest()
+def ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
+    """Why a machine may not have joined, and the remedy, from its Ray version, its token and its disk.
 
-
-def _ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
-    """Why a machine may not have joined, and the remedy: what its Ray, its token and its disk look like from there."""
+    config: the cluster's yaml.
+    """
     auth = config["auth"]
     key = Path(auth.get("ssh_private_key", "~/ray_bootstrap_key.pem")).expanduser()
     ask = (
@@ -113,53 +151,24 @@ def _ask_by_ssh(config: Facts, address: str) -> tuple[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"SSH: {last_line(error)}", "is it switched on, and on the network?"
+        return f"SSH: {last_line(error)}", "check that it is on and connected to the network"
     if done.returncode == 255:
-        return f"SSH: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}", "is it on, and does it know the key?"
-    said = dict(line.partition(": ")[::2] for line in done.stdout.splitlines())
+        reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        return f"SSH: {reason}", "check that it is on, and that it accepts the key of the cluster's yaml"
+    answers = dict(line.partition(": ")[::2] for line in done.stdout.splitlines())
     import ray
 
-    if said.get("ray", "").strip() != ray.__version__:
-        return f"it has Ray {said.get('ray', '').strip() or 'not at all'}, here {ray.__version__}", "`ray up` again"
-    if said.get("token", "").split()[:1] != [_hash_of_token()]:
+    version = answers.get("ray", "").strip()
+    if version != ray.__version__:
+        return f"it has {f'Ray {version}' if version else 'no Ray'}, here {ray.__version__}", "`ray up` again"
+    if answers.get("token", "").split()[:1] != [_token_sha256()]:
         return "it has another token, or none", "`ray up` again, which copies .ray-token there"
-    full = said.get("full", "").strip().rstrip("%")
-    if full.isdigit() and int(full) >= 95:
-        return f"its /tmp is {full} % full", "free some, then `ray up` again"
-    return "its Ray does not run", "`ray up` again; /tmp/ray/session_latest/logs there says why it ended"
+    full = answers.get("full", "").strip().rstrip("%")
+    if full.isdigit() and int(full) >= FULL_PERCENT:
+        return f"its /tmp is {full} % full", "free some space, then `ray up` again"
+    return "Ray is not running there", "`ray up` again; the logs in /tmp/ray/session_latest/logs there say why it ended"
 
 
-def _write_to(place: str, text: str) -> str | None:
-    """Returns what went wrong."""
-    try:
-        StoragePath.of(place).write(text.encode())
-    except (OSError, StorageError) as error:
-        return getattr(error, "strerror", None) or last_line(error)
-    return None
-
-
-def _read_from(written: dict[str, str]) -> list[str]:
-    """Returns what went wrong."""
-    errors = []
-    for name, place in written.items():
-        try:
-            if StoragePath.of(place).read().decode() != name:
-                errors.append(f"what {name} wrote reads differently")
-        except (OSError, StorageError):
-            errors.append(f"does not see what {name} wrote")
-    return errors
-
-
-def _now() -> float:
-    return time.time()
-
-
-def _reaches(uri: str) -> str | None:
-    """Returns what went wrong."""
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return None
-    except OSError as error:
-        return last_line(error)
+def _token_sha256() -> str:
+    """As `sha256sum` prints it for the token's file: tokens are compared without being sent."""
+    return hashlib.sha256(f"{auth_token()}\n".encode()).hexdigest()

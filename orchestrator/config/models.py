@@ -1,4 +1,4 @@
-"""Validated settings from fields or YAML, with errors of one line."""
+"""Builds validated settings from fields or YAML, with one-line errors."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def make_model(model: type[Settings], **fields: Any) -> Settings:
-    """A model of settings. Raises ValueError of one line that names the field, its value and what is wrong with it."""
+    """Build and validate a model. Raises ValueError of one line that names the field, its value and what is wrong."""
     try:
         return model(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         if first["loc"]:
-            name = str(first["loc"][0])  # what follows are pydantic's own words for a union's branches
+            name = str(first["loc"][0])  # the rest of loc names the branches of a union
             if first["type"] == "extra_forbidden":
                 message = f"{name}: no such setting; --help lists them"
             else:
@@ -28,8 +28,11 @@ def make_model(model: type[Settings], **fields: Any) -> Settings:
 
 
 def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
-    """The settings in a YAML file, not validated yet; a path or a URI. Raises ValueError, naming the flag, where it is
-    no mapping, StorageError where object storage does not answer."""
+    """Read settings from a YAML file, given by path or URI, without validating them.
+
+    Raises ValueError, naming the flag, for a missing file or one that is not a mapping, and StorageError if object
+    storage does not answer.
+    """
     try:
         place = StoragePath.of(path)
         text = place.local.read_text() if place.local is not None else place.read().decode()
@@ -39,7 +42,7 @@ def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The settings in a YAML text. Raises ValueError where it is no mapping."""
+    """Read settings from YAML text, without validating them. Raises ValueError if it is not a mapping."""
     try:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Training recipes: functions that return a whole, validated configuration."""
+"""Training recipes: functions that return a complete, validated TrainConfig."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,16 @@ from orchestrator.config.train import TrainConfig, make_config
 
 
 def digits() -> TrainConfig:
-    """A slim two-column net on the 1,797 digits that scikit-learn ships; a worker a column.
+    """A slim two-column net on the 1,797 digits bundled with scikit-learn; one worker per column.
 
-    Source: the paper's net at a quarter of its width, on 64 pixels; nothing published to compare with.
+    Source: the paper's net at a quarter of its width, on 64 pixels; no published result to compare with.
     Command: python jobs/train.py
-    Cost: 1:20 in all on two cores of a Sapphire Rapids Xeon (2026-11-22), about half of it start-up.
-    Result: 1.94 % top-1 error on the 360 digits of val at the end, 0.83 % at best; the seed is fixed, so it repeats.
+    Cost: 1:20 on two cores of a Sapphire Rapids Xeon (2026-11-22), about half of it start-up.
+    Result: 1.94 % top-1 error on the 360 digits of val at the end, 0.83 % at best, on
+    that Xeon; the seed is fixed, so it repeats there. On an AMD EPYC the same run ends at 1.11 %.
 
     Differs from the paper: initialisation and pixel scale as in `imagenette`; less dropout for the slimmer layers; no
-    mirror images, which would be other characters; no colour noise on gray pictures.
+    mirroring, which would change the characters; no colour augmentation of grey images.
     """
     return make_config(
         data="digits",
@@ -30,7 +31,7 @@ def digits() -> TrainConfig:
         lr_patience=3,
         workers=2,
         layout="columns",
-        device="cpu",  # so small that a GPU would wait for the workers' bookkeeping
+        device="cpu",  # the net is so small that a GPU would mostly wait
         precision="fp32",
     )
 
@@ -40,15 +41,15 @@ def imagenette() -> TrainConfig:
 
     Source: the paper's net and rates; the data is Imagenette (fast.ai), ten classes of ImageNet.
     Command: python jobs/prepare.py --source imagenette --output shards/imagenette && python jobs/train.py imagenette
-    Cost: 2.7 minutes an epoch on two cores of a Sapphire Rapids Xeon, 65 images/s in bf16 (2026-11-21); 90 epochs there
+    Cost: 2.7 minutes per epoch on two cores of a Sapphire Rapids Xeon, 65 images/s in bf16 (2026-11-21); 90 epochs
     would take about 4 hours.
     Result: measured with --epochs 2 only: training loss 2.25 and 1.77, top-1 error 69.3 % and 56.6 %, top-5 17.8 % and
-    15.9 %; it leaves ln(10) = 2.30 within the first 25 steps.
+    15.9 %; the loss falls below ln(10) = 2.30 within 25 steps.
 
-    Differs from the paper, because the set is 135 times smaller: weights are scaled by fan-in (init he, no biases of 1)
-    and pixels to a deviation of about 1 (pixel_scale 1/64). With the paper's own start (--init paper --pixel-scale 1
-    --epochs 1, same machine and day) the net still guesses after an epoch of 74 steps: validation loss 2.3027, top-1
-    error 90 %; the run says so aloud.
+    Differs from the paper, because the dataset is 135 times smaller: weights are scaled by fan-in (init he, no biases
+    of 1) and pixels to a standard deviation of about 1 (pixel_scale 1/64). With the paper's initialisation (--init
+    paper --pixel-scale 1 --epochs 1, same machine and day) the net still guesses after an epoch of 74 steps: validation
+    loss 2.3027, top-1 error 90 %; the run warns of it.
     """
     return make_config(data="shards/imagenette", init="he", pixel_scale=1 / 64)
 
@@ -56,10 +57,10 @@ def imagenette() -> TrainConfig:
 def imagenet() -> TrainConfig:
     """The paper's run: 1.28 million photographs of 1,000 classes, 90 epochs (paper, 5).
 
-    Source: paper, sections 3 to 5; the schedule by hand there is a plateau rule here.
+    Source: paper, sections 3 to 5; its manual learning-rate schedule is a plateau rule here.
     Command: python jobs/prepare.py --source ILSVRC2012 --output shards/imagenet && python jobs/train.py imagenet
-    Cost: 90 epochs of 4.4 GFLOP an image and 1.28 million images are 0.5 EFLOP; the paper took 5 to 6 days on two
-    GTX 580. Not run here in full: neither the data nor a GPU was at hand.
+    Cost: 90 epochs of 1.28 million images at 4.4 GFLOP each are 0.5 EFLOP; the paper took 5 to 6 days on two GTX 580.
+    Not run in full here: neither the data nor a GPU was available.
     Result: expected as published, 40.7 % top-1 and 18.2 % top-5 error on ILSVRC-2012 val with ten crops (Table 2, one
     CNN); this recipe measures the centre crop, 1 to 1.5 points worse (Table 1's text).
     """

@@ -1,16 +1,18 @@
-"""What a run would be, for --dry-run: its size, its layout, its time, and on a cluster its nodes and dollars."""
+"""What --dry-run prints: the size of a run, its layout and its time, and on a cluster its nodes and their cost."""
 
-import json
+import logging
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from alexnet.cost import Cost, estimate
 from orchestrator.base.environment import on_cluster
-from orchestrator.base.exits import JobError
+from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.connection import connect
@@ -18,26 +20,30 @@ from orchestrator.cluster.layout_choice import CPU_FLOPS, GPU_FLOPS, choose_layo
 from orchestrator.cluster.nodes import Node, alive, uses_gpu
 from orchestrator.cluster.placement import make_plan
 from orchestrator.cluster.prices import NodeType, node_types, usd_per_hour, would_start
-from orchestrator.config.train import TrainConfig
+from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.dataset import Dataset
-from orchestrator.train.run_folder import RESULT
+from orchestrator.train.run_folder import RESULT, RunFolder
 
-# settings that a run's speed depends on: where they are the same, an earlier run's speed is a forecast
-SAME = ("data", "width", "input_size", "global_batch_size", "workers", "layout", "device", "precision", "threads")
+log = logging.getLogger(__name__)
+
+# The settings that a run's speed depends on: an earlier run in which they are equal gives the forecast.
+SPEED_SETTINGS = (
+    "data", "width", "input_size", "global_batch_size", "workers", "layout", "device", "precision", "threads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What a run would have: the nodes that are there, or those that would be started."""
+    """The nodes of a run: those that are there, or those that would be started."""
 
     nodes: list[Node]
-    started: tuple[NodeType, int] | None  # of them
+    started: tuple[NodeType, int] | None  # how many of `nodes` would be started, and their type
     text: str
     usd_per_hour: float | None
 
     @staticmethod
     def of(config: TrainConfig, runs: int | None = 1) -> "Machines":
-        """For so many runs side by side, or as many as there can be. On a cluster, connects to it."""
+        """For `runs` concurrent runs; None: as many as fit. Connects to the cluster if the job is on one."""
         if not on_cluster():
             return Machines([Node("here", os.cpu_count() or 1, torch.cuda.device_count())], None, "this machine", None)
         connect()
@@ -50,7 +56,7 @@ class Machines:
         text = there + "".join(f"; up to {kind.at_most} more {kind}" for kind in types)
         price, started = usd_per_hour(raw), would_start(config, types, runs)
         if started is None or any(node.gpus or not started[0].gpus for node in nodes):
-            return Machines(nodes, None, text, price)  # what is there is not counted in a second time
+            return Machines(nodes, None, text, price)  # the nodes that are there suffice: none are started
         kind, count, _ = started
         nodes = nodes + [Node(f"{kind.name}-{number}", kind.cpus, kind.gpus) for number in range(count)]
         if kind.usd_per_hour is not None:
@@ -59,15 +65,15 @@ class Machines:
 
 
 def describe(config: TrainConfig, output: StoragePath, images_per_s: float | None) -> str:
-    """Of one training run. images_per_s: a rate that the user states. Raises ValueError of one line."""
+    """Describe one training run. images_per_s: the speed, if the user states it. Raises ValueError of one line."""
     data = Dataset(config, output, verify=False)
-    worker_counts(config)  # says why not
+    worker_counts(config)  # raises if no number of workers will do
     num_classes, machines = data.num_classes(config), Machines.of(config)
     try:
         plan = make_plan(config, machines.nodes, num_classes)
-        reason = plan.reason if plan else f"no: too small for {config.workers} workers"
+        reason = plan.reason if plan else f"none: the cluster is too small for {config.workers} workers"
     except JobError as error:
-        plan, reason = None, f"no: {error}"
+        plan, reason = None, f"none: {error}"
     gpus = sum(node.gpus for node in machines.nodes)
     use_gpu = uses_gpu(config.device, gpus)
     layout = plan.layout if plan else choose_layout(
@@ -81,15 +87,15 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
     facts = [
         ("data", f"{config.data}: {data}"),
         ("parameters", f"{cost.num_parameters:,}"),
-        ("steps", f"{steps} an epoch, {steps * config.epochs} in all"),
+        ("steps", f"{steps} per epoch, {steps * config.epochs} in total"),
         (
             "arithmetic",
-            f"{cost.training_flops * data.rows['train'] / 1e9:,.0f} GFLOP an epoch, "
-            f"{cost.training_flops / 1e9:.2f} an image",
+            f"{cost.training_flops * data.rows['train'] / 1e9:,.0f} GFLOP per epoch, "
+            f"{cost.training_flops / 1e9:.2f} per image",
         ),
         (
             "memory",
-            f"{cost.memory_bytes / 1e9:.2f} GB a worker: weights, gradients and velocities of "
+            f"{cost.memory_bytes / 1e9:.2f} GB per worker: weights, gradients and velocities of "
             f"{cost.part_parameters:,} parameters, and activations",
         ),
         ("nodes", machines.text),
@@ -106,40 +112,85 @@ def time_and_cost(
     config: TrainConfig, output: StoragePath, data: Dataset, epochs: int, machines: Machines, cost: Cost, workers: int,
     images_per_s: float | None, at_once: int = 1,
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Lines about so many epochs of runs of so many workers, some at once; start-up and the waiting for nodes are not
-    counted. images_per_s: of a run, as the user states."""
+    """Speed, time and cost of `epochs` epochs of runs of `workers` workers, `at_once` of them concurrent.
+
+    Start-up and the wait for nodes are not counted. images_per_s: the speed of one run, if the user states it.
+    """
     use_gpu = uses_gpu(config.device, sum(node.gpus for node in machines.nodes))
     if images_per_s is not None:
-        rate, whence = images_per_s * at_once, "as stated" + (f", for {at_once} at once" if at_once > 1 else "")
+        rate = images_per_s * at_once
+        whence = "as stated" + (f", times {at_once} concurrent runs" if at_once > 1 else "")
     else:
         rate, whence = _expected_rate(config, output, cost, workers, at_once, machines, use_gpu)
     seconds = epochs * (data.rows["train"] + data.rows["val"] / 3) / rate  # a forward pass is a third of a step
     lines = [("speed", f"{rate:,.0f} images/s: {whence}"), ("time", f"about {duration(seconds)} for {epochs} epochs")]
     if machines.usd_per_hour is not None:
         usd = machines.usd_per_hour * seconds / 3600
-        lines.append(("cost", f"about ${usd:,.2f}, at ${machines.usd_per_hour:.2f} an hour for all nodes"))
+        lines.append(("cost", f"about ${usd:,.2f}, at ${machines.usd_per_hour:.2f} per hour for all nodes"))
     return lines
 
 
 def _expected_rate(
     config: TrainConfig, output: StoragePath, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
 ) -> tuple[float, str]:
-    """Images per second of all runs that are at work at once, and how that is known."""
-    for name, is_folder in output.children().items():
-        place = output / name / RESULT
-        if is_folder and place.size() is not None:
-            result = json.loads(place.read())
-            ran = result.get("config", {})
-            if result.get("images_per_s") and all(ran.get(key) == getattr(config, key) for key in SAME):
-                whence = f"measured in run {name}"
-                if use_gpu and at_once > 1:  # each has its own; CPUs are shared by as many runs as there are
-                    return at_once * float(result["images_per_s"]), f"{whence}, for {at_once} at once"
-                return float(result["images_per_s"]), whence
+    """Images per second of all concurrent runs together, and where the figure comes from."""
+    measured = measured_rate(config, output)
+    if measured is not None:
+        rate, name = measured
+        if use_gpu and at_once > 1:  # each run has its own GPUs; CPUs are shared by the runs
+            return at_once * rate, f"measured in run {name}, times {at_once} concurrent runs"
+        return rate, f"measured in run {name}"
     flops = GPU_FLOPS if use_gpu else CPU_FLOPS
     busy = min(workers * at_once, _slots(machines, use_gpu))
-    return busy * flops / cost.training_flops, "a guess from the arithmetic; say --images-per-s if you know better"
+    return busy * flops / cost.training_flops, "estimated from the arithmetic; --images-per-s states it"
+
+
+def measured_rate(config: TrainConfig, output: StoragePath) -> tuple[float, str] | None:
+    """Images per second and name of the newest finished run in `output` whose speed settings equal the config's.
+
+    The newest is the one whose result was written last. A result that cannot be read, or is not a run's, is skipped.
+    """
+    written = []
+    for name, is_folder in output.children().items():
+        if is_folder:
+            place = output / name / RESULT
+            fs, path = place.opened()
+            info = place.with_retries(partial(fs.get_file_info, path), "reached")
+            if info.is_file:
+                written.append((info.mtime_ns or 0, name))
+    for _, name in sorted(written, reverse=True):
+        try:
+            result = RunFolder(output, name).result()
+            rate = _rate_of(config, result)
+        except (ValueError, TypeError, OSError, JobError) as error:
+            log.warning("%s: skipped for the forecast: %s", output / name / RESULT, last_line(error))
+            continue
+        if rate is not None:
+            log.info("speed taken from run %s: %.1f images/s", name, rate)
+            return rate, name
+    return None
+
+
+def _rate_of(config: TrainConfig, result: object) -> float | None:
+    """The speed that a result.json records; None for a search's, an unfinished run's or one of other settings.
+
+    Raises ValueError for what is not a result.
+    """
+    if not isinstance(result, dict):
+        raise ValueError("not a result of a run")
+    if "trials" in result or result.get("status") != "FINISHED":
+        return None
+    if not isinstance(result.get("config"), dict):
+        raise ValueError("has no config")
+    ran = make_config(**result["config"])  # older runs have other spellings of equal settings, such as '2' workers
+    if any(getattr(ran, key) != getattr(config, key) for key in SPEED_SETTINGS):
+        return None
+    rate = result.get("images_per_s")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"images_per_s = {rate!r}: expected a positive number")
+    return float(rate)
 
 
 def _slots(machines: Machines, use_gpu: bool) -> int:
-    """How many workers are at work at the same time: more of them share the CPUs."""
+    """How many workers run at full speed at the same time; more of them share the CPUs."""
     return max(1, int(sum(node.gpus if use_gpu else node.cpus for node in machines.nodes)))

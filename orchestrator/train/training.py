@@ -302,7 +302,7 @@ class Training:
 
     def _release_request(self) -> None:
         if self._request is not None:
-            self._request.end()
+            self._request.release()
             self._request = None
 
     def _could_grow(self, plan: Plan) -> bool:

@@ -182,12 +182,12 @@ def test_a_config_of_an_earlier_run_gives_its_settings(finished, job, place):
 def test_a_dry_run_starts_nothing(job, tmp_path):
     done = job("train", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
-    for words in ("lr: 0.01", "1437 train, 360 val", "1,279,082", "23 an epoch, 690 in all", "GB a worker"):
+    for words in ("lr: 0.01", "1437 train, 360 val", "1,279,082", "23 per epoch, 690 in total", "GB per worker"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "my settings.yaml").write_text("epochs: 3\n")
     done = job("train", "--config", "my settings.yaml", "--dry-run", cwd=tmp_path)
-    assert "69 in all" in done.stdout, done.stderr
+    assert "69 in total" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A cluster of several hosts, started and used as docs/cluster.md says: `ray up`, `ray job submit`, `make ui`.
 
-The hosts are namespaces on this machine (tests/hosts.py): a head, two workers, and the laptop of a user, who has the
+The hosts are namespaces on this machine (hosts.py): a head, two workers, and the laptop of a user, who has the
 token. Each has its own address, processes, /tmp and home; they share the disk, of which one folder is their NFS.
 """
 
@@ -319,13 +319,13 @@ def test_a_job_that_fails_or_is_stopped_says_so_in_its_status(cluster):
 def test_the_doctor_finds_nothing_wrong_with_a_healthy_cluster(cluster):
     done = cluster.submits("python jobs/doctor.py")
     print(done.stdout)
-    assert re.search(r"\d+ ok, \d+ warn, 0 fail", done.stdout)
+    assert re.search(r"^\d+ ok, \d+ warn, 0 fail$", done.stdout, re.M)
     for check in ("versions", "token", "storage", "tracking", "network", "clock", "disk", "open files", "ports"):
         assert re.search(rf"^ok +{check} ", done.stdout, re.M), check
 
 
 @pytest.mark.long
-def test_two_columns_on_two_hosts_come_to_the_losses_of_one(cluster):
+def test_two_columns_on_two_hosts_have_the_losses_of_one_host(cluster):
     for name, flags in {"one-host": "", "two-hosts": "--spread"}.items():
         cluster.submits(f"python jobs/train.py --epochs 3 --precision fp64 --name {name} {flags}", timeout=600)
     one, two = (cluster.result(name)["history"] for name in ("one-host", "two-hosts"))
@@ -383,7 +383,7 @@ def test_the_doctor_names_what_is_wrong_and_the_remedy(cluster):
     one.run(f"umount {cluster.shared}")
 
     one.run("head -c 1050000000 /dev/zero > /tmp/full || true")  # its /tmp, where Ray lives, is a disk of 1 GB
-    says("disk", "/tmp/ray/session", "free some")
+    says("disk", "/tmp/ray/session", "free some space")
     one.run("rm /tmp/full")
 
     # these two nodes do not come up again after `ray stop`, and the doctor asks them why, by SSH from the head

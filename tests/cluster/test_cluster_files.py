@@ -1,4 +1,4 @@
-"""The files that describe clusters, held against Ray's own schema and this project's lock; nothing is started."""
+"""The files that describe clusters, checked against Ray's own schema and this project's lock; nothing is started."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 
 import alexnet
-from orchestrator.cluster.prices import Meter, NodeType, node_types, usd_per_hour, would_start
+from orchestrator.cluster.prices import Meter, NodeType, node_types, read_bootstrap, usd_per_hour, would_start
 from orchestrator.config.train import make_config
 
 FILES = ["cluster.yaml", "clusters/onprem.yaml"]
@@ -49,7 +49,7 @@ def test_every_file_that_is_sent_exists_and_no_environment_is(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nodes_speak_with_tokens_and_listen_where_the_world_is_not(name):
+def test_nodes_require_the_token_and_do_not_listen_on_every_address(name):
     config, text = read(name), (ROOT / name).read_text()
     head, worker = "\n".join(config["head_start_ray_commands"]), "\n".join(config["worker_start_ray_commands"])
     for commands in (head, worker):
@@ -75,7 +75,7 @@ def rules_open_to_the_world(config):
             yield (rule.get("FromPort"), rule.get("ToPort"))
 
 
-def test_nothing_but_ssh_is_open_to_the_world():
+def test_only_ssh_is_exposed():
     assert set(rules_open_to_the_world(read("cluster.yaml"))) == {(22, 22)}
     opened = read("cluster.yaml")
     world = [{"CidrIp": "0.0.0.0/0"}]
@@ -146,6 +146,13 @@ def test_the_price_table_is_read_from_the_yaml():
     assert node_types(ROOT / "nowhere.yaml") == []
 
 
+@pytest.mark.parametrize("content", [b"", b"- a list", b"text", b"a: [", b"\xff\xfe"])
+def test_a_broken_yaml_on_the_head_starts_no_nodes(content, tmp_path):
+    (tmp_path / "bootstrap.yaml").write_bytes(content)
+    assert read_bootstrap(tmp_path / "bootstrap.yaml") == {}
+    assert node_types(tmp_path / "bootstrap.yaml") == []
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -183,4 +190,4 @@ def test_what_a_run_has_cost_follows_the_nodes_that_live(monkeypatch):
     now[0] += 900
     assert meter.read([node("4.0"), node("4.0")]) == pytest.approx(5.0)
     assert Meter().read([node()]) is None
-    assert str(NodeType("gpu", 48, 4, 4, 3.9)) == "gpu (48 CPUs, 4 GPUs, $3.9 an hour each)"
+    assert str(NodeType("gpu", 48, 4, 4, 3.9)) == "gpu (48 CPUs, 4 GPUs, $3.9 per hour each)"

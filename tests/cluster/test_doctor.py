@@ -1,4 +1,4 @@
-"""The doctor's judgement of facts, and the doctor on this machine; tests/test_cluster.py has whole clusters."""
+"""The doctor's findings from facts, and the doctor on this machine; test_cluster.py has whole clusters."""
 
 import os
 import re
@@ -68,17 +68,21 @@ def test_a_clock_may_be_a_second_off():
 @pytest.mark.slow
 def test_the_doctor_looks_at_this_machine(job, here, tmp_path):
     done = job("doctor", cwd=tmp_path, **here)
-    assert re.search(r"\d+ ok, \d+ warn, \d+ fail", done.stdout), done.stderr
+    counts = re.search(r"^(\d+) ok, (\d+) warn, (\d+) fail$", done.stdout, re.M)
+    assert counts, done.stderr
+    lines = [re.findall(rf"^{severity} +[a-zA-Z]", done.stdout, re.M) for severity in ("ok", "warn", "fail")]
+    assert [int(count) for count in counts.groups()] == [len(found) for found in lines]
     for check in ("nodes", "token", "versions", "clock", "storage"):
         assert re.search(rf"^ok +{check} ", done.stdout, re.M), done.stdout
     assert list(tmp_path.glob("runs/.doctor*")) == []
-    assert (done.returncode == 0) == ("0 fail" in done.stdout)
+    assert done.returncode == (1 if int(counts[3]) else 0)
 
 
 def test_a_missing_token_is_named_before_anything_is_tried(job, tmp_path):
     settings = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     done = job("doctor", cwd=tmp_path, **settings)
     assert done.returncode == 1
-    assert "fail  token" in done.stdout
+    assert re.search(r"^fail +token +here +RAY_AUTH_MODE is token, but there is no token$", done.stdout, re.M)
     assert "remedy: `make token`" in done.stdout
+    assert done.stdout.endswith("\n0 ok, 0 warn, 1 fail\n")
     assert not os.listdir(tmp_path)

@@ -1,5 +1,5 @@
-"""A cluster that starts nodes when a job asks for them: Ray's own stand-in for a cloud, in a host of its own, because
-it is stopped by ending every Ray of the machine."""
+"""A cluster that starts nodes on demand: Ray's fake cloud provider, in a host of its own, because stopping it
+ends every Ray of the machine."""
 
 import json
 import re
@@ -96,11 +96,11 @@ def test_a_job_waits_for_the_nodes_that_it_needs(growing):
     job, home = growing.job, growing.home
     dry = job("train.py --dry-run --images-per-s 100").stdout
     for words in (
-        "none but the head; up to 2 more cpu (3 CPUs, 0 GPUs, $36 an hour each)",
+        "none but the head; up to 2 more cpu (3 CPUs, 0 GPUs, $36 per hour each)",
         "would start     1 of cpu",
         "100 images/s: as stated",
         "about 7:47 for 30 epochs",  # of 1437 images, and 360 that are only looked at
-        "about $4.67, at $36.00 an hour for all nodes",
+        "about $4.67, at $36.00 per hour for all nodes",
     ):
         assert words in dry, dry
     done = job("train.py --workers 8", check=False)
@@ -108,7 +108,7 @@ def test_a_job_waits_for_the_nodes_that_it_needs(growing):
     assert "--workers 8: more than this cluster can grow to: 2 cpu (3 CPUs" in done.stderr
     done = job("train.py --epochs 2 --name first")
     print(done.stdout)
-    assert re.search(r"waiting for nodes such as cpu: 0 here, 0 s so far", done.stdout)
+    assert re.search(r"waiting for nodes such as cpu: 0 joined after 0 s", done.stdout)
     result = json.loads((home / "runs/first/result.json").read_text())
     assert result["status"] == "FINISHED"
     most = 36 * result["elapsed_s"] / 3600

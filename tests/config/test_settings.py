@@ -1,6 +1,7 @@
-"""Settings, recipes, flags: what is accepted, what is refused, and with which words."""
+"""Settings, recipes, flags: what is accepted, what is refused, and the messages."""
 
 import re
+import typing
 
 import pytest
 import yaml
@@ -36,7 +37,11 @@ def test_every_recipe_says_source_command_cost_and_result(name):
         ({"lr": float("inf")}, ["lr = inf"]),
         ({"lrn_n": 4}, ["lrn_n = 4", "odd"]),
         ({"workers": "8..2"}, ["workers = '8..2'", "a number such as 4, or a range such as 2..8"]),
-        ({"workers": 0}, ["workers = 0", "a number such as 4"]),
+        ({"workers": 0}, ["workers = 0: expected a number such as 4"]),
+        ({"workers": "0..2"}, ["workers = '0..2': expected a number such as 4"]),
+        ({"workers": True}, ["workers = True: expected a number"]),
+        ({"workers": 1.5}, ["workers = 1.5"]),
+        ({"workers": ""}, ["workers = '': expected a number such as 4"]),
         ({"layout": "rows"}, ["layout = 'rows'", "columns"]),
         ({"learning_rate": 0.1}, ["learning_rate", "no such setting"]),
         ({"precision": "fp16"}, ["precision = 'fp16'", "bf16"]),
@@ -50,6 +55,59 @@ def test_a_wrong_value_is_one_line_with_field_value_and_remedy(fields, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def numbers():
+    return [
+        name for name, field in TrainConfig.model_fields.items()
+        if {int, float} & {field.annotation, *typing.get_args(field.annotation)}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_yes_is_not_taken_for_the_number_1(name):
+    for value in (True, False):
+        with pytest.raises(ValueError, match=f"^{name} = {value}: expected a number"):
+            make_config(**{name: value})
+
+
+def test_a_yaml_yes_is_refused_for_a_number_and_taken_for_a_switch(tmp_path):
+    assert {"epochs", "lr", "workers", "num_classes", "threads"} <= set(numbers())
+    (tmp_path / "c.yaml").write_text("flip: no\nspread: yes\n")
+    config = make_config(**read_yaml(tmp_path / "c.yaml"))
+    assert (config.flip, config.spread) == (False, True)
+    (tmp_path / "c.yaml").write_text("epochs: yes\n")
+    with pytest.raises(ValueError, match=r"^epochs = True: expected a number$"):
+        make_config(**read_yaml(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "counts"),
+    [
+        (2, 2, (2, 2)), ("2", 2, (2, 2)), (" 2 ", 2, (2, 2)), ("2..2", 2, (2, 2)), ("02", 2, (2, 2)), (2.0, 2, (2, 2)),
+        ("2..8", "2..8", (2, 8)), (" 2..8\n", "2..8", (2, 8)), ("02..08", "2..8", (2, 8)),
+    ],
+)  # fmt: skip
+def test_equal_numbers_of_workers_are_equal_however_they_are_written(given, kept, counts, tmp_path):
+    made = make_config(workers=given)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"workers": given}))
+    read = make_config(**read_yaml(tmp_path / "c.yaml"))
+    words = flags_for().parse_args(["--workers", str(given)] if not isinstance(given, float) else ["--workers", "2"])
+    typed = make_config().changed(**given_fields(words, TrainConfig))
+    for config in (made, read, typed, make_config(**yaml.safe_load(made.to_yaml()))):
+        assert (config.workers, type(config.workers)) == (kept, type(kept))
+        assert config.worker_range == counts
+        assert config.model_dump()["workers"] == kept  # what result.json, MLflow and the workers get
+    assert made == read == typed
+
+
+def test_every_setting_of_text_reads_as_the_value_it_stands_for():
+    """As YAML has them in quotes, or without a dot in 1e-3: equal values must be equal afterwards."""
+    for recipe in RECIPES.values():
+        config = recipe().changed(num_classes=10, threads=2)
+        text = {name: str(value) for name, value in config.model_dump().items()}
+        assert make_config(**text) == config
+    assert make_config(**yaml.safe_load("lr: 1e-3")).lr == 0.001
 
 
 def test_a_config_survives_yaml(tmp_path):

@@ -1,0 +1,111 @@
+"""The speed that a dry run takes from earlier runs."""
+
+import json
+import logging
+import os
+
+import pytest
+import yaml
+
+from orchestrator.base.storage import StoragePath
+from orchestrator.config.recipes import digits
+from orchestrator.train.forecast import SPEED_SETTINGS, measured_rate
+from orchestrator.train.run_folder import RunFolder
+
+OTHER = {
+    "data": "shards/x", "width": 0.5, "input_size": 96, "global_batch_size": 32, "workers": 4, "layout": "data",
+    "device": "gpu", "precision": "bf16", "threads": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def output(tmp_path):
+    return StoragePath.of(tmp_path)
+
+
+def earlier(output, name, rate, written, status="FINISHED", **settings):
+    run = RunFolder(output, name)
+    config = digits().model_dump() | settings
+    run.write_result({"status": status, "config": config, "images_per_s": rate})
+    os.utime(output.local / name / "result.json", (written, written))
+
+
+def test_the_newest_finished_run_counts_whatever_its_name(output):
+    assert measured_rate(digits(), output) is None
+    earlier(output, "b", 200.0, written=2000)
+    earlier(output, "a", 100.0, written=1000)
+    earlier(output, "c", 300.0, written=1500)
+    assert measured_rate(digits(), output) == (200.0, "b")
+    for status in ("RUNNING", "FAILED", "KILLED", None):
+        earlier(output, "later", 900.0, written=3000, status=status)
+        assert measured_rate(digits(), output) == (200.0, "b"), status
+    earlier(output, "later", 900.0, written=3000)
+    assert measured_rate(digits(), output) == (900.0, "later")
+
+
+@pytest.mark.parametrize("workers", ["2", " 2 ", "2..2", 2, 2.0])
+def test_a_run_with_the_same_workers_counts_however_they_were_written(output, workers):
+    earlier(output, "before", 123.0, written=1000, workers=workers)
+    assert measured_rate(digits().changed(workers="2"), output) == (123.0, "before")
+
+
+def test_a_run_of_other_settings_does_not_count(output):
+    assert set(OTHER) == set(SPEED_SETTINGS)
+    for name, value in OTHER.items():
+        earlier(output, "before", 123.0, written=1000, **{name: value})
+        assert measured_rate(digits(), output) is None, name
+    earlier(output, "before", 123.0, written=1000, lr=0.5, seed=7, epochs=2)
+    assert measured_rate(digits(), output) == (123.0, "before")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[1, 2]",
+        b"3",
+        b'{"status": "FINISHED"}',
+        b'{"status": "FINISHED", "config": []}',
+        b'{"status": "FINISHED", "config": {"lr": -1}}',
+        b'{"status": "FINISHED", "config": {"no_such_setting": 1}}',
+        *(f'{{"status": "FINISHED", "config": CONFIG, "images_per_s": {rate}}}'.encode()
+          for rate in ("0", "-5", "NaN", "Infinity", '"fast"', "true", "null")),
+    ],
+)  # fmt: skip
+def test_a_result_that_cannot_be_read_is_skipped_with_one_line(output, text, caplog):
+    earlier(output, "good", 100.0, written=1000)
+    (output / "broken").local.mkdir()
+    config = json.dumps(digits().model_dump()).encode()
+    (output / "broken" / "result.json").local.write_bytes(text.replace(b"CONFIG", config))
+    with caplog.at_level(logging.WARNING):
+        assert measured_rate(digits(), output) == (100.0, "good")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{output}/broken/result.json: skipped for the forecast: ")
+    assert "\n" not in record.getMessage()
+
+
+def test_what_is_not_a_run_is_skipped_silently(output, caplog):
+    earlier(output, "good", 100.0, written=1000)
+    (output / "search").local.mkdir()
+    search = {"status": "FINISHED", "trials": [], "config": {"num_samples": 3}}
+    (output / "search" / "result.json").local.write_text(json.dumps(search))
+    (output / "a folder").local.mkdir()
+    (output / "result.json").local.write_text("{")
+    assert measured_rate(digits(), output) == (100.0, "good")
+    assert caplog.records == []
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_the_run_whose_speed_it_takes(job, tmp_path):
+    output = StoragePath.of(tmp_path / "runs")
+    earlier(output, "before", 1437 + 120, written=1000)
+    (output / "broken" / "result.json").write(b"{")
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(digits().model_dump() | {"workers": "2"}))
+    for flags in (["--workers", "2"], ["--config", "old.yaml"]):
+        done = job("train", "--dry-run", *flags, cwd=tmp_path)
+        assert "1,557 images/s: measured in run before" in done.stdout, done.stderr
+        assert "about 0:30 for 30 epochs" in done.stdout
+        assert done.returncode == 0
+        assert "Traceback" not in done.stderr
