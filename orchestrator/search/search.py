@@ -30,6 +30,7 @@ from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
 from orchestrator.search.analysis import as_result
 from orchestrator.search.config import SearchConfig
+from orchestrator.search.entries import CostSoFar, RunBegun, SearchBegun, WorkersStarted
 from orchestrator.search.folder import BEST_YAML, SEARCH_YAML, TRIALS, TUNES_OWN, SearchFolder
 from orchestrator.search.forecast import check_all
 from orchestrator.search.journal import JOURNAL, PAPER_TRIAL, Journal, TrialRecord
@@ -243,7 +244,7 @@ class Search:
                 parent=self.parent.run_id, look_for=self.resume,
             )  # fmt: skip
             if run.run_id != record.run_id:
-                self.journal.write("run", number=record.number, run_id=run.run_id)
+                self.journal.write(RunBegun(number=record.number, run_id=run.run_id))
             if record.history:
                 run.complete(record.history, self.config.metric)
         except Exception as error:
@@ -257,7 +258,7 @@ class Search:
         elif time.monotonic() > self._try_mlflow_at:
             self._begin_child(record)
         if self.usd is not None:
-            self.journal.write("cost", usd=round(self.usd, 4))
+            self.journal.write(CostSoFar(usd=round(self.usd, 4)))
         self._drop_kept()
         ranked = self.journal.ranked(self.config.metric)
         best = ranked[0].best(self.config.metric) if ranked else None
@@ -319,7 +320,7 @@ class Search:
                 continue
             self.view.event(event)
             if event["kind"] == "started" and not self.journal.trials[event["number"]].ended:
-                self.journal.write("started", number=event["number"], after_s=round(event["after_s"], 3))
+                self.journal.write(WorkersStarted(number=event["number"], after_s=round(event["after_s"], 3)))
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Nothing but a note: Ray may be in the midst of something."""
@@ -335,7 +336,7 @@ class Search:
         self.parent.patience_s = PATIENCE_S[False]
         self.parent.begin(self.folder.name, "jobs/tune.py", settings, run_id=known, look_for=self.resume)
         if self.parent.run_id != known:
-            self.journal.write("search", run_id=self.parent.run_id)
+            self.journal.write(SearchBegun(run_id=self.parent.run_id))
         self.parent.log_text(self.config.to_yaml(), SEARCH_YAML)
         for record in self.journal.trials.values():
             if not record.ended:

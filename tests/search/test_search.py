@@ -18,6 +18,7 @@ from conftest import ROOT, error_of, refused
 
 from orchestrator.config.recipes import digits
 from orchestrator.search.config import make_search
+from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.journal import Journal
 from orchestrator.search.search import Search
@@ -91,20 +92,20 @@ def test_the_checkpoints_of_the_best_are_kept_even_if_the_one_ahead_of_it_fails(
     search.folder, search.config, search._ended_at = folder, make_search({}, digits(), {"lr": {"choice": [0.01]}}), {}
     search.journal = Journal(folder.path / "journal.jsonl")
     for number, error in enumerate((0.5, 0.2, 0.1, 0.3)):
-        search.journal.write("trial", number=number, values={"lr": 0.01})
+        search.journal.write(TrialProposed(number=number, values={"lr": 0.01}))
         search.journal.write(
-            "epoch", number=number, metrics={"epoch": 1, "step": 1, "val/top1_error": error, "val/loss": error}
+            EpochEnded(number=number, metrics={"epoch": 1, "step": 1, "val/top1_error": error, "val/loss": error})
         )
         (folder.path / "trials" / f"{number:04d}" / "checkpoint-epoch-0001" / "state.json").write(b"{}")
     for number in (1, 3):
-        search.journal.write("end", number=number, status="STOPPED", error=None)
+        search.journal.write(TrialEnded(number=number, status="STOPPED", error=None))
 
     def kept():
         search._keep_the_best(ended_before=0.0)
         return [path.parent.name for path in sorted((tmp_path / "search" / "trials").glob("*/checkpoint-*"))]
 
     assert kept() == ["0000", "0001", "0002"], "trial 2 is ahead, and still at work"
-    search.journal.write("end", number=2, status="FAILED", error="training diverged")
+    search.journal.write(TrialEnded(number=2, status="FAILED", error="training diverged"))
     assert kept() == ["0000", "0001"]
 
 
