@@ -1,7 +1,7 @@
-"""What happened in a search: a file of one JSON object a line, only ever appended to, and what follows from it.
+"""What happened in a search: an append-only file of one JSON object per line (entries.py), and the state it implies.
 
-It is the search's only memory. A search that goes on, after whatever end, is a new one whose searcher and scheduler
-have been told all that is written here; nothing is pickled.
+It is the search's only memory. A search that is resumed, however it ended, is a new one whose searcher and scheduler
+have been told everything written here; nothing is pickled.
 """
 
 import contextlib
@@ -12,17 +12,32 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from orchestrator.base.schema import check_version
 from orchestrator.base.storage import StorageError, StoragePath
+from orchestrator.search.entries import (
+    SCHEMA_VERSION,
+    CostSoFar,
+    Entry,
+    EpochEnded,
+    Exploited,
+    Header,
+    Metrics,
+    RunBegun,
+    SearchBegun,
+    Status,
+    TrialEnded,
+    TrialProposed,
+    WorkersStarted,
+    from_json,
+    to_json,
+)
 from orchestrator.search.space import Values
 
 JOURNAL = "journal.jsonl"
 UPLOAD_EVERY_S = 1.0
 PAPER_TRIAL = 0  # the number of the trial that has the paper's constants
-
-Status = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
-Metrics = dict[str, Any]
 
 
 @dataclass
@@ -31,13 +46,14 @@ class TrialRecord:
 
     number: int
     values: Values
-    status: Status = "RUNNING"  # begun, and not at its end: it may be waiting for the search to go on
-    history: list[Metrics] = field(default_factory=list)  # an entry an epoch
+    status: Status = "RUNNING"  # begun and not ended; it may be waiting for the search to be resumed
+    history: list[Metrics] = field(default_factory=list)  # one entry per epoch
     error: str | None = None
     run_id: str | None = None  # MLflow's
-    start: dict[str, Any] | None = None  # the checkpoint of another trial that it went on from
+    start: dict[str, Any] | None = None  # the checkpoint of another trial that it continued from
     lineage: str = ""  # "" or how it came to that start
     exploits: int = 0  # how often its weights were replaced
+    earlier_folders: list[str] = field(default_factory=list)  # the names of its runs before those changes
 
     @property
     def epoch(self) -> int:
@@ -63,7 +79,8 @@ class Journal:
     """The records of all trials, by number, and the file that they come from."""
 
     def __init__(self, place: Path | StoragePath) -> None:
-        """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage.
+        """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage, and for
+        a file that a newer version wrote. A file without a Header, from before there were versions, is continued.
 
         In object storage, where nothing can be appended, the whole file is written again a second after a change at the
         latest. What a killed process had not written is made again from the trials' checkpoints.
@@ -73,7 +90,8 @@ class Journal:
         path = self._place.local or Path(self._copy.name if self._copy else "", JOURNAL)
         if self._copy and self._place.size() is not None:
             path.write_bytes(self._place.read())
-        self.path, self.trials, self.parent_run_id = path, dict[int, TrialRecord](), None
+        self.path, self.trials = path, dict[int, TrialRecord]()
+        self.parent_run_id: str | None = None
         self.results: list[tuple[int, Metrics]] = []  # of all trials, as they came
         self.elapsed_s = 0.0  # of earlier sessions
         self.usd: float | None = None  # what it had cost, where nodes have a price
@@ -81,7 +99,14 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                self._apply(json.loads(line))
+                document = json.loads(line)
+                is_header = document["event"] == Header.event
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self._place}, line {number}: damaged: {error}") from None
+            if is_header:
+                check_version(document, SCHEMA_VERSION, self._place)
+            try:
+                self._apply(*from_json(document))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self._place}, line {number}: damaged: {error}") from None
         self._before, self._began = self.elapsed_s, time.monotonic()
@@ -93,15 +118,16 @@ class Journal:
         if self._copy:
             self._uploader = threading.Thread(target=self._upload, name="journal", daemon=True)
             self._uploader.start()
+        if not whole:
+            self.write(Header(SCHEMA_VERSION))
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append, and bring the records up to it. A line is there whole or not at all."""
-        now = self._before + time.monotonic() - self._began
-        entry = {"event": event, **fields, "at_s": round(now, 3)}
-        self._file.write((json.dumps(entry) + "\n").encode())
+    def write(self, entry: Entry) -> None:
+        """Append an entry and update the records. A line is there whole or not at all."""
+        at_s = round(self._before + time.monotonic() - self._began, 3)
+        self._file.write((json.dumps(to_json(entry, at_s)) + "\n").encode())
         self._file.flush()
         self._changed.set()
-        self._apply(entry)
+        self._apply(entry, at_s)
 
     def close(self) -> None:
         """Raises StorageError where the last of it could not be written."""
@@ -134,34 +160,32 @@ class Journal:
         ]
         return [each[-1] for each in sorted(known, key=lambda each: each[:4])]
 
-    def _apply(self, entry: dict[str, Any]) -> None:
-        self.elapsed_s = entry["at_s"]
-        if entry["event"] == "search":
-            self.parent_run_id = entry["run_id"]
-            return
-        if entry["event"] == "cost":
-            self.usd = entry["usd"]
-            return
-        number = entry["number"]
-        if entry["event"] == "trial":
-            self.trials[number] = TrialRecord(number, entry["values"])
-            return
-        record = self.trials[number]
-        if entry["event"] == "run":
-            record.run_id = entry["run_id"]
-        elif entry["event"] == "epoch":
-            if entry["metrics"]["epoch"] != record.epoch + 1:
-                raise ValueError(f"epoch {entry['metrics']['epoch']} of trial {number} after {record.epoch}")
-            record.history.append(entry["metrics"])
-            self.results.append((number, entry["metrics"]))
-        elif entry["event"] == "started":
-            pass  # for benchmarks/search_overhead.py
-        elif entry["event"] == "exploit":
-            record.values, record.start = entry["values"], entry["start"]
-            record.exploits += 1
-            record.lineage = f"-{record.exploits}-from-{entry['donor']:04d}-at-{entry['start']['epoch']:04d}"
-            record.history = [metrics for metrics in record.history if metrics["epoch"] <= entry["start"]["epoch"]]
-        elif entry["event"] == "end":
-            record.status, record.error = entry["status"], entry.get("error")
-        else:
-            raise ValueError(f"{entry['event']!r} is no event of a search")
+    def _apply(self, entry: Entry, at_s: float) -> None:
+        self.elapsed_s = at_s
+        match entry:
+            case SearchBegun(run_id):
+                self.parent_run_id = run_id
+            case CostSoFar(usd):
+                self.usd = usd
+            case TrialProposed(number, values):
+                self.trials[number] = TrialRecord(number, dict(values))
+            case RunBegun(number, run_id):
+                self.trials[number].run_id = run_id
+            case EpochEnded(number, metrics):
+                record = self.trials[number]
+                if metrics["epoch"] != record.epoch + 1:
+                    raise ValueError(f"epoch {metrics['epoch']} of trial {number} after {record.epoch}")
+                record.history.append(metrics)
+                self.results.append((number, metrics))
+            case Exploited(number, donor, values, start):
+                record = self.trials[number]
+                record.earlier_folders.append(record.folder)
+                record.values, record.start = dict(values), dict(start)
+                record.exploits += 1
+                record.lineage = f"-{record.exploits}-from-{donor:04d}-at-{start['epoch']:04d}"
+                record.history = [metrics for metrics in record.history if metrics["epoch"] <= start["epoch"]]
+            case TrialEnded(number, status, error):
+                record = self.trials[number]
+                record.status, record.error = status, error
+            case WorkersStarted() | Header():
+                pass

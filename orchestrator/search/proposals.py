@@ -7,6 +7,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from orchestrator.search.config import GRID, REDRAWS, SearchConfig
+from orchestrator.search.entries import TrialProposed
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 from orchestrator.search.space import Space, Values
 
@@ -43,7 +44,7 @@ class Proposals(NotPickled, SearchAlgorithm):  # type: ignore[misc]
             record = self.waiting.pop(0)
         else:
             number = len(self.journal.trials)
-            self.journal.write("trial", number=number, values=self.propose(number))
+            self.journal.write(TrialProposed(number=number, values=self.propose(number)))
             record = self.journal.trials[number]
         self.live.add(record.number)
         return Trial(

@@ -15,6 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.search.config import SearchConfig
+from orchestrator.search.entries import EpochEnded, Exploited, Status, TrialEnded
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 from orchestrator.search.proposals import NotPickled, trial_config, trial_id
 from orchestrator.search.trial import kept_checkpoint
@@ -103,12 +104,12 @@ class JournaledScheduler(NotPickled, TrialScheduler):  # type: ignore[misc]
 
     def _write(self, record: TrialRecord, result: dict[str, Any]) -> None:
         metrics = {name: result[name] for name in result if name in ("epoch", "step") or name.startswith(_GROUPS)}
-        self.journal.write("epoch", number=record.number, metrics=metrics)
+        self.journal.write(EpochEnded(number=record.number, metrics=metrics))
         self.listener.on_epoch(record, metrics)
 
-    def _end(self, record: TrialRecord, status: str, error: str | None = None) -> None:
+    def _end(self, record: TrialRecord, status: Status, error: str | None = None) -> None:
         if not record.ended:
-            self.journal.write("end", number=record.number, status=status, error=error)
+            self.journal.write(TrialEnded(number=record.number, status=status, error=error))
             self.listener.on_end(record)
 
     def _add(self, tune_controller: Any, trial: Any) -> None:
@@ -176,7 +177,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         except ValueError:  # its values do not go together
             values = donor.values
         start = {"checkpoint": str(checkpoint), "epoch": epoch, "lr": self.config.trial(donor.values).lr}
-        self.journal.write("exploit", number=record.number, donor=donor.number, values=values, start=start)
+        self.journal.write(Exploited(number=record.number, donor=donor.number, values=values, start=start))
         self.listener.on_exploit(record, donor.number)
         tune_controller.pause_trial(trial, should_checkpoint=False)
         trial.set_config(trial_config(record))

@@ -13,13 +13,11 @@ import signal
 import sys
 import threading
 import time
-from pathlib import PurePosixPath
 from types import FrameType
 from typing import Any
 
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
-from orchestrator.base.storage import PARTIAL
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
@@ -31,12 +29,13 @@ from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
 from orchestrator.search.analysis import as_result
 from orchestrator.search.config import SearchConfig
+from orchestrator.search.entries import CostSoFar, RunBegun, SearchBegun, WorkersStarted
 from orchestrator.search.folder import BEST_YAML, SEARCH_YAML, TRIALS, TUNES_OWN, SearchFolder
 from orchestrator.search.forecast import check_all
-from orchestrator.search.journal import JOURNAL, PAPER_TRIAL, Journal, TrialRecord
+from orchestrator.search.journal import JOURNAL, Journal, TrialRecord
 from orchestrator.search.mlflow_runs import MLFLOW_PAUSE_S, MLFLOW_STATUS
 from orchestrator.search.plots import all_pictures
-from orchestrator.search.retention import age_of_kept
+from orchestrator.search.retention import Retention
 from orchestrator.search.view import SearchView
 from orchestrator.tracking.run import PATIENCE_S, Run
 from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
@@ -74,6 +73,7 @@ class Search:
             folder.create_search(config)
         self.claim = RunLock(folder)
         self.journal = Journal(folder.path / JOURNAL)
+        self.retention = Retention(config, self.journal, folder.path / TRIALS)
         if resume:
             folder.change_search(config)
         self.view = SearchView(config, self.journal)
@@ -244,7 +244,7 @@ class Search:
                 parent=self.parent.run_id, look_for=self.resume,
             )  # fmt: skip
             if run.run_id != record.run_id:
-                self.journal.write("run", number=record.number, run_id=run.run_id)
+                self.journal.write(RunBegun(number=record.number, run_id=run.run_id))
             if record.history:
                 run.complete(record.history, self.config.metric)
         except Exception as error:
@@ -258,8 +258,8 @@ class Search:
         elif time.monotonic() > self._try_mlflow_at:
             self._begin_child(record)
         if self.usd is not None:
-            self.journal.write("cost", usd=round(self.usd, 4))
-        self._drop_kept()
+            self.journal.write(CostSoFar(usd=round(self.usd, 4)))
+        self.retention.drop_kept()
         ranked = self.journal.ranked(self.config.metric)
         best = ranked[0].best(self.config.metric) if ranked else None
         if best:
@@ -320,7 +320,7 @@ class Search:
                 continue
             self.view.event(event)
             if event["kind"] == "started" and not self.journal.trials[event["number"]].ended:
-                self.journal.write("started", number=event["number"], after_s=round(event["after_s"], 3))
+                self.journal.write(WorkersStarted(number=event["number"], after_s=round(event["after_s"], 3)))
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Nothing but a note: Ray may be in the midst of something."""
@@ -336,7 +336,7 @@ class Search:
         self.parent.patience_s = PATIENCE_S[False]
         self.parent.begin(self.folder.name, "jobs/tune.py", settings, run_id=known, look_for=self.resume)
         if self.parent.run_id != known:
-            self.journal.write("search", run_id=self.parent.run_id)
+            self.journal.write(SearchBegun(run_id=self.parent.run_id))
         self.parent.log_text(self.config.to_yaml(), SEARCH_YAML)
         for record in self.journal.trials.values():
             if not record.ended:
@@ -449,37 +449,9 @@ class Search:
         sys.stdout.flush()
 
     def _keep_the_best(self, ended_before: float) -> None:
-        """Of trials that are over, and whose workers are too, the checkpoints of the best and of the paper's are kept;
-        a population's are wanted by others."""
-        if self.config.scheduler == "pbt" and any(not record.ended for record in self.journal.trials.values()):
-            return
-        ranked = self.journal.ranked(self.config.metric)  # the best may still fail
-        keep = [record.folder for record in ranked[:1] + [each for each in ranked if each.ended][:1]]
-        keep += [record.folder for record in self.journal.trials.values() if record.number == PAPER_TRIAL]
-        trials = self.folder.path / TRIALS
-        there = list(trials.children())
-        for record in self.journal.trials.values():
-            if record.ended and self._ended_at.get(record.number, 0.0) <= ended_before:
-                mine = [name for name in there if name.startswith(f"{record.number:04d}") and name not in keep]
-                for run in mine:
-                    for name in (trials / run).children():
-                        if name.startswith("checkpoint-epoch-"):
-                            (trials / run / name).remove()
-
-    def _drop_kept(self) -> None:
-        """Of the checkpoints that a population has set aside, all but each trial's last two and those that somebody
-        goes on from."""
-        kept = self.folder.path / TRIALS / KEPT
-        if self.config.scheduler != "pbt":
-            return
-        there = [name for name in kept.children() if not name.endswith(PARTIAL)]
-        wanted = {PurePosixPath(record.start["checkpoint"]).name for record in self.journal.trials.values()
-                  if record.start and not record.ended}  # fmt: skip
-        for record in self.journal.trials.values():
-            mine = [name for name in there if name.startswith(f"{record.number:04d}-")]
-            for name in sorted(mine, key=age_of_kept)[:-2]:
-                if name not in wanted:
-                    (kept / name).remove()
+        records = self.journal.trials.values()
+        at_rest = {r.number for r in records if r.ended and self._ended_at.get(r.number, 0.0) <= ended_before}
+        self.retention.keep_the_best(at_rest)
 
     def _command(self) -> str:
         return f"{command('tune')}{self.folder.flag} --resume {self.folder.name}"

@@ -64,8 +64,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             if event["kind"] == "epoch":
                 epoch = event["metrics"]["epoch"]
                 done = epoch >= self._run.train.epochs
-                if done:
-                    self._run.thread.join(END_PATIENCE_S)  # the last checkpoint is on its way
+                if done:  # the last checkpoint is being stored
+                    self._run.thread.join(END_PATIENCE_S)
+                    if failure := self._run.failure_to_end():
+                        return failure
                 elif event["live"] and self.search["keep_every"] and epoch % self.search["keep_every"] == 0:
                     self._run.keep(epoch)
                 return dict(event["metrics"]) | {"done": done}
@@ -108,6 +110,21 @@ class _Run:
             self._tell({"kind": "placement_group", "id": pool.placement_group_id})
         self.thread = threading.Thread(target=self._follow, name="trial", daemon=True)
         self.thread.start()
+
+    def failure_to_end(self) -> dict[str, Any] | None:
+        """After the last epoch: how training failed nevertheless, as where its checkpoint could not be stored. Raises
+        what Ray Tune should try again."""
+        if self.thread.is_alive():
+            raise RuntimeError(
+                f"trial {self.number}: storing the last checkpoint took more than {END_PATIENCE_S:.0f} s"
+            )
+        while not self.news.empty():
+            event = self.news.get()
+            if event["kind"] == "failed":
+                return {"failed": event["text"], "done": True}
+            if event["kind"] == "broken":
+                raise event["error"]
+        return None
 
     def cancel(self, *, save: bool) -> None:
         self._cancelled.set()

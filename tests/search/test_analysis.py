@@ -9,6 +9,7 @@ from orchestrator.base.terminal import LiveBlock
 from orchestrator.config.recipes import digits
 from orchestrator.search import analysis as findings
 from orchestrator.search.config import make_search
+from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
 from orchestrator.search.plots import all_pictures
 from orchestrator.search.view import SearchView
@@ -29,12 +30,12 @@ def searched(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(30):
         values = config.space.draw(0, number) if number else config.paper_baseline
-        journal.write("trial", number=number, values=values)
+        journal.write(TrialProposed(number=number, values=values))
         error = abs(math.log10(values["lr"] / 0.02)) / 3
         epochs = 9 if not number or error < 0.1 else 3 if error < 0.2 else 1
         for epoch in range(1, epochs + 1):
-            journal.write("epoch", number=number, metrics=metrics(epoch, error + 0.1 / epoch))
-        journal.write("end", number=number, status="FINISHED" if epochs == 9 else "STOPPED", error=None)
+            journal.write(EpochEnded(number=number, metrics=metrics(epoch, error + 0.1 / epoch)))
+        journal.write(TrialEnded(number=number, status="FINISHED" if epochs == 9 else "STOPPED", error=None))
     return config, journal
 
 
@@ -49,10 +50,10 @@ def test_few_trials_or_equal_ones_say_nothing_of_importance(tmp_path):
     config = make_search({}, digits().changed(workers=1, layout="single"), SPACE)
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(5):
-        journal.write("trial", number=number, values=config.space.draw(0, number))
+        journal.write(TrialProposed(number=number, values=config.space.draw(0, number)))
         if number == 3:
             assert findings.importance(config, journal) == {}
-        journal.write("epoch", number=number, metrics=metrics(1, 0.5))
+        journal.write(EpochEnded(number=number, metrics=metrics(1, 0.5)))
     assert findings.importance(config, journal) == {}
 
 
@@ -71,14 +72,14 @@ def test_what_failed_is_no_finding(tmp_path):
     config = make_search({}, digits().changed(workers=1, layout="single"), SPACE)
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(2):
-        journal.write("trial", number=number, values=config.paper_baseline)
-        journal.write("epoch", number=number, metrics=metrics(1, 0.1 * (number + 1)))
-    journal.write("end", number=0, status="FAILED", error="training diverged")
+        journal.write(TrialProposed(number=number, values=config.paper_baseline))
+        journal.write(EpochEnded(number=number, metrics=metrics(1, 0.1 * (number + 1))))
+    journal.write(TrialEnded(number=0, status="FAILED", error="training diverged"))
     assert findings.as_result(config, journal, 100)["best"] == 1, "though its error is larger"
     assert findings.compare(config, journal, 100) is None
     said = SearchView(config, journal).findings(100)
     assert said[-1] == "no comparison with the paper's constants, whose trial failed: training diverged"
-    journal.write("end", number=1, status="FAILED", error="training diverged")
+    journal.write(TrialEnded(number=1, status="FAILED", error="training diverged"))
     assert findings.as_result(config, journal, 100)["best"] is None
 
 
@@ -114,15 +115,15 @@ def test_every_picture_is_drawn_also_of_a_search_that_just_began(searched, tmp_p
 
     young = Journal(tmp_path / "young.jsonl")
     assert all_pictures(config, young) == {}
-    young.write("trial", number=0, values=config.paper_baseline)
-    young.write("epoch", number=0, metrics=metrics(1, 0.5))
+    young.write(TrialProposed(number=0, values=config.paper_baseline))
+    young.write(EpochEnded(number=0, metrics=metrics(1, 0.5)))
     assert set(all_pictures(config, young)) == {"learning_curves.png", "parameters.png", "rungs.png"}
 
 
 def test_the_table_names_every_trial_with_its_values_and_what_it_does(searched):
     config, journal = searched
     view = SearchView(config, journal)
-    journal.write("trial", number=30, values=config.space.draw(0, 30))
+    journal.write(TrialProposed(number=30, values=config.space.draw(0, 30)))
     view.begun(journal.trials[30])
     event = {"kind": "step", "number": 30, "epoch": 0, "step": 5, "steps": 20, "loss": 2.0, "images_per_s": 100.0}
     view.event(event)

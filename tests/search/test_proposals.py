@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.config.recipes import digits
 from orchestrator.search.config import make_search
+from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
 from orchestrator.search.proposals import Proposals, ask_optuna, draw_fitting
 from orchestrator.search.recipes import PAPERS_SPACE
@@ -23,10 +24,10 @@ def proposed(config, path):
     proposals = Proposals(config, journal, 1)
     while len(journal.trials) < config.num_trials:
         number = len(journal.trials)
-        journal.write("trial", number=number, values=proposals.propose(number))
+        journal.write(TrialProposed(number=number, values=proposals.propose(number)))
         error = abs(journal.trials[number].values["lr"] - 0.02)
-        journal.write("epoch", number=number, metrics=metrics(1, error))
-        journal.write("end", number=number, status="FINISHED" if number % 2 else "STOPPED", error=None)
+        journal.write(EpochEnded(number=number, metrics=metrics(1, error)))
+        journal.write(TrialEnded(number=number, status="FINISHED" if number % 2 else "STOPPED", error=None))
     journal.close()
     return [record.values for record in journal.trials.values()]
 
@@ -46,7 +47,7 @@ def test_trial_0_is_the_paper_s_and_a_search_proposes_the_same_after_any_interru
     assert len({str(values) for values in whole}) == 8
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
     for kept in (3, 10, 17):
-        (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[: kept - kept % 3]))
+        (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[: 1 + kept - kept % 3]))
         assert proposed(config, tmp_path / "cut.jsonl") == whole
     assert whole != proposed(search(searcher=searcher, num_samples=8, search_seed=1), tmp_path / "other.jsonl")
 
@@ -64,9 +65,9 @@ def test_tpe_takes_what_failed_what_runs_and_a_paper_s_point_outside_of_the_spac
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(8):
         journal.write(
-            "trial", number=number, values=config.paper_baseline if not number else config.space.draw(0, number)
+            TrialProposed(number=number, values=config.paper_baseline if not number else config.space.draw(0, number))
         )
-    journal.write("end", number=3, status="FAILED", error="loss is nan")
+    journal.write(TrialEnded(number=3, status="FAILED", error="loss is nan"))
     assert 0.02 <= ask_optuna(config, list(journal.trials.values()), 8)["lr"] <= 0.1
 
 

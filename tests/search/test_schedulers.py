@@ -8,6 +8,7 @@ import pytest
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.search.config import make_search
+from orchestrator.search.entries import TrialProposed
 from orchestrator.search.journal import Journal
 from orchestrator.search.proposals import trial_config
 from orchestrator.search.schedulers import JournaledScheduler
@@ -61,7 +62,7 @@ def drive(config, journal, tmp_path, until=None):
     judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in range(8):
         if number not in journal.trials:
-            journal.write("trial", number=number, values=config.space.draw(0, number))
+            journal.write(TrialProposed(number=number, values=config.space.draw(0, number)))
     live = {number: FakeTrial(number) for number, record in journal.trials.items() if not record.ended}
     reported = dict.fromkeys(live, 0)
     for one in live.values():
@@ -122,7 +123,7 @@ def test_a_failed_trial_is_written_down_with_its_line_and_an_interrupted_one_is_
     config, journal, told = search(), Journal(tmp_path / "journal.jsonl"), Told()
     judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in (0, 1, 2):
-        journal.write("trial", number=number, values={"lr": 0.1, "lrn_n": 5})
+        journal.write(TrialProposed(number=number, values={"lr": 0.1, "lrn_n": 5}))
         judge.on_trial_add(None, FakeTrial(number))
     judge.on_trial_complete(None, FakeTrial(0), {"failed": "loss is nan at step 7 (epoch 1)", "done": True})
     judge.on_trial_complete(None, FakeTrial(1), {"interrupted": True, "done": True})
@@ -160,7 +161,7 @@ def test_of_a_population_the_worst_goes_on_from_the_best_and_the_paper_s_from_it
     controller = Controller(trials)
     for number, one in enumerate(trials):
         journal.write(
-            "trial", number=number, values=config.paper_baseline if not number else config.space.draw(0, number)
+            TrialProposed(number=number, values=config.paper_baseline if not number else config.space.draw(0, number))
         )
         judge.on_trial_add(controller, one)
         (kept_checkpoint(StoragePath.of(tmp_path), journal.trials[number].folder, 2) / "state.json").write(b"{}")

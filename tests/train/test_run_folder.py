@@ -7,6 +7,7 @@ import pytest
 from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
+from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
 from orchestrator.train.run_folder import RunFolder
 
@@ -40,15 +41,15 @@ def test_a_journal_goes_on_where_it_was_wherever_it_is(output):
     if place.local is not None:
         place.local.mkdir(parents=True)
     journal = Journal(place / "journal.jsonl")
-    journal.write("trial", number=0, values={"lr": 0.1})
-    journal.write("epoch", number=0, metrics={"epoch": 1, "val/loss": 1.0, "val/top1_error": 0.5})
+    journal.write(TrialProposed(number=0, values={"lr": 0.1}))
+    journal.write(EpochEnded(number=0, metrics={"epoch": 1, "val/loss": 1.0, "val/top1_error": 0.5}))
     journal.close()
     again = Journal(place / "journal.jsonl")
     assert again.trials[0].epoch == 1
-    again.write("end", number=0, status="FINISHED")
+    again.write(TrialEnded(number=0, status="FINISHED"))
     again.close()
     again.close()
-    assert (place / "journal.jsonl").read().count(b"\n") == 3
+    assert (place / "journal.jsonl").read().count(b"\n") == 4
     assert Journal(place / "journal.jsonl").trials[0].status == "FINISHED"
 
 
