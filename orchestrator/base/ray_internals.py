@@ -63,7 +63,7 @@ def require(package_version: str, table: Sequence[PrivateName]) -> None:
 
 
 def _parameters(found: Any) -> tuple[str, ...]:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
