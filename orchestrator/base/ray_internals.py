@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.base.exits import JobError
 
 SUPPORTED_RAY = "2.60.0"  # requirements.lock and pyproject.toml pin the same
+TRACING = "_ray_trace_ctx"  # a parameter that Ray adds to the methods of actors
 NUM_LISTED = 3  # differences in the one line that the user sees
 
 
@@ -54,12 +55,11 @@ def require(package_version: str, table: Sequence[PrivateName]) -> None:
     differences = [text for entry in table if (text := entry.difference())]
     if ray.__version__ == package_version and not differences:
         return
-    shown = "; ".join(differences[:NUM_LISTED])
-    more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
-    raise JobError(
-        f"Ray {ray.__version__} is installed, but this program works with Ray {package_version} only; "
-        f"install it with: pip install 'ray=={package_version}'" + (f" (differs: {shown}{more})" if shown else "")
-    )
+    texts = [f"Ray {ray.__version__} is installed, and only Ray {package_version} is supported"]
+    if differences:
+        more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
+        texts.append(f"what differs: {'; '.join(differences[:NUM_LISTED])}{more}")
+    raise JobError(", ".join(texts) + f"; install it with: pip install 'ray=={package_version}'")
 
 
 def _parameters(found: Any) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def _parameters(found: Any) -> tuple[str, ...]:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
         return ("not callable",)
-    return tuple(stars.get(parameter.kind, "") + parameter.name for parameter in parameters)
+    return tuple(stars.get(each.kind, "") + each.name for each in parameters if each.name != TRACING)
 
 
 def _set_in_init(found: type) -> set[str]:

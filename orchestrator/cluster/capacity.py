@@ -40,7 +40,7 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Cal
 class CapacityRequest:
     """Room for so many workers, asked of the cluster, which may start nodes for it. It is a placement group, which ends
     with this process whatever becomes of it: nobody pays for nodes that nobody waits for. Once granted it holds the
-    room, until `end`."""
+    room, until `release`."""
 
     def __init__(self, config: TrainConfig, workers: int, *, on_gpu: bool, runs: int = 1) -> None:
         from ray.util import placement_group
@@ -58,7 +58,7 @@ class CapacityRequest:
         """To be called with signals deferred."""
         return bool(self._group.wait(within_s))
 
-    def end(self) -> None:
+    def release(self) -> None:
         from ray.util import remove_placement_group
 
         if self._group is not None:
@@ -84,7 +84,7 @@ def _wait_for_room(
                 said = time.monotonic()
                 say(f"waiting for nodes such as {kind.name}: {here} here, {said - began:.0f} s so far")
     finally:
-        wish.end()
+        wish.release()
 
 
 def cost_so_far(meter: Meter) -> float | None:
