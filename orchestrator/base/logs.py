@@ -7,7 +7,6 @@ from typing import Any
 from orchestrator.base.storage import StoragePath
 
 FORMAT = "%(asctime)s %(levelname)s %(rank)s %(name)s: %(message)s"
-OWN_ROOTS = ("", "ray")  # Ray's loggers do not propagate to the root
 
 _open: list[tuple[StoragePath, logging.Handler]] = []
 
@@ -18,14 +17,12 @@ def set_up(verbose: bool) -> None:
 
 
 def keep_off_terminal(*names: str) -> None:
-    """Take the terminal's handlers off these loggers."""
+    """Let these loggers' lines go where the root logger's go, and nowhere else."""
     for name in names:
         logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                logger.removeHandler(handler)
-        if not logger.handlers:
-            logger.addHandler(logging.NullHandler())  # without any, Python prints warnings itself
+        logger.handlers[:] = [logging.NullHandler()]  # without any, Python prints warnings itself
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 def open_run_log(path: StoragePath) -> None:
@@ -35,9 +32,8 @@ def open_run_log(path: StoragePath) -> None:
         return
     handler = logging.FileHandler(path.local, encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT, defaults={"rank": "driver"}))
-    for name in OWN_ROOTS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.DEBUG)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.DEBUG)
     logging.getLogger("orchestrator").setLevel(logging.DEBUG)
     _open.append((path, handler))
 
@@ -46,8 +42,7 @@ def close_run_log() -> None:
     """Write no more of it."""
     while _open:
         _, handler = _open.pop()
-        for name in OWN_ROOTS:
-            logging.getLogger(name).removeHandler(handler)
+        logging.getLogger().removeHandler(handler)
         handler.close()
 
 

@@ -57,6 +57,7 @@ def connect() -> None:
         with signals_deferred():
             _init(private, environment)
             catch_signals()  # Ray has installed its own handlers
+            logs.keep_off_terminal(*QUIET_LOGGERS)  # and removed those of its loggers
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -22,7 +22,7 @@ class RunLock:
     """
 
     def __init__(self, run: RunFolder) -> None:
-        """The folder must exist, and on a cluster Ray be connected. Raises ValueError if another process has the run."""
+        """The folder must exist, and on a cluster Ray be connected. Raises ValueError if another process has it."""
         self._file: int | None = None
         self._actor: Any = None
         if on_cluster():

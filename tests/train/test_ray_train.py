@@ -1,20 +1,23 @@
 """What is relied on in Ray Train: private names, which checkpoint is the best, and a kill at the last moment."""
 
+import ast
 import asyncio
 import importlib
+import re
 import threading
 from types import SimpleNamespace
 
 import pytest
 import ray
 import ray.train
+from conftest import ROOT
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from orchestrator.base.exits import JobError
 from orchestrator.base.ray_internals import SUPPORTED_RAY, require
-from orchestrator.train import ray_train
+from orchestrator.train import ray_train, ray_train_internals
 from orchestrator.train.ray_train import RayTrainRun
 from orchestrator.train.ray_train_internals import INTERNALS
 from orchestrator.train.session import best_of
@@ -84,6 +87,24 @@ def test_the_barrier_s_parameters_are_checked(monkeypatch):
         ray_train.SynchronizationActor.__ray_metadata__, "modified_class", lambda timeout_s, another: None
     )
     assert f"{entry.name}(timeout_s, another) should be (timeout_s, warn_interval_s)" in refusal()
+
+
+def test_another_ray_is_refused_when_the_file_is_imported(monkeypatch):
+    monkeypatch.setattr(ray, "__version__", "9.9.9")
+    with pytest.raises(JobError, match=r"^Ray 9\.9\.9 is installed, and only Ray 2\.60\.0 is supported; install it"):
+        importlib.reload(ray_train_internals)
+
+
+def test_the_names_are_checked_before_they_are_imported():
+    with open(ray_train.__file__) as file:
+        tree = ast.parse(file.read())
+    order = [
+        name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    ]
+    assert order.index("orchestrator.train") < min(order.index(name) for name in order if name.startswith("ray"))
 
 
 # which checkpoint is the best
@@ -180,3 +201,17 @@ def test_a_run_is_killed_in_the_midst_of_its_loop():
     run.kill()
     assert run.wait(0)
     assert (freed, run._error) == ([True], None)
+
+
+def test_every_private_name_in_use_is_in_the_checklist():
+    listed = (ROOT / "docs" / "upgrading-ray.md").read_text()
+    for entry in INTERNALS:
+        name = entry.name.removesuffix(".__ray_metadata__.modified_class")
+        assert f"`{name}`" in listed, name
+        assert not [attribute for attribute in entry.attributes if f"`{attribute}`" not in listed]
+    checked = {entry.module for entry in INTERNALS}
+    for path in (*(ROOT / "orchestrator" / "train").glob("*.py"), *(ROOT / "orchestrator" / "search").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and re.search(r"^ray\..*\b_(internal|private)\b", node.module or ""):
+                modules = {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+                assert modules & checked, f"{path}: {node.module} is in no table"

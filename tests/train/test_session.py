@@ -177,12 +177,12 @@ def test_a_line_of_a_worker_s_log_goes_to_the_run_s_log_and_nowhere_else(session
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal_does_not(
-    job, here, digit_shards, tmp_path
-):
+def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal_does_not(job, digit_shards, tmp_path):
+    """With a Ray of its own, which replaces handlers when it starts."""
     args = ("--data", digit_shards[0], "--workers", 1, "--layout", "single", "--epochs", 1, "--name", "logged")
-    done = job("train", *args, cwd=tmp_path, **here)
+    done = job("train", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert "worker group" not in done.stdout + done.stderr
     log = (tmp_path / "runs" / "logged" / "run.log").read_text()
     result = json.loads((tmp_path / "runs" / "logged" / "result.json").read_text())

@@ -179,6 +179,15 @@ def test_a_look_that_is_late_counts_the_time_and_not_the_looks(driver):
     assert driver.look(room, after_s=SETTLED_S) == SAVE_TO_GROW
 
 
+@pytest.mark.parametrize("lost", ["feed", "workers"])
+def test_room_is_not_asked_about_where_nodes_were_lost(driver, lost):
+    """A plan for what is left may be impossible."""
+    assert driver.watch.needs_growth(started=True, lost="")
+    assert driver.watch.needs_capacity(BEGIN, started=True, lost="")
+    assert not driver.watch.needs_growth(started=True, lost=lost)
+    assert not driver.watch.needs_capacity(BEGIN, started=True, lost=lost)
+
+
 # capacity
 
 
