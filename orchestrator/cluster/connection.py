@@ -20,6 +20,7 @@ RAY_ENV = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_DATA_USAGE_DISABLED": "1",  # else one more process counts uses of Ray Data as long as the cluster lives
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # train/training.py watches for lost nodes itself
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would take its lines away from the run's log
 }
 QUIET_LOGGERS = ("ray", "ray.data", "ray.train")  # the job prints its own messages; theirs go to the run's log
 
@@ -56,6 +57,7 @@ def connect() -> None:
         with signals_deferred():
             _init(private, environment)
             catch_signals()  # Ray has installed its own handlers
+            logs.keep_off_terminal(*QUIET_LOGGERS)  # and removed those of its loggers
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False

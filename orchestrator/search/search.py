@@ -39,7 +39,7 @@ from orchestrator.search.retention import Retention
 from orchestrator.search.view import SearchView
 from orchestrator.tracking.run import PATIENCE_S, Run
 from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
-from orchestrator.train.mailbox import SAVE, Event
+from orchestrator.train.mailbox import SAVE
 from orchestrator.train.run_folder import KEPT
 from orchestrator.train.run_lock import RunLock
 
@@ -313,7 +313,7 @@ class Search:
 
         from orchestrator.search.trial import SEARCH
 
-        events: list[Event] = ray.get(self.mailbox.drain.remote(SEARCH))
+        events: list[dict[str, Any]] = ray.get(self.mailbox.drain.remote(SEARCH))
         for event in events:
             if event["kind"] == "placement_group":
                 self.placement_groups[event["number"]] = event["id"]

@@ -17,7 +17,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import make_config
 from orchestrator.data.shards import DamagedData
 from orchestrator.train.checkpoints import STATE, checkpoint_name
-from orchestrator.train.mailbox import Event
+from orchestrator.train.messages import EpochEnded, Event, PlacementGroupMade, Started, StartFrom, Step, Warned
 from orchestrator.train.run_folder import KEPT, RunFolder
 from orchestrator.train.training import Training, TrainingFailed
 
@@ -103,7 +103,7 @@ class _Run:
         self.number, self.folder, self.start = config["number"], config["folder"], config["start"]
         self.search, self.pool = search, pool
         self.train = make_config(**search["train"] | config["values"])
-        self.news: queue.Queue[Event] = queue.Queue()
+        self.news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._cancelled, self._told, self._since, self._epoch = threading.Event(), 0.0, time.monotonic(), 0
         self._training: Training | None = None
         if pool is not None:
@@ -151,7 +151,8 @@ class _Run:
                 run.create(self.train)
             training = Training(
                 self.train, StoragePath(self.search["data"]), run, self.search["num_classes"],
-                num_concurrent=self.search["num_concurrent"], mailbox=self.search["mailbox"], start=self.start,
+                num_concurrent=self.search["num_concurrent"], mailbox=self.search["mailbox"],
+                start=StartFrom(**self.start) if self.start else None,
                 pool=self.pool, keep_pool=True,
             )  # fmt: skip
             self._training, self.pool = training, None
@@ -167,19 +168,20 @@ class _Run:
             self.news.put({"kind": "broken", "error": error})
 
     def _on_event(self, event: Event) -> None:
-        if event["kind"] == "started":
-            for metrics in event["history"]:
+        if isinstance(event, Started):
+            for metrics in event.history:
                 self._put(metrics, live=False)
             after_s = time.monotonic() - self._since
-            self._tell({"kind": "started", "after_s": after_s, "crashed": event["crashed"], "epoch": event["epoch"]})
-        elif event["kind"] == "epoch":
-            self._put(event["metrics"], live=True)
-        elif event["kind"] == "step":
+            self._tell({"kind": "started", "after_s": after_s, "crashed": event.crashed, "epoch": event.epoch})
+        elif isinstance(event, EpochEnded):
+            self._put(event.metrics, live=True)
+        elif isinstance(event, Step):
             if time.monotonic() - self._told >= TELL_EVERY_S:
                 self._told = time.monotonic()
-                self._tell({name: event[name] for name in ("kind", "epoch", "step", "steps", "loss", "images_per_s")})
-        elif event["kind"] in ("placement_group", "warning"):
-            self._tell(event)
+                names = ("kind", "epoch", "step", "steps", "loss", "images_per_s")
+                self._tell({name: getattr(event, name) for name in names})
+        elif isinstance(event, PlacementGroupMade | Warned):
+            self._tell(vars(event))
 
     def _put(self, metrics: dict[str, Any], *, live: bool) -> None:
         """An epoch, once: a worker that was replaced tells what its checkpoint has."""
@@ -187,7 +189,7 @@ class _Run:
             self._epoch += 1
             self.news.put({"kind": "epoch", "metrics": metrics, "live": live})
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: dict[str, Any]) -> None:
         self.search["mailbox"].put.remote(SEARCH, event | {"number": self.number})
 
 

@@ -7,7 +7,6 @@ from orchestrator.base.terminal import LiveBlock, columns, duration, percent
 from orchestrator.search.analysis import TOP, compare, epochs_used
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
-from orchestrator.train.mailbox import Event
 
 TABLE_EVERY_S = 60.0  # in a log
 REDRAW_S = 1.0  # on a terminal
@@ -26,7 +25,7 @@ class SearchView:
     def say(self, text: str) -> None:
         self.block.print(text)
 
-    def event(self, event: Event) -> None:
+    def event(self, event: dict[str, Any]) -> None:
         """Of a trial, while it runs."""
         number = event["number"]
         if self.journal.trials[number].ended:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from typing import Any
 
-Event = dict[str, Any]
 SAVE, DROP = "save", "drop"
 
 
@@ -12,15 +11,15 @@ class Mailbox:
     them, the wish that they stop, until they write again."""
 
     def __init__(self) -> None:
-        self.events: defaultdict[str, list[Event]] = defaultdict(list)
+        self.events: defaultdict[str, list[Any]] = defaultdict(list)
         self.stopping: dict[str, str] = {}
 
-    def put(self, topic: str, event: Event) -> str | None:
+    def put(self, topic: str, event: Any) -> str | None:
         """Returns how the writers on this topic are asked to stop: SAVE or DROP what they have; None: not at all."""
         self.events[topic].append(event)
         return self.stopping.get(topic)
 
-    def drain(self, topic: str) -> list[Event]:
+    def drain(self, topic: str) -> list[Any]:
         return self.events.pop(topic, [])
 
     def ask_to_stop(self, topic: str, how: str) -> None:

@@ -1,19 +1,24 @@
-"""One Ray Train run, started and not waited for.
+"""One Ray Train run that does not block its caller.
 
 `TorchTrainer.fit()` starts a controller in a process of its own and blocks. Here the controller runs in a thread of
-this process: it spends its life waiting for its workers, and a process more would be seconds of importing at every
-start. What serves the datasets of Ray Train, which the feed does without, is left out for the same reason.
+this process: it spends its life waiting for its workers, and another process would import for seconds at every start.
+The parts that serve Ray Train's datasets, which the feed does not use, are left out for the same reason.
 
-This is the one place that knows Ray Train's insides; the version of Ray is pinned.
+This is the only file that relies on private names of Ray Train. They are checked before it imports them.
 """
 
 import asyncio
+import contextlib
 import gc
+import logging
 import threading
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
+from orchestrator.train import ray_train_internals  # noqa: F401 - first: it names what another Ray has otherwise
+
+# isort: split
 import ray
 import ray.train
 import torch
@@ -36,40 +41,47 @@ from orchestrator.data.feed import warm_up
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.worker import train_worker
 
-WARM = 4  # processes for the feed that start while the workers do
-NOT_USED = (DatasetsCallback, PlacementGroupCleanerCallback)  # the latter is for controllers that are killed
-KILL_PATIENCE_S = 30.0
+NUM_WARM = 4  # processes for the feed that start while the workers do
+UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)  # the latter is for controllers that are killed
+KILL_TIMEOUT_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class RayTrainRun:
-    """A fixed number of workers at one training; crashed ones are replaced."""
+    """A fixed number of workers that train together; crashed ones are replaced."""
 
     def __init__(
         self,
-        loop: dict[str, Any],
+        train_loop_config: dict[str, Any],
         plan: Plan,
         run: RunFolder,
         max_failures: int,
         pool: "WorkerPool | None" = None,
         keep_pool: bool = False,
     ) -> None:
-        """Start it. A run whose folder has checkpoints goes on from the latest. pool: workers to use."""
+        """Start it. If the run's folder has checkpoints, it resumes from the latest.
+
+        train_loop_config: what every worker is called with. pool: workers to use, if they suit the plan. keep_pool:
+        leave the workers as a pool at the end.
+        """
         storage, folder = run.output.opened()
-        places = [{"ray.io/node-id": node} for node in plan.node_of_worker]
+        label_selector = [{"ray.io/node-id": node} for node in plan.node_of_worker]
         trainer = _Trainer(
             train_worker,
-            train_loop_config=loop,
+            train_loop_config=train_loop_config,
             scaling_config=ray.train.ScalingConfig(
                 num_workers=plan.layout.workers, use_gpu=plan.resources.use_gpu,
                 resources_per_worker=plan.resources.per_worker(), placement_strategy=plan.strategy(),
-                label_selector=places or None,
+                label_selector=label_selector or None,
             ),
             run_config=ray.train.RunConfig(
                 name=run.name,
                 storage_path=folder,
                 storage_filesystem=storage,
                 failure_config=ray.train.FailureConfig(max_failures=max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(  # the best, and Ray keeps the latest beside it
+                # the last of those with the lowest error; Ray keeps the latest, too
+                checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="val/top1_error", checkpoint_score_order="min"
                 ),
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
@@ -78,6 +90,7 @@ class RayTrainRun:
         self._controller: _Controller = trainer.fit().controller
         shape = (plan.layout.workers, str(plan.resources.per_worker()), plan.strategy(), plan.node_of_worker)
         if pool is not None and pool.shape != shape:
+            log.debug("the pool of workers does not suit: %s instead of %s", pool.shape, shape)
             pool.release()
             pool = None
         self._controller.shape, self._controller.pool, self._controller.keep_pool = shape, pool, keep_pool
@@ -87,47 +100,49 @@ class RayTrainRun:
         self._task = self._loop.create_task(self._controller.run())
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
         self._thread.start()
-        # a task finds an idle process only if that was started with the very environment that the workers will have
+        # a task finds an idle process only if that was started with exactly the workers' environment
         warm = ray.remote(num_cpus=0, runtime_env={"env_vars": get_env_vars_to_propagate()})(warm_up)
-        for _ in range(min(WARM, plan.layout.workers * plan.resources.feed_tasks)):
+        for _ in range(min(NUM_WARM, plan.layout.workers * plan.resources.feed_tasks)):
             warm.remote()
 
     @property
     def pool(self) -> "WorkerPool | None":
-        """The workers of a run that is over, if they came to its end and were to be kept."""
+        """The workers of a run that is over, if they came to its end and are to be kept."""
         return self._controller.pool
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it was over within this time."""
+        """Whether it is over, or is within so many seconds."""
         return self._over.wait(timeout_s)
 
     def result(self) -> Any:
-        """Ray Train's result of a run that is over. Raises what broke the controller itself."""
+        """Ray Train's result of a run that is over. Raises the controller's own error, if it failed itself."""
         if self._error is not None:
             raise self._error
         return self._controller.get_result()
 
     @property
     def placement_group_id(self) -> str | None:
-        """The id of the workers' placement group, in hexadecimal, once there is one."""
-        begun = self._controller.begun
+        """The id of the workers' placement group, in hexadecimal; None if there is none yet."""
+        group = self._controller.latest
         return (
-            begun.placement_group.placement_group.id.hex()
-            if begun is not None and begun.placement_group is not None
+            group.placement_group.placement_group.id.hex()
+            if group is not None and group.placement_group is not None
             else None
         )
 
     def has_checkpoint(self, name: str) -> bool:
-        """Whether Ray Train has the checkpoint of this name whole."""
+        """Whether Ray Train has stored all of the checkpoint of this name."""
         found = [entry.checkpoint.path for entry in list(self._controller._checkpoint_manager._checkpoint_results)]
         return any(path.rstrip("/").endswith(f"/{name}") for path in found)
 
     def kill(self) -> None:
-        """End the workers, whatever they do, and give back what they held."""
+        """Kill the workers, whatever they do, and free their resources."""
         if not self._over.is_set():
-            self._loop.call_soon_threadsafe(self._task.cancel)
+            with contextlib.suppress(RuntimeError):  # the run has ended, and its loop has closed, just now
+                self._loop.call_soon_threadsafe(self._task.cancel)
             self._controller.remove_placement_group()
-            self._over.wait(KILL_PATIENCE_S)
+            if not self._over.wait(KILL_TIMEOUT_S):
+                log.info("Ray Train's controller has not ended within %.0f s", KILL_TIMEOUT_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -139,7 +154,7 @@ class RayTrainRun:
             self._error = error
         finally:
             try:
-                self._controller.give_back()
+                self._controller.free_resources()
             finally:
                 self._over.set()
                 self._loop.close()
@@ -147,7 +162,7 @@ class RayTrainRun:
 
 @dataclass
 class WorkerPool:
-    """Workers between two runs: their processes have imported all that a run needs, which is most of its start."""
+    """Workers between two runs. Their processes have imported all that a run needs, which is most of its start-up."""
 
     placement_group: Any  # the handle of their placement group
     workers: list[Worker]
@@ -160,59 +175,60 @@ class WorkerPool:
         return found
 
     def release(self) -> None:
+        """Kill the workers and free their resources."""
         for worker in self.workers:
             ray.kill(worker.actor)
         ray.kill(self.barrier)
         self.placement_group.shutdown()
 
 
-_adopting = threading.local()
+_adopted = threading.local()
 
 
 class _Barriers:
-    """In the place of Ray Train's SynchronizationActor: a pool's, as good as new, or a new one."""
+    """In place of Ray Train's SynchronizationActor: makes a new one, or resets a pool's."""
 
     def options(self, **options: Any) -> "_Barriers":
         self._options = options
         return self
 
     def remote(self, **settings: Any) -> Any:
-        barrier = getattr(_adopting, "barrier", None)
+        barrier = getattr(_adopted, "barrier", None)
         if barrier is None:
             return SynchronizationActor.options(**self._options).remote(**settings)
-        ray.get(barrier.__ray_call__.remote(_renew, settings))
+        ray.get(barrier.__ray_call__.remote(_reset, settings))
         return barrier
 
 
-def _renew(actor: Any, settings: dict[str, Any]) -> None:
+def _reset(actor: Any, settings: dict[str, Any]) -> None:
     actor.__init__(**settings)
 
 
 def _clear() -> None:
-    """Between two runs, in a worker: the process group of a single worker is not left by Ray Train."""
+    """In a worker, between two runs. Ray Train does not destroy the process group of a single worker."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     gc.collect()
-    release_freed_memory()  # it would grow with every run: pieces of what one kept do not fit the next
+    release_freed_memory()  # else memory grows with every run: fragments that one leaves do not fit the next
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-class _Kept(WorkerGroupState):  # type: ignore[misc]
+class _KeptWorkers(WorkerGroupState):  # type: ignore[misc]
     def shutdown(self) -> None:
-        """The workers are a pool now."""
+        """Does nothing: the workers are a pool now."""
 
 
 class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
-    placement_group: Any = None  # its placement group, once it is asked for
-    pool: WorkerPool | None = None  # to start with
+    placement_group: Any = None  # its handle, once it is requested
+    pool: WorkerPool | None = None  # workers to use
 
     def _start(self) -> None:
-        _adopting.barrier = self.pool.barrier if self.pool else None
+        _adopted.barrier = self.pool.barrier if self.pool else None
         try:
             super()._start()
         finally:
-            _adopting.barrier = None
+            _adopted.barrier = None
 
     def _create_placement_group(self, *args: Any) -> Any:
         self.placement_group = self.pool.placement_group if self.pool else super()._create_placement_group(*args)
@@ -227,8 +243,8 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
         return found
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
-        """As in the library, but for the controller, which is no actor here: none of our workers asks for it."""
-        begun = [
+        """As in Ray, but without a controller actor: there is none here, and our workers do not call it."""
+        initialized = [
             worker.actor.init_train_context.remote(
                 train_run_context=self._train_run_context,
                 distributed_context=worker.distributed_context,
@@ -240,7 +256,7 @@ class _WorkerGroup(WorkerGroup):  # type: ignore[misc]
             )
             for i, worker in enumerate(workers)
         ]
-        ray.get(begun)
+        ray.get(initialized)
         self._decorate_worker_log_file_paths(workers)
 
 
@@ -251,17 +267,17 @@ class _Controller(TrainController):  # type: ignore[misc]
     _worker_group: _WorkerGroup | None
 
     def __init__(self, **parts: Any) -> None:
-        self.begun: _WorkerGroup | None = None  # the latest, which may still be starting
-        self.pool: WorkerPool | None = None  # to start with; and what is left in the end
+        self.latest: _WorkerGroup | None = None  # which may still be starting
+        self.pool: WorkerPool | None = None  # workers to use; in the end, those that are left
         self.shape, self.keep_pool = tuple[Any, ...](), False
         self.worker_group_cls = SimpleNamespace(create=self._create)
         super().__init__(**parts)
 
     def _create(self, **parts: Any) -> _WorkerGroup:
-        self.begun = _WorkerGroup(**parts)
-        self.begun.pool, self.pool = self.pool, None  # those who start anew after a crash are new
-        self.begun._start()
-        return self.begun
+        self.latest = _WorkerGroup(**parts)
+        self.latest.pool, self.pool = self.pool, None  # after a crash, new workers start
+        self.latest._start()
+        return self.latest
 
     def _shutdown_worker_group(self) -> None:
         state, group = self.get_state(), self._worker_group
@@ -271,7 +287,7 @@ class _Controller(TrainController):  # type: ignore[misc]
             return
         held = group._worker_group_state
         group.execute(_clear)
-        group._worker_group_state = _Kept(**{field.name: getattr(held, field.name) for field in fields(held)})
+        group._worker_group_state = _KeptWorkers(**{field.name: getattr(held, field.name) for field in fields(held)})
         group.shutdown()
         self._worker_group = None
         self.pool, group.placement_group = (
@@ -280,16 +296,16 @@ class _Controller(TrainController):  # type: ignore[misc]
         )
 
     async def _run_control_loop_iteration(self) -> None:
-        await asyncio.sleep(0)  # where a kill takes effect, also while workers are tried again and again
+        await asyncio.sleep(0)  # where a kill takes effect, even if workers fail to start again and again
         await super()._run_control_loop_iteration()
 
     def remove_placement_group(self) -> None:
-        """Take the room from the workers, with which they die. Called from another thread, at any time."""
-        if self.begun is not None and self.begun.placement_group is not None:
-            self.begun.placement_group.shutdown()
+        """Remove the workers' placement group, which kills them. Called from another thread, at any time."""
+        if self.latest is not None and self.latest.placement_group is not None:
+            self.latest.placement_group.shutdown()
 
-    def give_back(self) -> None:
-        """Leave nothing behind. Called when the loop has ended."""
+    def free_resources(self) -> None:
+        """Leave no workers and no placement group behind. Called when the control loop has ended."""
         group, self._worker_group = self._worker_group, None
         if group is not None and group.has_started():
             group.abort()
@@ -298,7 +314,9 @@ class _Controller(TrainController):  # type: ignore[misc]
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, NOT_USED)]
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, UNUSED_CALLBACKS)
+        ]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return SimpleNamespace(error=None, controller=_Controller(**parts))

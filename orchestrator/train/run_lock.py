@@ -1,4 +1,4 @@
-"""One driver a run: two that went on with the same run would write over each other's checkpoints."""
+"""One driver per run: two that resumed the same run would overwrite each other's checkpoints."""
 
 import contextlib
 import fcntl
@@ -10,27 +10,28 @@ from orchestrator.base.environment import job_id, on_cluster
 from orchestrator.base.exits import signals_deferred
 from orchestrator.train.run_folder import RunFolder
 
-NAMESPACE = "alexnet"  # of Ray's named actors: the same for all jobs, which have one of their own each
-PATIENCE_S = 10.0  # for Ray to notice that the last holder's driver has ended
+NAMESPACE = "alexnet"  # of Ray's named actors: shared by all jobs, which by default have one each
+TIMEOUT_S = 10.0  # for Ray to notice that the last holder's driver has ended
 
 
 class RunLock:
-    """The right to work on a run, until `release` or the end of this process, whatever its end.
+    """The exclusive right to work on a run, until `release` or the end of this process, however it ends.
 
-    On one machine it is a lock on the run's folder. The jobs of a cluster, whose storage may have no locks,
-    find each other by the name of an actor, which ends with its driver.
+    It is a lock on the run's folder, if that is on a local disk. Jobs on a cluster, whose storage may have no locks,
+    also find each other by the name of an actor, which ends with its driver.
     """
 
     def __init__(self, run: RunFolder) -> None:
-        """The run's folder is there, and Ray is connected if this is a cluster. Raises ValueError if another has it."""
+        """The folder must exist, and on a cluster Ray be connected. Raises ValueError if another process has it."""
         self._file: int | None = None
         self._actor: Any = None
         if on_cluster():
-            self._take_the_name(run)  # first, because it can say which job has it
+            self._take_name(run)  # first, because it can name the job that has the run
         if run.path.local is not None:
             self._lock(run)
 
     def release(self) -> None:
+        """Give up the run. Further calls do nothing."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -53,11 +54,11 @@ class RunLock:
         except OSError:  # a file system without locks
             return
 
-    def _take_the_name(self, run: RunFolder) -> None:
+    def _take_name(self, run: RunFolder) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        name, deadline = f"driver of {run.path}", time.monotonic() + PATIENCE_S
+        name, deadline = f"driver of {run.path}", time.monotonic() + TIMEOUT_S
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         holder = ray.remote(num_cpus=0, scheduling_strategy=here)(_Holder).options(name=name, namespace=NAMESPACE)
         while True:
@@ -74,18 +75,18 @@ class RunLock:
 
 
 def _job_of(name: str) -> str | None:
-    """The job whose driver has this name, if it is one and still answers."""
+    """The id of the job whose driver holds this name; None if that is not a job, or does not answer."""
     import ray
 
     try:
-        job: str | None = ray.get(ray.get_actor(name, namespace=NAMESPACE).job.remote(), timeout=PATIENCE_S)
+        job: str | None = ray.get(ray.get_actor(name, namespace=NAMESPACE).job.remote(), timeout=TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError):
         return None
     return job
 
 
 class _Holder:
-    """What the actor is."""
+    """The actor whose name is the lock."""
 
     def __init__(self, job: str | None) -> None:
         self._job = job

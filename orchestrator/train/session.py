@@ -1,12 +1,15 @@
-"""A training job from its settings to its result: data checked, run tracked, progress shown, result written."""
+"""A training job from its settings to its result: the data checked, the run tracked and shown, the result written."""
 
+import logging
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alexnet import pictures
+from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
 from orchestrator.base.storage import StoragePath
@@ -21,13 +24,24 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.tracking.store import redact, tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
-from orchestrator.train.mailbox import Event
-from orchestrator.train.run_folder import RESULT, RunFolder
+from orchestrator.train.messages import (
+    EpochEnded,
+    Event,
+    Finished,
+    Logged,
+    Metrics,
+    Note,
+    Started,
+    Step,
+    Stopped,
+    Warned,
+)
+from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
 from orchestrator.train.view import TrainView
 
-MAY_CHANGE = (
+MUTABLE_ON_RESUME = (
     "epochs",
     "workers",
     "layout",
@@ -37,22 +51,32 @@ MAY_CHANGE = (
     "spread",
     "data",
     "max_failures",
-)  # on resuming
+)
+
+log = logging.getLogger(__name__)
 
 
 def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """The settings of a run that goes on. Raises ValueError for a change that its checkpoint would contradict."""
-    wrong = [name for name, value in changes.items() if name not in MAY_CHANGE and value != getattr(config, name)]
+    """The settings of a resumed run. Raises ValueError for a change that would contradict its checkpoint."""
+    wrong = [
+        name for name, value in changes.items() if name not in MUTABLE_ON_RESUME and value != getattr(config, name)
+    ]
     if wrong:
-        flag, allowed = wrong[0].replace("_", "-"), ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
+        flag = wrong[0].replace("_", "-")
+        allowed = ", ".join("--" + name.replace("_", "-") for name in MUTABLE_ON_RESUME)
         raise ValueError(f"--{flag}: cannot change when a run is resumed, only {allowed} can; start a new run instead")
     return config.changed(**changes)
 
 
-class Session:
-    """One run of jobs/train.py. What the user can have wrong is found when it is made.
+def best_of(history: Sequence[Metrics]) -> Metrics:
+    """The entry with the lowest error; the last of equal ones, as Ray Train keeps the last of equal checkpoints."""
+    return min(reversed(history), key=lambda entry: entry["val/top1_error"])
 
-    ValueError of one line for wrong settings, DamagedData for shards that are not what their manifest says.
+
+class Session:
+    """One run of jobs/train.py. What the user can get wrong is checked when it is made.
+
+    Raises ValueError of one line for wrong settings, DamagedData for shards that do not match their manifest.
     """
 
     def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
@@ -60,34 +84,44 @@ class Session:
         self.view = TrainView()
         join(run.output)
         self.data = Dataset(config, run.output)
-        worker_counts(config)  # says why not
+        worker_counts(config)  # raises if no number of workers will do
         if run.exists() and not resume:
-            run.create(config)  # says why not
+            run.create(config)  # raises: the name is taken
         self.tracker = Tracker(tracking_uri())
         if not resume:
             run.create(config)
-        self.claim = RunLock(run)
+        self.lock = RunLock(run)
         self.result = self.run.result()
+        logs.open_run_log(run.path / RUN_LOG)
+        log.info("run %s, %s: %s", run.name, "resumed" if resume else "new", config.model_dump())
         self.started = time.monotonic()
         self.under_way = False
 
     def train(self) -> None:
-        """Raises JobError or Interrupted; the MLflow run and the result then say FAILED or KILLED."""
+        """Train to the end. Raises JobError or Interrupted; the MLflow run and the result are then FAILED or KILLED."""
+        try:
+            self._train()
+        finally:
+            logs.close_run_log()
+
+    def _train(self) -> None:
         try:
             self._begin().follow(self.on_event)
-            self._log_what_came_of_it()
+            self._log_outcome()
         except Interrupted as stop:
+            log.info("stopped by %s", stop)
             self._end("KILLED", f"stopped by {stop}")
-            self.view.line.print(f"stopped; go on with: {command('train')}{self.run.flag} --resume {self.run.name}")
+            self.view.line.print(f"stopped; resume with: {command('train')}{self.run.flag} --resume {self.run.name}")
             raise
         except BaseException as error:
+            log.info("the run failed", exc_info=True)  # one line of it is for the terminal
             self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
             raise
         self._end("FINISHED")
         self._show_results()
 
     def _begin(self) -> Training:
-        """Ray, the embedded data if it is asked for, the workers, the MLflow run, the first result."""
+        """Ray, the bundled data if it is asked for, the workers, the MLflow run, the first result."""
         say = self.view.line.print
         connect()
         self.meter = Meter(self.result.get("cost_usd") or 0.0)
@@ -99,7 +133,7 @@ class Session:
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
-        # the workers start while MLflow does; should that fail, they end with Ray
+        # the workers start while MLflow does; if that fails, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
         self.tracker.start(
@@ -108,8 +142,9 @@ class Session:
             manifest,
             self.data.folder,
             run_id=self.result.get("mlflow_run_id"),
-            warn=lambda text: self.view.event({"kind": "warning", "text": text}),
+            warn=lambda text: self.view.event(Warned(text=text)),
         )
+        log.info("MLflow run %s at %s", self.tracker.run_id, redact(self.tracker.store.uri))
         self.result |= {
             "name": self.run.name,
             "status": "RUNNING",
@@ -122,21 +157,25 @@ class Session:
         return training
 
     def on_event(self, event: Event) -> None:
+        """Track an event, show it, and write what is new in the result."""
+        if isinstance(event, Logged):
+            logs.record(event.rank, event.level, event.name, event.text, event.at)
+            return
         usd = self._cost()
-        if event["kind"] == "started":
-            self._on_start(event)
-        elif event["kind"] == "step" and event["log"]:
-            self.tracker.log({"train/step_loss": event["loss"]}, step=event["total_step"])
-        elif event["kind"] == "epoch":
-            metrics = event["metrics"]
-            cost = {} if usd is None else {"cost/usd": usd}
-            self.tracker.log_epoch(metrics, cost)
-            self._keep(event["history"])
-        elif event["kind"] == "stopped":
-            where = f"{event['epoch']} epochs and {event['step']} steps"
-            self.view.event({"kind": "note", "text": f"a checkpoint was saved after {where}"})
-        elif event["kind"] == "finished":
-            self.result |= {"checkpoint": event["checkpoint"], "best_checkpoint": event["best_checkpoint"]}
+        match event:
+            case Started():
+                self._on_start(event)
+            case Step() if event.log:
+                self.tracker.log({"train/step_loss": event.loss}, step=event.total_step)
+            case EpochEnded():
+                log.info("epoch %d of %d: %s", event.metrics["epoch"], event.epochs, event.metrics)
+                self.tracker.log_epoch(event.metrics, {} if usd is None else {"cost/usd": usd})
+                self._keep(event.history)
+            case Stopped():
+                where = f"{event.epoch} epochs and {event.step} steps"
+                self.view.event(Note(text=f"a checkpoint was saved after {where}"))
+            case Finished():
+                self._on_finish(event)
         self.view.event(event)
 
     def _cost(self) -> float | None:
@@ -146,33 +185,43 @@ class Session:
             self.result["cost_usd"] = round(usd, 4)
         return usd
 
-    def _keep(self, history: list[dict[str, float]]) -> None:
-        """What is known after each epoch, into the result."""
+    def _keep(self, history: Sequence[Metrics]) -> None:
+        """Write what is known after each epoch into the result."""
         self.result |= {
             "metrics": history[-1],
-            "best": min(history, key=lambda entry: entry["val/top1_error"]),
-            "history": history,
+            "best": best_of(history),
+            "history": list(history),
             "images_per_s": history[-1]["train/images_per_s"],
         }
         self.run.write_result(self.result)
 
-    def _on_start(self, event: Event) -> None:
-        if event["history"]:  # the checkpoint may be ahead of what a killed driver had written down, or sent
-            self._keep(event["history"])
-            if self.resume and not self.under_way:
-                self.tracker.complete(event["history"], "val/loss")
-        if self.resume and not self.under_way:
+    def _on_start(self, event: Started) -> None:
+        first = not self.under_way
+        if event.history:  # the checkpoint may be ahead of what a killed driver had written, or sent
+            self._keep(event.history)
+            if self.resume and first:
+                self.tracker.complete(list(event.history), "val/loss")
+        if self.resume and first:
             self.run.change(self.config)  # now that it is known to train
         self.under_way = True
-        text = f"training on {event['device']} in {event['precision']}, {event['workers']} worker(s)"
-        where = f"epoch {event['epoch']}" + (f" and {event['step']} steps" if event["step"] else "")
-        if event["crashed"]:
-            text = f"a worker was lost; going on from the last checkpoint, after {where}"
-        elif event["epoch"] or event["step"]:
+        text = f"training on {event.device} in {event.precision}, {event.workers} worker(s)"
+        where = f"epoch {event.epoch}" + (f" and {event.step} steps" if event.step else "")
+        if event.crashed:
+            text = f"a worker was lost; resuming from the last checkpoint, after {where}"
+        elif event.epoch or event.step:
             text += f", resumed after {where}"
-        self.view.event({"kind": "note", "text": text})
+        log.info("%s; nodes of the workers: %s", text, ", ".join(event.nodes))
+        self.view.event(Note(text=text))
 
-    def _log_what_came_of_it(self) -> None:
+    def _on_finish(self, event: Finished) -> None:
+        self.result |= {"checkpoint": event.checkpoint, "best_checkpoint": event.best_checkpoint}
+        log.info("checkpoint %s, best checkpoint %s", event.checkpoint, event.best_checkpoint)
+        for entry in self.result.get("history", []):  # an entry may be another run's, without a checkpoint here
+            if event.best_checkpoint == str(self.run.path / checkpoints.checkpoint_name(entry["epoch"])):
+                self.result["best"] = entry
+
+    def _log_outcome(self) -> None:
+        """The learning curves, and the best model, to the run's folder and MLflow."""
         history = self.result.get("history")
         if not history:
             return
@@ -189,13 +238,20 @@ class Session:
             "dropout": config.dropout,
             "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
         }
-        description = {"build": build, "pixel_scale": config.pixel_scale, "classes": manifest.classes}
-        best = StoragePath.of(self.result["best_checkpoint"] or self.result["checkpoint"])
+        best, epoch = StoragePath.of(self.result["best_checkpoint"]), self.result["best"]["epoch"]
+        description = {
+            "build": build,
+            "pixel_scale": config.pixel_scale,
+            "classes": manifest.classes,
+            "epoch": epoch,
+        }
+        log.info("logging the model of epoch %d to MLflow, from %s", epoch, best)
         with best.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
             weights = folder / checkpoints.WEIGHTS
             mean_image = Path(temporary, manifest.mean_image_file)
             mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
             self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
+        self.tracker.tag(**{"model.epoch": str(epoch)})
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
@@ -203,9 +259,10 @@ class Session:
             if status != "FINISHED":
                 self.result["checkpoint"] = self.run.latest_checkpoint()
             self.run.write_result(self.result)
+            log.info("%s: %s", status, self.run.path / RESULT)
         finally:  # storage may be what failed
             self.tracker.finish(status, error)
-            self.claim.release()
+            self.lock.release()
 
     def _show_results(self) -> None:
         result: dict[str, Any] = self.result
@@ -223,7 +280,7 @@ class Session:
             ("checkpoint", result["checkpoint"]),
             ("result", str(self.run.path / RESULT)),
             ("MLflow run", result["mlflow_run_id"]),
-            ("see it", ui_command(self.tracker.store.uri)),
+            ("open the UI", ui_command(self.tracker.store.uri)),
         ]
         self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
         sys.stdout.flush()

@@ -1,44 +1,52 @@
-"""From a config to a Ray Train run, its events to whoever watches.
+"""From a config to a training run under way, its events to whoever follows it.
 
-A run is a sequence of fits: each is one Ray Train run of a fixed number of workers (fit.py). When a node that held
-workers is lost, or an elastic run could use one that came, the fit ends and the next begins from the last checkpoint in
-the shape that the cluster then allows. Ray Train itself replaces a crashed worker within a fit.
+A run is a sequence of fits: each is one Ray Train run of a fixed number of workers (ray_train.py). When a node of its
+workers is lost, or an elastic run could use a node that joined, the fit ends and the next begins from the last
+checkpoint, with the layout that the cluster then allows (watch.py decides, elastic.py knows the nodes). Within a fit
+Ray Train itself replaces a crashed worker.
 """
 
 import contextlib
-import math
+import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
 from orchestrator.base.storage import StoragePath
-from orchestrator.cluster.capacity import CapacityRequest
-from orchestrator.cluster.layout_choice import worker_counts
-from orchestrator.cluster.nodes import alive, uses_gpu
-from orchestrator.cluster.placement import Plan, make_plan
-from orchestrator.cluster.prices import node_types
+from orchestrator.cluster.placement import Plan
 from orchestrator.config.train import TrainConfig
 from orchestrator.train.checkpoints import checkpoint_name
-from orchestrator.train.mailbox import DROP, SAVE, Event, Mailbox
+from orchestrator.train.elastic import ElasticPlanner
+from orchestrator.train.mailbox import DROP, SAVE, Mailbox
+from orchestrator.train.messages import (
+    Event,
+    Failed,
+    Finished,
+    Note,
+    PlacementGroupMade,
+    Started,
+    StartFrom,
+    Stopped,
+    Warned,
+    WorkerPayload,
+)
 from orchestrator.train.run_folder import RunFolder
+from orchestrator.train.watch import Decision, Facts, NodeFacts, Watch
 
 POLL_S = 0.5
-NODES_EVERY_S = 2.0
-SETTLED_S = 5.0  # a cluster that could take more workers is given this long to change its mind
-START_PATIENCE_S = 90.0
-STOP_PATIENCE_S = 60.0  # for the last step and its checkpoint
-DROP_PATIENCE_S = 15.0  # for workers that might be used again; starting new ones costs about as much
-STARVED_PATIENCE_S = 300.0  # for a last step whose images may have to wait for CPUs that are gone
-REQUEST_EVERY_S = 30.0
-LOST_PATIENCE_S = 10.0  # for Ray to notice that a node is gone whose workers are
+STOP_TIMEOUT_S = 60.0  # for the last step and its checkpoint
+DROP_TIMEOUT_S = 15.0  # for workers that might be used again; starting new ones takes about as long
+LOST_TIMEOUT_S = 10.0  # for Ray to notice that a node is gone whose workers are
+
+log = logging.getLogger(__name__)
 
 
 class Training:
-    """A run under way. Ray must be connected. A run folder that holds checkpoints goes on from the latest."""
+    """A run under way. Ray must be connected. If the run's folder has checkpoints, it resumes from the latest."""
 
     def __init__(
         self,
@@ -49,46 +57,47 @@ class Training:
         *,
         num_concurrent: int = 0,
         mailbox: Any = None,
-        start: Event | None = None,
+        start: StartFrom | None = None,
         pool: Any = None,
         keep_pool: bool = False,
     ) -> None:
-        """Start the workers. Raises JobError where they do not fit.
+        """Start the workers. Raises JobError if the cluster has no room for them.
 
-        num_concurrent: of make_plan. mailbox: an actor to use, else one is made. start: another
-        run's checkpoint, as {"checkpoint": path, "lr": its initial rate}, for a run that has none of its own. pool:
-        workers that an earlier run left, to be used if they will do. keep_pool: leave such a pool at the end, if the
-        workers come to theirs.
+        num_concurrent: of make_plan. mailbox: an actor to use; None: a new one. start: another run's checkpoint, for a
+        run that has none of its own. pool: an earlier run's workers, to be used if they suit this run. keep_pool:
+        leave such a pool at the end, if the workers come to theirs.
         """
-        self.config, self.data, self.run, self.num_classes = config, data, run, num_classes
-        self.num_concurrent, self.start, self.pool, self._keep_pool = num_concurrent, start, pool, keep_pool
-        self._fit: Any = None  # fit.RayTrainRun
+        self.data, self.run, self.start, self.pool, self._keep_pool = data, run, start, pool, keep_pool
+        self.planner = ElasticPlanner(config, num_classes, num_concurrent)
+        self._fit: Any = None  # ray_train.RayTrainRun
         self._mailbox = mailbox or make_mailbox()
-        self._topic = ""  # a new one for every fit: no news comes from the one before
+        self._topic = ""  # a new one for every fit, so that no event of an earlier one arrives
         self._cancelled: str | None = None
-        self._counted: set[str] = set()  # the nodes that the plan was made from
-        self._excused: set[str] = set()  # of those, lost ones that the fit can do without
-        self._nodes: list[str] = []  # of its workers, once they have started
-        self._request: CapacityRequest | None = None  # for nodes
+        self._worker_nodes: list[str] = []  # ids of the workers' nodes, once they have started
         try:
-            self._plan = self._make_plan()
+            self._plan = self.planner.plan()
         except JobError:
             if not num_concurrent:
                 raise
             self._plan = None  # a trial: there was room when the search began, and will be again
-        if self._plan is not None:  # what began on GPUs does not go on without them
-            self.config = config.changed(device="gpu" if self._plan.resources.use_gpu else "cpu")
+        if self._plan is not None:  # a run that began on GPUs must not resume without them
+            self.planner.config = config.changed(device="gpu" if self._plan.resources.use_gpu else "cpu")
             self._begin(self._plan)
+
+    @property
+    def config(self) -> TrainConfig:
+        """With the device that the first plan has settled."""
+        return self.planner.config
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
         """Run to the end, calling on_event with every event, in order, in this thread.
 
-        Raises JobError if training failed. Interrupted passes through, after the workers have saved a checkpoint, if
-        they can within STOP_PATIENCE_S. The workers are told to die before this returns.
+        Raises JobError if training failed. Interrupted passes through after the workers have saved a checkpoint, if
+        they can within STOP_TIMEOUT_S. The workers have been killed when this returns.
         """
         try:
             while not (self._plan and self._follow_fit(self._plan, on_event)):
-                plan = self._wait_for_room(on_event)
+                plan = self.planner.wait_for_room(self._raise_if_cancelled, lambda text: on_event(Warned(text=text)))
                 with signals_deferred():
                     self._begin(plan)
         except Interrupted:
@@ -101,283 +110,202 @@ class Training:
             self.end()
 
     def cancel(self, *, save: bool) -> None:
-        """Make `follow`, in another thread, return soon; with a last checkpoint, if that is wished."""
+        """Make `follow`, in another thread, return soon; with save, after a last checkpoint."""
+        log.info("cancelled, %s", "with a last checkpoint" if save else "without a checkpoint")
         self._cancelled = SAVE if save else DROP
 
     def checkpoint_after(self, epoch: int) -> str | None:
-        """Where the checkpoint of an epoch is, if it is complete and still there."""
+        """Where the checkpoint of an epoch is; None if it is not stored yet, or no longer."""
         name = checkpoint_name(epoch)
         return str(self.run.path / name) if self._fit is not None and self._fit.has_checkpoint(name) else None
 
     def end(self) -> None:
-        """End the fit, whatever its workers do."""
+        """Kill the fit, whatever its workers do."""
         if self._fit is not None:
             self._fit.kill()
             self.pool, self._fit = self._fit.pool, None
 
-    def _make_plan(self) -> Plan | None:
-        import ray
-
-        nodes = alive(ray.nodes())
-        self._counted, self._excused = {node.id for node in nodes}, set()
-        return make_plan(self.config, nodes, self.num_classes, self.num_concurrent)
-
     def _begin(self, plan: Plan) -> None:
         """Start a fit."""
-        self._plan, self._nodes, self._topic = plan, [], uuid.uuid4().hex
-        loop = {
-            "config": self.config.model_dump(),
-            "data": self.data.text,
-            "layout": plan.layout.kind,
-            "mailbox": self._mailbox,
-            "topic": self._topic,
-            "start": self.start,
-            "feed_cpus": plan.resources.feed_cpus,
-            "feed_tasks": plan.resources.feed_tasks,
-            "num_concurrent": max(1, self.num_concurrent),
-        }
+        self._plan, self._worker_nodes, self._topic = plan, [], uuid.uuid4().hex
+        payload = WorkerPayload(
+            config=self.config.model_dump(),
+            data=self.data.text,
+            layout=plan.layout.kind,
+            mailbox=self._mailbox,
+            topic=self._topic,
+            start=self.start,
+            feed_cpus=plan.resources.feed_cpus,
+            feed_tasks=plan.resources.feed_tasks,
+            num_concurrent=max(1, self.planner.num_concurrent),
+        )
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
+        log.info("starting %d worker(s): %s; %s", plan.layout.workers, plan.reason, plan)
         pool, self.pool = self.pool, None
-        self._fit = RayTrainRun(loop, plan, self.run, self.config.max_failures, pool, self._keep_pool)
+        self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
-        """Returns whether the run is at its end; False if the fit ended for another to begin."""
-
-        on_event({"kind": "note", "text": plan.reason})
+        """Returns whether the run is over; False if only the fit is, and another is to begin."""
+        on_event(Note(text=plan.reason))
         try:
-            ends = self._watch_fit(plan, on_event)
+            reports = self._watch_fit(plan, on_event)
         finally:
-            self._release_request()
-        if ends is None:
+            self.planner.release_capacity()
+        if reports is None:
             return False
         with signals_deferred():
-            return self._fit_is_over(plan, ends, on_event)
+            return self._conclude_fit(reports, on_event)
 
-    def _watch_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> dict[str, Event] | None:
-        """Until it ends by itself; returns the events that it ended with, or None if it was ended for lost nodes."""
-        patience, look_at, could_grow_since = time.monotonic() + START_PATIENCE_S, 0.0, math.inf
-        asked, save_by, request_at, room = False, math.inf, 0.0, None
+    def _watch_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> "_Reports | None":
+        """Wait for the fit's end; returns the reports that came last, or None if it was ended for lost nodes."""
+        watch, placement_group = Watch.begin(time.monotonic()), None
         while True:
             with signals_deferred():
                 over = self._fit.wait(POLL_S)
-                if self._fit.placement_group_id not in (room, None):
-                    room = self._fit.placement_group_id
-                    on_event({"kind": "placement_group", "id": room})
-                ends = self._deliver(on_event)
-            self._end_if_cancelled()
-            if over or ends:
-                return ends
-            now = time.monotonic()
-            if now < look_at:
-                continue
-            look_at = now + NODES_EVERY_S
+                if self._fit.placement_group_id not in (placement_group, None):
+                    placement_group = self._fit.placement_group_id
+                    on_event(PlacementGroupMade(id=placement_group))
+                reports = self._deliver(on_event)
             with signals_deferred():
-                if not self._nodes and now > patience:
-                    patience = math.inf
-                    on_event({"kind": "warning", "text": self._why_waiting(plan)})
-                lost = self._lost_nodes(plan)
-                if lost == "workers" or now > save_by:
-                    self._end_for_lost_nodes(on_event)
-                    return None
-                if lost == "feed" and save_by == math.inf:
-                    text = "nodes were lost that the feed counted on; saving a checkpoint to go on with the others"
-                    on_event({"kind": "note", "text": text})
-                    self._mailbox.ask_to_stop.remote(self._topic, SAVE)
-                    self._release_request()  # it would take what the last step needs
-                    asked, save_by = True, now + STARVED_PATIENCE_S
-                if self._nodes and not asked and now >= request_at:
-                    request_at = now + self._request_growth(plan)
-                if asked or not self._nodes or not self._could_grow(plan):
-                    could_grow_since = math.inf
-                    continue
-                could_grow_since = min(could_grow_since, now)
-                if now - could_grow_since >= SETTLED_S:
-                    text = "the cluster has room for more workers; saving a checkpoint to grow"
-                    on_event({"kind": "note", "text": text})
-                    self._mailbox.ask_to_stop.remote(self._topic, SAVE)
-                    self._release_request()
-                    asked = True
+                watch, decisions = watch.step(self._facts(watch, plan, over, reports))
+                for decision in decisions:
+                    log.info("decision: %s", decision.value)
+                    match decision:
+                        case Decision.CANCEL:
+                            raise _Cancelled
+                        case Decision.FIT_OVER:
+                            return reports
+                        case Decision.WARN_NOT_STARTED:
+                            on_event(Warned(text=self.planner.why_waiting(plan)))
+                        case Decision.END_FOR_LOST_NODES:
+                            self._end_for_lost_nodes(on_event)
+                            return None
+                        case Decision.SAVE_FOR_LOST_FEED:
+                            text = "nodes were lost that feed the workers; saving a checkpoint to resume without them"
+                            self._ask_to_save(text, on_event)
+                        case Decision.SAVE_TO_GROW:
+                            text = "the cluster has room for more workers; saving a checkpoint to grow"
+                            self._ask_to_save(text, on_event)
+                        case Decision.REQUEST_CAPACITY:
+                            self.planner.request_capacity(plan)
+                        case Decision.RELEASE_CAPACITY:
+                            self.planner.release_capacity()
 
-    def _fit_is_over(self, plan: Plan, ends: dict[str, Event], on_event: Callable[[Event], None]) -> bool:
-        """Returns whether the run is at its end, too. Raises JobError if it failed."""
+    def _facts(self, watch: Watch, plan: Plan, over: bool, reports: "_Reports") -> Facts:
+        """What the watch is to know now; the nodes are asked about only when it is time, and only what it needs."""
+        now, cancelled, ended = time.monotonic(), self._cancelled is not None, bool(reports)
+        if cancelled or over or ended or not watch.needs_nodes(now):
+            return Facts(now=now, cancelled=cancelled, over=over, ended=ended)
+        started, lost = bool(self._worker_nodes), self.planner.lost(plan, self._worker_nodes)
+        nodes = NodeFacts(
+            started=started,
+            lost=lost,
+            could_grow=watch.needs_growth(started, lost) and self.planner.could_grow(plan),
+            capacity=self.planner.capacity(plan) if watch.needs_capacity(now, started, lost) else "unavailable",
+        )
+        log.debug("nodes: %s", nodes)
+        return Facts(now=now, nodes=nodes)
 
-        if "failed" in ends:  # one worker says why; the others may wait for it in a collective
-            self._fit.wait(STOP_PATIENCE_S / 10)
-            raise TrainingFailed(ends["failed"]["text"])
+    def _ask_to_save(self, why: str, on_event: Callable[[Event], None]) -> None:
+        on_event(Note(text=why))
+        self._mailbox.ask_to_stop.remote(self._topic, SAVE)
+
+    def _conclude_fit(self, reports: "_Reports", on_event: Callable[[Event], None]) -> bool:
+        """Returns whether the run is over, too. Raises JobError if it failed."""
+        if reports.failed is not None:  # one worker reports why; the others may wait for it in a collective
+            self._fit.wait(STOP_TIMEOUT_S / 10)
+            raise TrainingFailed(reports.failed.text)
         outcome = self._outcome()
-        if "error" in outcome:
-            deadline = time.monotonic() + LOST_PATIENCE_S
-            while time.monotonic() < deadline:  # was it a node? Ray may notice the workers before it does
-                if self._gone() - self._excused:
+        if isinstance(outcome, str):
+            log.info("the fit failed: %s", outcome)
+            deadline = time.monotonic() + LOST_TIMEOUT_S
+            while time.monotonic() < deadline:  # was it a node? Ray may notice the loss of the workers first
+                if self.planner.untolerated_losses():
                     self._end_for_lost_nodes(on_event)
                     return False
                 time.sleep(POLL_S)
-            raise JobError(outcome["error"])
-        if "stopped" in ends:
+            raise JobError(outcome)
+        if reports.stopped is not None:
             self.end()
             return False
-        on_event({"kind": "finished"} | outcome)
+        on_event(outcome)
         return True
 
-    def _deliver(self, on_event: Callable[[Event], None]) -> dict[str, Event]:
-        """Hand over what is in the mailbox; returns the events that end a fit, by their kind."""
+    def _deliver(self, on_event: Callable[[Event], None]) -> "_Reports":
+        """Pass on the events in the mailbox; returns those that end a fit."""
         import ray
 
-        ends = {}
+        reports = _Reports()
         for event in ray.get(self._mailbox.drain.remote(self._topic)):
-            if event["kind"] == "started":
-                crashed = bool(self._nodes)  # it is not the first start of this fit
-                self._nodes = event["nodes"]
+            if isinstance(event, Started):
+                crashed = bool(self._worker_nodes)  # it is not the first start of this fit
+                self._worker_nodes = list(event.nodes)
                 assert self._plan is not None
-                event |= {"workers": self._plan.layout.workers, "crashed": crashed}
-            elif event["kind"] in ("failed", "stopped"):
-                ends[event["kind"]] = event
+                event = replace(event, workers=self._plan.layout.workers, crashed=crashed)
+            elif isinstance(event, Failed):
+                reports = replace(reports, failed=event)
+            elif isinstance(event, Stopped):
+                reports = replace(reports, stopped=event)
             on_event(event)
-        return ends
+        return reports
 
-    def _outcome(self) -> dict[str, Any]:
-        if not self._fit.wait(STOP_PATIENCE_S):
-            return {"error": f"the workers did not end in {STOP_PATIENCE_S:.0f} s"}
+    def _outcome(self) -> Finished | str:
+        """Where the checkpoints of a fit are that came to its end; or, in one line, why it failed."""
+        if not self._fit.wait(STOP_TIMEOUT_S):
+            return f"the workers did not end within {STOP_TIMEOUT_S:.0f} s"
         try:
             result = self._fit.result()
         except Exception as error:  # the controller itself failed
-            return {"error": last_line(error)}
-        return {"error": _one_line(result.error)} if result.error else self._kept_checkpoints(result)
-
-    def _kept_checkpoints(self, result: Any) -> Event:
-        """Where the last checkpoint is, and the one with the lowest validation error."""
+            log.info("Ray Train's controller failed", exc_info=True)
+            return last_line(error)
+        if result.error:
+            log.info("Ray Train's run failed", exc_info=result.error)
+            return _one_line(result.error)
         best = result.get_best_checkpoint("val/top1_error", "min") if result.best_checkpoints else None
-        found = {"checkpoint": result.checkpoint, "best_checkpoint": best}
-        return {key: str(self.run.path / PurePath(kept.path).name) if kept else None for key, kept in found.items()}
+        return Finished(checkpoint=self._path_of(result.checkpoint), best_checkpoint=self._path_of(best))
 
-    def _gone(self) -> set[str]:
-        """Nodes that the plan was made from, and that are no more."""
-        import ray
-
-        return self._counted - {node.id for node in alive(ray.nodes())}
-
-    def _lost_nodes(self, plan: Plan) -> Literal["", "feed", "workers"]:
-        """Whether nodes were lost that the fit needs: those of its workers, or CPUs that its feed was given.
-
-        The tasks of several workers must fit at once (placement.share_cpus); those of a single one can take turns.
-        """
-        import ray
-
-        lost = self._gone() - self._excused
-        if not lost:
-            return ""
-        if not self._nodes or lost & {*self._nodes, *plan.node_of_worker}:
-            return "workers"
-        try:
-            now = make_plan(self.config, alive(ray.nodes()), self.num_classes, self.num_concurrent)
-        except JobError:
-            now = None
-        if plan.layout.workers > 1 and (now is None or replace(now, reason=plan.reason) != plan):
-            return "feed"
-        self._excused |= lost
-        return ""
+    def _path_of(self, checkpoint: Any) -> str | None:
+        return str(self.run.path / PurePath(checkpoint.path).name) if checkpoint else None
 
     def _end_for_lost_nodes(self, on_event: Callable[[Event], None]) -> None:
-        on_event({"kind": "note", "text": f"{len(self._gone())} node(s) were lost; going on from the last checkpoint"})
+        lost = self.planner.lost_nodes()
+        log.info("lost nodes: %s", ", ".join(sorted(lost)) or "none")
+        on_event(Note(text=f"{len(lost)} node(s) were lost; resuming from the last checkpoint"))
         self.end()
 
-    def _request_growth(self, plan: Plan) -> float:
-        """Of an elastic run on a cluster that starts nodes: ask for the next larger number of workers. To be called
-        again after so many seconds, as it returns.
-
-        The wish waits behind this fit's own room. Once it is granted it is given up, for the room to be seen as free;
-        it is renewed if the run has not grown by then, as where only a crashed worker's room was free for a moment.
-        """
-        if self._request is not None:
-            if not self._request.ready(0):
-                return NODES_EVERY_S
-            self._release_request()
-            return REQUEST_EVERY_S
-        larger = [workers for workers in worker_counts(self.config) if workers > plan.layout.workers]
-        if not larger or self.num_concurrent or not node_types():
-            return math.inf
-        self._request = CapacityRequest(self.config, min(larger) - plan.layout.workers, on_gpu=plan.resources.use_gpu)
-        return NODES_EVERY_S
-
-    def _release_request(self) -> None:
-        if self._request is not None:
-            self._request.release()
-            self._request = None
-
-    def _could_grow(self, plan: Plan) -> bool:
-        """Whether there is room for more workers that nobody else has taken."""
-        import ray
-
-        low, high = self.config.worker_range
-        if low == high or plan.layout.workers == high:
-            return False
-        larger = make_plan(self.config, alive(ray.nodes()), self.num_classes)
-        more = larger.layout.workers - plan.layout.workers if larger else 0
-        free = ray.available_resources()
-        return more > 0 and all(
-            free.get(name, 0) >= more * count for name, count in plan.resources.per_worker().items()
-        )
-
-    def _wait_for_room(self, on_event: Callable[[Event], None]) -> Plan:
-        """The next fit's plan, as soon as the cluster has room for one."""
-        said = -math.inf
-        try:
-            while True:
-                self._end_if_cancelled()
-                with signals_deferred(), contextlib.suppress(JobError):  # there was room before, and will be again
-                    plan = self._make_plan()
-                    if plan is not None:
-                        return plan
-                if self._request is None:
-                    self._request = CapacityRequest(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
-                if time.monotonic() - said > START_PATIENCE_S:
-                    said = time.monotonic()
-                    text = f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes"
-                    on_event({"kind": "warning", "text": text})
-                time.sleep(NODES_EVERY_S)
-        finally:
-            self._release_request()
-
-    def _wants_gpu(self) -> bool:
-        """Settled by the first plan; before there is one, auto takes what the cluster has."""
-        import ray
-
-        with signals_deferred():
-            return uses_gpu(self.config.device, ray.cluster_resources().get("GPU", 0))
-
     def _stop(self, on_event: Callable[[Event], None], how: str) -> None:
-        """Let the workers come to an end by themselves, and SAVE where they are, or DROP it."""
+        """Let the workers end by themselves and SAVE their work, or DROP it."""
         import ray
 
-        if self._fit is None or not self._nodes or self._fit.wait(0):
+        if self._fit is None or not self._worker_nodes or self._fit.wait(0):
             return
-        with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is not
+        log.info("asking the workers to stop (%s)", how)
+        with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is lost
             self._mailbox.ask_to_stop.remote(self._topic, how)
-            self._fit.wait(STOP_PATIENCE_S if how == SAVE else DROP_PATIENCE_S)
-            if how == SAVE and "stopped" not in self._deliver(on_event):
-                text = (
-                    f"the workers did not stop in {STOP_PATIENCE_S:.0f} s; what came after the last checkpoint is lost"
-                )
-                on_event({"kind": "warning", "text": text})
+            self._fit.wait(STOP_TIMEOUT_S if how == SAVE else DROP_TIMEOUT_S)
+            if how == SAVE and self._deliver(on_event).stopped is None:
+                text = f"the workers did not stop within {STOP_TIMEOUT_S:.0f} s; their work since the last checkpoint"
+                on_event(Warned(text=f"{text} is lost"))
 
-    def _end_if_cancelled(self) -> None:
+    def _raise_if_cancelled(self) -> None:
         if self._cancelled:
             raise _Cancelled
 
-    def _why_waiting(self, plan: Plan) -> str:
-        import ray
-
-        free = ray.available_resources()
-        return (
-            f"the workers have not started in {START_PATIENCE_S:.0f} s; "
-            f"waiting for {plan.layout.workers} of {plan.resources.per_worker()} ({plan.strategy()}), "
-            f"where the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
-        )
-
 
 class TrainingFailed(JobError):
-    """As the workers say themselves, and would again: a diverged net, damaged data, impossible settings."""
+    """The workers report a failure that would recur: a diverged net, damaged data, impossible settings."""
+
+
+@dataclass(frozen=True)
+class _Reports:
+    """Of workers that end their fit: why they failed, or that they stopped as they were asked to."""
+
+    failed: Failed | None = None
+    stopped: Stopped | None = None
+
+    def __bool__(self) -> bool:
+        return self.failed is not None or self.stopped is not None
 
 
 class _Cancelled(Exception):
@@ -385,7 +313,7 @@ class _Cancelled(Exception):
 
 
 def make_mailbox() -> Any:
-    """An actor beside this process, for as long as somebody holds it."""
+    """An actor on this node, for as long as a process holds its handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

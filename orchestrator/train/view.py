@@ -1,45 +1,47 @@
-"""What the user sees of a training run."""
+"""A training run on the terminal: a live line of its steps, and one line per epoch."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.base.terminal import LiveLine, duration, percent
-
-if TYPE_CHECKING:
-    pass
+from orchestrator.train.messages import EpochEnded, Event, Note, Step, Warned
 
 
 class TrainView:
-    """The life of `jobs/train.py`: takes the worker's events as they come."""
+    """Shows the events of a run as they come."""
 
     def __init__(self) -> None:
         self.line = LiveLine()
-        self._first: tuple[float, float] | None = None  # (time, epochs done) at the first step seen
+        self._first: tuple[float, float] | None = None  # (time, epochs done) at the first step shown
 
-    def event(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "step":
-            self.line.update(self._step(event))
-        elif kind == "epoch":
-            self.line.print(epoch_line(event["metrics"], event["epochs"]))
-        elif kind in ("note", "warning"):
-            self.line.print(("warning: " if kind == "warning" else "") + event["text"])
+    def event(self, event: Event) -> None:
+        """Show an event; those of other kinds are not shown."""
+        match event:
+            case Step():
+                self.line.update(self._step(event))
+            case EpochEnded():
+                self.line.print(epoch_line(event.metrics, event.epochs))
+            case Note():
+                self.line.print(event.text)
+            case Warned():
+                self.line.print(f"warning: {event.text}")
 
-    def _step(self, event: dict[str, Any]) -> str:
-        done = event["epoch"] + event["step"] / event["steps"]
+    def _step(self, step: Step) -> str:
+        done = step.epoch + step.step / step.steps
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
         start, done_then = self._first
         rate = (done - done_then) / (now - start) if done > done_then else None
-        eta = duration((event["epochs"] - done) / rate) if rate else "--:--"
+        eta = duration((step.epochs - done) / rate) if rate else "--:--"
         return (
-            f"epoch {event['epoch'] + 1}/{event['epochs']}  step {event['step']}/{event['steps']}  "
-            f"loss {event['loss']:.4f}  {event['images_per_s']:.0f} images/s  ETA {eta}"
+            f"epoch {step.epoch + 1}/{step.epochs}  step {step.step}/{step.steps}  "
+            f"loss {step.loss:.4f}  {step.images_per_s:.0f} images/s  ETA {eta}"
         )
 
 
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+    """The line of an epoch. metrics: an entry of a history (docs/formats.md)."""
     return (
         f"epoch {metrics['epoch']}/{epochs}  "
         f"train loss {metrics['train/loss']:.4f}  val loss {metrics['val/loss']:.4f}  "

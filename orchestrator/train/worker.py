@@ -25,9 +25,10 @@ from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
 from orchestrator.data.reader import Batch
 from orchestrator.data.shards import DamagedData, Manifest, read_manifest, read_mean_image
-from orchestrator.train import checkpoints
+from orchestrator.train import checkpoints, messages
 from orchestrator.train.driver_link import STOP_CODES
 from orchestrator.train.mailbox import SAVE
+from orchestrator.train.messages import EpochEnded, Failed, Started, Step, Warned, WorkerPayload
 from orchestrator.train.model import build_net
 from orchestrator.train.rendezvous import wants_bf16
 from orchestrator.train.step import CUT, as_tensor
@@ -52,44 +53,45 @@ def train_worker(loop: dict[str, Any]) -> None:
     What is the same on all workers, and would be again, is reported and ends them all: impossible settings, damaged
     data, a diverged net. Anything else is raised, for Ray Train to restart them from the last checkpoint.
     """
+    payload: WorkerPayload = loop["payload"]
     try:
-        worker = Worker(make_config(**loop["config"]), StoragePath(loop["data"]), loop)
+        worker = Worker(make_config(**payload.config), StoragePath(payload.data), payload)
     except (DamagedData, ValueError) as error:
-        _report(loop, error)
+        _report(payload, error)
         return
     try:
         worker.run()
     except Diverged as error:
-        worker.report_event("failed", text=str(error))
+        worker.report_event(Failed(text=str(error)))
     except DamagedData as error:  # in this worker's part; the others wait for it, and are ended
-        _report(loop, error)
+        _report(payload, error)
     except Stopped:
-        worker.report_event("stopped", epoch=worker.state.epoch, step=len(worker.state.losses))
+        worker.report_event(messages.Stopped(epoch=worker.state.epoch, step=len(worker.state.losses)))
     finally:
         worker.feed.close()
     worker.flush()
 
 
-def _report(loop: dict[str, Any], error: Exception) -> None:
-    ray.get(loop["mailbox"].put.remote(loop["topic"], {"kind": "failed", "text": str(error)}))
+def _report(payload: WorkerPayload, error: Exception) -> None:
+    ray.get(payload.mailbox.put.remote(payload.topic, Failed(text=str(error))))
 
 
 class Worker:
     """One rank: its part of the net, its part of every batch."""
 
-    def __init__(self, config: TrainConfig, folder: StoragePath, loop: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, folder: StoragePath, payload: WorkerPayload) -> None:
         context = ray.train.get_context()
         self.config, self.rank, self.world_size = config, context.get_world_rank(), context.get_world_size()
-        self.layout = Layout(loop["layout"], self.world_size)
+        self.layout = Layout(payload.layout, self.world_size)
         self.manifest: Manifest = read_manifest(folder)
         self.num_classes = config.num_classes or len(self.manifest.classes)
-        self.mailbox, self.topic = loop["mailbox"], loop["topic"]
+        self.mailbox, self.topic = payload.mailbox, payload.topic
         self._sent, self.said_stuck, self.stop_code = None, False, 0.0
         self.feed = Feed(
             folder, self.manifest, config, rank=self.rank, world_size=self.world_size,
-            num_cpus=loop["feed_cpus"], num_tasks=loop["feed_tasks"], num_concurrent=loop["num_concurrent"],
+            num_cpus=payload.feed_cpus, num_tasks=payload.feed_tasks, num_concurrent=payload.num_concurrent,
         )  # fmt: skip
-        checkpoint, start = ray.train.get_checkpoint(), loop["start"]
+        checkpoint, start = ray.train.get_checkpoint(), payload.start
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             alexnet.keep_freed_memory()
@@ -110,9 +112,9 @@ class Worker:
             with checkpoint.as_directory() as path:
                 self.state = checkpoints.load(Path(path), self.placed, self.optimizer, self.schedule)
         elif start:  # another run's weights under this run's settings
-            with StoragePath(start["checkpoint"]).as_local_dir() as path:
+            with StoragePath(start.checkpoint).as_local_dir() as path:
                 self.state = checkpoints.load(path, self.placed, self.optimizer, self.schedule)
-            checkpoints.scale_rate(config.lr / start["lr"], self.optimizer, self.schedule)
+            checkpoints.scale_rate(config.lr / start.lr, self.optimizer, self.schedule)
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
                 f"the checkpoint lies within epoch {self.state.epoch + 1} on data {self.state.digest}, and --data "
@@ -155,16 +157,20 @@ class Worker:
     def run(self) -> None:
         """Train from where the state is to the last epoch, validating and saving after each."""
         self.feed.start(self.state.epoch, len(self.state.losses))
-        news = {"epoch": self.state.epoch, "step": len(self.state.losses), "history": self.state.history}
         precision = "bf16" if self.bf16 else {torch.float32: "fp32", torch.float64: "fp64"}[self.dtype]
-        self.report_event("started", precision=precision, device=str(self.device), nodes=self.nodes, **news)
+        self.report_event(
+            Started(
+                precision=precision, device=str(self.device), nodes=self.nodes, epoch=self.state.epoch,
+                step=len(self.state.losses), history=self.state.history,
+            )
+        )  # fmt: skip
         for epoch in range(self.state.epoch, self.config.epochs):
             metrics = self.train_epoch(epoch) | self.validate(epoch)
             self.schedule.step(metrics["val/top1_error"])
             self.state.epoch, self.state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": self.state.step} | metrics
             self.state.history.append(metrics)
-            self.report_event("epoch", epochs=self.config.epochs, metrics=metrics, history=self.state.history)
+            self.report_event(EpochEnded(epochs=self.config.epochs, metrics=metrics, history=self.state.history))
             self.save(metrics)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -188,11 +194,11 @@ class Worker:
                 if log or time.monotonic() - shown > SHOW_EVERY_S:
                     shown = time.monotonic()
                     recent = losses[-LOG_EVERY_STEPS:]
-                    self.report_event(
-                        "step", epoch=epoch, epochs=self.config.epochs, step=step + 1, steps=steps, log=log,
+                    self.report_event(Step(
+                        epoch=epoch, epochs=self.config.epochs, step=step + 1, steps=steps, log=log,
                         total_step=self.state.step, loss=sum(recent) / len(recent), lr=lr,
                         images_per_s=(step + 1 - first) * global_size / (shown - start),
-                    )  # fmt: skip
+                    ))  # fmt: skip
                 self.stop(stop)
         sizes = [self.size_of("train", step) for step in range(steps)]
         assert len(losses) == steps, f"epoch {epoch + 1}: {len(losses)} of {steps} steps were made"
@@ -301,11 +307,10 @@ class Worker:
         if self.said_stuck or self.state.step < STUCK_STEPS or mean < (1 - STUCK_MARGIN) * guess:
             return
         self.said_stuck = True
-        self.report_event(
-            "warning",
+        self.report_event(Warned(
             text=f"after {self.state.step} steps the loss is {mean:.4f}, no better than guessing, "
             f"ln({self.num_classes}) = {guess:.4f}. " + STUCK_REMEDIES[self.config.init],
-        )
+        ))  # fmt: skip
 
     def save(self, metrics: dict[str, float]) -> None:
         """Report to Ray Train, with a checkpoint from rank 0, to which its group contributes."""
@@ -324,11 +329,11 @@ class Worker:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def report_event(self, kind: str, **fields: Any) -> None:
+    def report_event(self, event: messages.Event) -> None:
         """Send an event to the driver, from rank 0 alone, without waiting."""
         if self.rank == 0:
             self.poll_stop_request()  # the answer to the last is not lost
-            self._sent = self.mailbox.put.remote(self.topic, {"kind": kind} | fields)
+            self._sent = self.mailbox.put.remote(self.topic, event)
 
     def flush(self) -> None:
         """Wait until the last event has arrived."""

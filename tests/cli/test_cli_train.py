@@ -137,7 +137,7 @@ def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(finish
     workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[0].kill()
-    read_until(process, "a worker was lost; going on from the last checkpoint")
+    read_until(process, "a worker was lost; resuming from the last checkpoint")
     read_until(process, "train loss")
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()

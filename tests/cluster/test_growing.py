@@ -144,5 +144,5 @@ def test_an_elastic_run_asks_for_nodes_to_grow_and_one_that_lost_its_nodes_for_o
     until(r"2 worker\(s\), resumed after epoch")
     until("epoch .*train loss")
     growing.host.run(f"pkill -INT -f 'python -u {ROOT}/jobs/train.py'")
-    until("stopped; go on with")
+    until("stopped; resume with")
     assert run.wait(60) == 130

@@ -1,6 +1,7 @@
 """Runs' folders, on disk and in object storage."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_a_folder_keeps_settings_and_result_wherever_it_is(output):
     run.create(digits())
     assert run.exists()
     assert run.config() == digits()
-    with pytest.raises(ValueError, match=r"first\S* exists; choose another name, or go on with: --resume first"):
+    with pytest.raises(ValueError, match=r"first\S* exists; choose another name, or resume it with: --resume first"):
         RunFolder(output, "first").create(digits())
     with pytest.raises(ValueError, match="it has: first"):
         RunFolder(output, "other").config()
@@ -36,7 +37,46 @@ def test_a_folder_keeps_settings_and_result_wherever_it_is(output):
     assert run.latest_checkpoint() == str(run.path / "checkpoint-epoch-0010")
 
 
-def test_a_journal_goes_on_where_it_was_wherever_it_is(output):
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def test_a_result_of_0_1_is_read_and_written_in_the_current_version(tmp_path):
+    run = RunFolder(tmp_path, "finished")
+    run.create(digits())
+    old = json.loads((SAMPLES / "0.1" / "result.json").read_text())
+    assert "schema_version" not in old
+    run.write("result.json", json.dumps(old))
+    result = run.result()
+    assert result == old
+    assert (result["status"], result["recipe"], len(result["history"])) == ("FINISHED", "digits", 3)
+    assert result["best"]["val/top1_error"] == 0.08333333333333333
+    run.write_result(result)
+    written = json.loads((run.path / "result.json").read())
+    assert next(iter(written)) == "schema_version"
+    assert written == old | {"schema_version": 1}
+    assert run.result() == old
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema_version": 2, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
+        ('{"schema_version": "new"}', "schema_version is 'new', which is no version"),
+        ('{"status": "FINI', "is not JSON (Unterminated string"),
+        ("[1, 2]", "is not a JSON object; restore it, or remove it to resume without it"),
+    ],
+)
+def test_a_result_that_is_newer_or_damaged_is_refused_in_one_line_that_names_the_file(output, text, words):
+    run = RunFolder(output, "later")
+    run.create(digits())
+    run.write("result.json", text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        run.result()
+    assert str(error.value).startswith(f"{run.path / 'result.json'}: {words}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_journal_is_continued_wherever_it_is(output):
     place = RunFolder(output, "search").path
     if place.local is not None:
         place.local.mkdir(parents=True)
@@ -68,7 +108,7 @@ def test_a_folder_is_copied_or_fetched_whole(output):
     assert (output / "two" / "a.txt").read() == b"a.txt"
 
 
-def test_where_runs_live_may_be_said_once_for_all(monkeypatch):
+def test_where_runs_are_stored_can_be_set_once_for_all(monkeypatch):
     monkeypatch.setenv("ALEXNET_OUTPUT", "/shared/runs")
     assert default_output() == "/shared/runs"
     assert RunFolder(default_output(), "x").flag == ""

@@ -1,14 +1,19 @@
-"""What a run refuses before anything is started, and what its loop says aloud."""
+"""What a run refuses before anything is started, what it writes of its events, and what its log holds."""
 
-import math
+import io
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
+from orchestrator.base import logs
+from orchestrator.base.terminal import LiveLine
 from orchestrator.config.recipes import digits
+from orchestrator.train.messages import EpochEnded, Finished, Logged, Started, Stopped
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.session import Session
-from orchestrator.train.worker import Worker
+from orchestrator.train.view import TrainView
 
 
 def begin(data, tmp_path, monkeypatch, **changes):
@@ -45,24 +50,152 @@ def test_a_tracking_server_that_is_not_there_is_refused(digit_shards, tmp_path, 
         begin(digit_shards[0], tmp_path, monkeypatch)
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_shards, tmp_path, monkeypatch, resume):
+    monkeypatch.chdir(tmp_path)
+    config, run = digits().changed(data=str(digit_shards[0])), RunFolder(tmp_path / "runs", "later")
+    if resume:
+        run.create(config)
+        run.write("result.json", '{"schema_version": 2, "status": "KILLED"}')
+        with pytest.raises(ValueError, match=r"later/result\.json: was written by a newer version"):
+            Session(run, config, resume=True, recipe=None)
+        assert not (tmp_path / "runs" / "later" / "run.log").exists()
+        return
+    session = Session(run, config, resume=False, recipe=None)  # and a new run has none
+    assert session.result == {}
+    assert logs.run_log() == run.path / "run.log"
+    session.lock.release()
+    logs.close_run_log()
+
+
+# events
+
+
+def entry(epoch, error):
+    return {
+        "epoch": epoch, "step": 23 * epoch, "train/loss": 1.0, "train/lr": 0.01, "train/images_per_s": 100.0,
+        "val/loss": 1.0, "val/top1_error": error, "val/top5_error": 0.0,
+    }  # fmt: skip
+
+
+class Tracked:
+    """In place of the Tracker: what was logged, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, *args, *kwargs.items()))
+
+
+@pytest.fixture
+def session(tmp_path):
+    session = Session.__new__(Session)
+    session.run, session.config, session.resume, session.under_way = RunFolder(tmp_path, "run"), digits(), False, False
+    session.run.create(session.config)
+    session.result, session.tracker, session.meter = {}, Tracked(), None
+    session.view = TrainView()
+    session.shown = io.StringIO()
+    session.view.line = LiveLine(session.shown)
+    return session
+
+
+def written(session):
+    return json.loads((session.run.path / "result.json").read())
+
+
 @pytest.mark.parametrize(
-    ("step", "loss", "init", "said"),
+    ("errors", "kept", "best_while_it_runs", "best"),
     [
-        (49, 2.3026, "paper", None),
-        (50, 2.3026, "paper", "--init he --pixel-scale 0.0156"),
-        (50, 2.2, "paper", None),
-        (500, math.log(10), "he", "another --lr"),
+        ([0.5, 0.3, 0.3, 0.4], 3, 3, 3),  # of equal ones the last, as Ray Train keeps them
+        ([0.3, 0.3, 0.3], 3, 3, 3),
+        ([0.1, 0.4, 0.3], 3, 1, 3),  # the first was another run's: its checkpoint is not here
     ],
 )
-def test_a_net_that_only_guesses_is_said_aloud(step, loss, init, said):
-    worker, told = Worker.__new__(Worker), []
-    worker.num_classes, worker.said_stuck, worker.state = 10, False, SimpleNamespace(step=step)
-    worker.config = digits().changed(init=init)
-    worker.report_event = lambda kind, **fields: told.append((kind, fields["text"]))
-    for _ in range(2):  # once is enough
-        worker.watch_for_a_stuck_net([9.0] * 10 + [loss] * 20)
-    assert [kind for kind, _ in told] == ["warning"] * (said is not None)
-    if said:
-        assert "no better than guessing, ln(10) = 2.3026" in told[0][1]
-        assert said in told[0][1]
-        assert ("--init" in told[0][1]) == (init == "paper")  # no remedy that is already taken
+def test_the_best_epoch_of_a_result_is_that_of_its_best_checkpoint(session, errors, kept, best_while_it_runs, best):
+    history = [entry(epoch, error) for epoch, error in enumerate(errors, start=1)]
+    session.on_event(EpochEnded(epochs=len(errors), metrics=history[-1], history=history))
+    assert written(session)["best"] == history[best_while_it_runs - 1]
+    paths = {f"checkpoint-epoch-{epoch:04d}": epoch for epoch in (kept, len(errors))}
+    last, *_ = (str(session.run.path / name) for name, epoch in paths.items() if epoch == len(errors))
+    chosen, *_ = (str(session.run.path / name) for name, epoch in paths.items() if epoch == kept)
+    session.on_event(Finished(checkpoint=last, best_checkpoint=chosen))
+    assert session.result["best"] == history[best - 1]
+    assert (session.result["checkpoint"], session.result["best_checkpoint"]) == (last, chosen)
+
+
+def test_the_model_in_mlflow_is_of_the_epoch_that_it_is_said_to_be(session, tmp_path, monkeypatch):
+    history = [entry(epoch, error) for epoch, error in enumerate([0.5, 0.3, 0.3, 0.4], start=1)]
+    session.on_event(EpochEnded(epochs=4, metrics=history[-1], history=history))
+    for epoch in (3, 4):
+        (session.run.path / f"checkpoint-epoch-{epoch:04d}" / "model.safetensors").write(str(epoch).encode())
+    (tmp_path / "mean.npy").write_bytes(b"mean")
+    session.on_event(
+        Finished(
+            checkpoint=f"{session.run.path}/checkpoint-epoch-0004",
+            best_checkpoint=f"{session.run.path}/checkpoint-epoch-0003",
+        )
+    )
+    manifest = SimpleNamespace(mean_image_file="mean.npy", classes=["0"], image_size=72)
+    session.data = SimpleNamespace(manifest=manifest, folder=RunFolder(tmp_path, "x").output, num_classes=lambda _: 10)
+    session._log_outcome()
+    [model] = [call for call in session.tracker.calls if call[0] == "log_model"]
+    assert model[1].read_text() == "3"
+    assert model[3]["epoch"] == 3
+    assert ("tag", ("model.epoch", "3")) in session.tracker.calls
+    assert session.result["best"]["epoch"] == 3
+
+
+def test_events_are_tracked_shown_and_written(session):
+    started = Started(
+        precision="fp32", device="cpu", nodes=["a"], epoch=1, step=5, history=[entry(1, 0.5)], workers=2
+    )  # fmt: skip
+    session.on_event(started)
+    session.on_event(Started(**{**vars(started), "crashed": True}))
+    session.on_event(Stopped(epoch=1, step=7))
+    assert session.shown.getvalue().splitlines() == [
+        "training on cpu in fp32, 2 worker(s), resumed after epoch 1 and 5 steps",
+        "a worker was lost; resuming from the last checkpoint, after epoch 1 and 5 steps",
+        "a checkpoint was saved after 1 epochs and 7 steps",
+    ]
+    assert written(session)["history"] == [entry(1, 0.5)]
+    assert session.tracker.calls == []
+
+
+def test_a_line_of_a_worker_s_log_goes_to_the_run_s_log_and_nowhere_else(session, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(logs, "record", lambda *args: recorded.append(args))
+    session.on_event(Logged(rank=1, level=20, name="orchestrator.train.worker", text="a line", at=5.0))
+    assert recorded == [(1, 20, "orchestrator.train.worker", "a line", 5.0)]
+    assert session.shown.getvalue() == ""
+    assert not (session.run.path / "result.json").size()
+
+
+# the log of a run
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal_does_not(job, digit_shards, tmp_path):
+    """With a Ray of its own, which replaces handlers when it starts."""
+    args = ("--data", digit_shards[0], "--workers", 1, "--layout", "single", "--epochs", 1, "--name", "logged")
+    done = job("train", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "worker group" not in done.stdout + done.stderr
+    log = (tmp_path / "runs" / "logged" / "run.log").read_text()
+    result = json.loads((tmp_path / "runs" / "logged" / "result.json").read_text())
+    for words in (
+        r"orchestrator\.train\.session: run logged, new: .*'epochs': 1",
+        r"orchestrator\.train\.training: starting 1 worker\(s\): layout single",
+        rf"MLflow run {result['mlflow_run_id']} at sqlite",
+        r"training on cpu in \w+, 1 worker\(s\); nodes of the workers: \w+",
+        r"epoch 1 of 1: .*'val/top1_error'",
+        r"decision: the fit is over",
+        r"logging the model of epoch 1 to MLflow, from \S+checkpoint-epoch-0001",
+        r"FINISHED: \S+result\.json",
+        r"ray\.train\S*worker_group: Started training worker group of size 1",
+    ):
+        assert re.search(words, log), (words, log)
+    assert result["schema_version"] == 1
