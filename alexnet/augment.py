@@ -35,8 +35,8 @@ class Draws(NamedTuple):
 def draw(ids: NDArray[np.int64], *, seed: int, epoch: int, margin: int, flip: bool = True) -> Draws:
     """Draw for the images with these ids; margin is the stored side less the crop's, in pixels.
 
-    A counter-based hash of (seed, epoch, id) takes the place of a stream of random numbers, so that any image's draws
-    can be made anywhere, at any time, for a whole batch at once.
+    A counter-based hash of (seed, epoch, id) replaces a stream of random numbers: any image's draws can be made
+    anywhere, at any time, for a whole batch at once.
     """
     bits = _hash(ids, seed, epoch, 6)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)

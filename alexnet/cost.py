@@ -1,4 +1,4 @@
-"""What a net costs before it is built: parameters, arithmetic, memory, and what its workers tell each other."""
+"""What a net costs before it is built: parameters, arithmetic, memory, and what its workers exchange."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,14 +48,14 @@ class _Layer:
 
 @lru_cache(maxsize=64)
 def _shapes(num_classes: int, input_size: int, width: float) -> AlexNet:
-    """A net that has no memory of its own."""
+    """A net on the meta device: shapes without memory."""
     with torch.device("meta"):
         return AlexNet(num_classes, input_size=input_size, width=width, lrn=LRN())
 
 
 @lru_cache(maxsize=64)
 def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
-    """What runs through the net, an image at a time."""
+    """The layers in order, with their sizes for one image."""
     net = _shapes(num_classes, input_size, width)
     with torch.device("meta"):
         seen: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -82,7 +82,7 @@ def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ..
 def estimate(
     *, num_classes: int, input_size: int, width: float, global_batch_size: int, layout: Layout | None = None
 ) -> Cost:
-    """Of a net under a layout; on a single worker if none is given. Raises ValueError for a net that cannot be so."""
+    """Of a net under a layout; on a single worker if none is given. Raises ValueError where it cannot be split."""
     layout = layout or Layout("single", 1)
     layout.check(_shapes(num_classes, input_size, width))
     layers = _layers(num_classes, input_size, width)
@@ -113,9 +113,9 @@ def communication(
     bytes_per_activation: int = 4,
     bytes_per_gradient: int = 4,
 ) -> list[Exchange]:
-    """What one worker sends in a training step, by exchange; every worker of a layout sends the same.
+    """What one worker sends in a training step, by exchange; all workers of a layout send the same.
 
-    The layout's workers send by rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
+    Collectives run in rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
     the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; bytes_per_gradient: of gradients and scores, which are
     summed in float32 even then; images travel as bytes.
     """

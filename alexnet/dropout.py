@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to the image, not to the process that computes it (paper, 4.2).
+"""Dropout whose mask depends on the image, not on the process that computes it (paper, 4.2).
 
 N images, U units of a layer.
 """
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class BatchPosition(NamedTuple):
-    """Which images a batch holds, as far as their randomness goes."""
+    """What the randomness of a batch's images depends on."""
 
     seed: int
     step: int  # updates made before this one

@@ -39,9 +39,10 @@ from orchestrator.search.retention import age_of_kept
 from orchestrator.search.view import SearchView
 from orchestrator.tracking.run import PATIENCE_S, Run
 from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
-from orchestrator.train.mailbox import SAVE, Event
+from orchestrator.train.mailbox import SAVE
 from orchestrator.train.run_folder import KEPT
 from orchestrator.train.run_lock import RunLock
+from orchestrator.train.training import Event
 
 RETRIES = 2  # of a trial whose own process died
 DRAIN_EVERY_S = 0.5

@@ -17,9 +17,8 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import make_config
 from orchestrator.data.shards import DamagedData
 from orchestrator.train.checkpoints import STATE, checkpoint_name
-from orchestrator.train.mailbox import Event
 from orchestrator.train.run_folder import KEPT, RunFolder
-from orchestrator.train.training import Training, TrainingFailed
+from orchestrator.train.training import Event, Training, TrainingFailed
 
 SEARCH = "search"  # the mailbox's topic for what the trials tell the driver, and for its wish that they stop
 POLL_S = 0.5

@@ -7,7 +7,7 @@ from orchestrator.base.terminal import LiveBlock, columns, duration, percent
 from orchestrator.search.analysis import TOP, compare, epochs_used
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
-from orchestrator.train.mailbox import Event
+from orchestrator.train.training import Event
 
 TABLE_EVERY_S = 60.0  # in a log
 REDRAW_S = 1.0  # on a terminal

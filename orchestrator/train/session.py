@@ -20,10 +20,9 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.tracking.store import redact, tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
-from orchestrator.train.mailbox import Event
 from orchestrator.train.run_folder import RESULT, RunFolder
 from orchestrator.train.run_lock import RunLock
-from orchestrator.train.training import Training
+from orchestrator.train.training import Event, Training
 from orchestrator.train.view import TrainView
 
 MAY_CHANGE = (

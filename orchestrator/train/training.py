@@ -23,8 +23,11 @@ from orchestrator.cluster.placement import Plan, make_plan
 from orchestrator.cluster.prices import node_types
 from orchestrator.config.train import TrainConfig
 from orchestrator.train.checkpoints import checkpoint_name
-from orchestrator.train.mailbox import DROP, SAVE, Event, Mailbox
+from orchestrator.train.mailbox import DROP, SAVE, Mailbox
+from orchestrator.train.messages import Logged, StartFrom, WorkerPayload
 from orchestrator.train.run_folder import RunFolder
+
+Event = dict[str, Any]
 
 POLL_S = 0.5
 NODES_EVERY_S = 2.0
@@ -125,21 +128,16 @@ class Training:
     def _begin(self, plan: Plan) -> None:
         """Start a fit."""
         self._plan, self._nodes, self._topic = plan, [], uuid.uuid4().hex
-        loop = {
-            "config": self.config.model_dump(),
-            "data": self.data.text,
-            "layout": plan.layout.kind,
-            "mailbox": self._mailbox,
-            "topic": self._topic,
-            "start": self.start,
-            "feed_cpus": plan.resources.feed_cpus,
-            "feed_tasks": plan.resources.feed_tasks,
-            "num_concurrent": max(1, self.num_concurrent),
-        }
+        payload = WorkerPayload(
+            config=self.config.model_dump(), data=self.data.text, layout=plan.layout.kind, mailbox=self._mailbox,
+            topic=self._topic, start=StartFrom(**self.start) if isinstance(self.start, dict) else self.start,
+            feed_cpus=plan.resources.feed_cpus, feed_tasks=plan.resources.feed_tasks,
+            num_concurrent=max(1, self.num_concurrent),
+        )  # fmt: skip
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
         pool, self.pool = self.pool, None
-        self._fit = RayTrainRun(loop, plan, self.run, self.config.max_failures, pool, self._keep_pool)
+        self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is at its end; False if the fit ended for another to begin."""
@@ -225,12 +223,15 @@ class Training:
         import ray
 
         ends = {}
-        for event in ray.get(self._mailbox.drain.remote(self._topic)):
+        for message in ray.get(self._mailbox.drain.remote(self._topic)):
+            if isinstance(message, Logged):
+                continue
+            event: Event = vars(message) | {"kind": message.kind}
             if event["kind"] == "started":
                 crashed = bool(self._nodes)  # it is not the first start of this fit
                 self._nodes = event["nodes"]
                 assert self._plan is not None
-                event |= {"workers": self._plan.layout.workers, "crashed": crashed}
+                event = event | {"workers": self._plan.layout.workers, "crashed": crashed}
             elif event["kind"] in ("failed", "stopped"):
                 ends[event["kind"]] = event
             on_event(event)

@@ -1,14 +1,10 @@
-"""What a run refuses before anything is started, and what its loop says aloud."""
-
-import math
-from types import SimpleNamespace
+"""What a run refuses before anything is started."""
 
 import pytest
 
 from orchestrator.config.recipes import digits
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.session import Session
-from orchestrator.train.worker import Worker
 
 
 def begin(data, tmp_path, monkeypatch, **changes):
@@ -43,26 +39,3 @@ def test_a_tracking_server_that_is_not_there_is_refused(digit_shards, tmp_path, 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be reached"):
         begin(digit_shards[0], tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("step", "loss", "init", "said"),
-    [
-        (49, 2.3026, "paper", None),
-        (50, 2.3026, "paper", "--init he --pixel-scale 0.0156"),
-        (50, 2.2, "paper", None),
-        (500, math.log(10), "he", "another --lr"),
-    ],
-)
-def test_a_net_that_only_guesses_is_said_aloud(step, loss, init, said):
-    worker, told = Worker.__new__(Worker), []
-    worker.num_classes, worker.said_stuck, worker.state = 10, False, SimpleNamespace(step=step)
-    worker.config = digits().changed(init=init)
-    worker.report_event = lambda kind, **fields: told.append((kind, fields["text"]))
-    for _ in range(2):  # once is enough
-        worker.watch_for_a_stuck_net([9.0] * 10 + [loss] * 20)
-    assert [kind for kind, _ in told] == ["warning"] * (said is not None)
-    if said:
-        assert "no better than guessing, ln(10) = 2.3026" in told[0][1]
-        assert said in told[0][1]
-        assert ("--init" in told[0][1]) == (init == "paper")  # no remedy that is already taken
