@@ -17,7 +17,7 @@ class Cost:
     """Of one training step on one worker, in float32."""
 
     num_parameters: int  # of the whole net
-    training_flops: float  # an image, forward and backward, over all workers; a multiply-add counts as two
+    training_flops: float  # per image, forward and backward, over all workers; a multiply-add counts as two
     part_parameters: int  # that this worker holds
     memory_bytes: float  # weights, gradients, velocities and the activations kept for the backward pass
 
@@ -29,7 +29,7 @@ class Exchange:
     name: str
     forward_bytes: float
     backward_bytes: float
-    overlaps: bool = False  # with arithmetic, so that it is waited for only in part
+    overlaps: bool = False  # with arithmetic, so that only part of it is waited for
 
     @property
     def size_bytes(self) -> float:
@@ -40,10 +40,10 @@ class Exchange:
 class _Layer:
     name: str
     parameters: int
-    outputs: int  # numbers an image, before pooling
-    kept: int  # numbers an image that the backward pass needs
-    inputs: int  # numbers an image
-    multiply_adds: int  # an image
+    outputs: int  # numbers per image, before pooling
+    kept: int  # numbers per image that the backward pass needs
+    inputs: int  # numbers per image
+    multiply_adds: int  # per image
 
 
 @lru_cache(maxsize=64)
@@ -142,7 +142,7 @@ def communication(
 
 
 def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
-    """What a worker holds of the net; fc8's biases, as many as it has outputs, are on every one."""
+    """Parameters of one worker's part; fc8's biases are on every worker, whole."""
     total = 0
     for layer in layers:
         whole = layer.outputs if layer.name == "fc8" else 0
@@ -151,12 +151,12 @@ def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
 
 
 def _gathered(layout: Layout) -> tuple[str, ...]:
-    """The layers that read more than their own worker has."""
+    """The layers whose input is gathered from all workers of the group."""
     return {"columns": ("conv3", "fc6", "fc7"), "hybrid": ("fc6", "fc7")}.get(
         layout.kind if layout.group_size > 1 else "single", ()
     )
 
 
 def _ring(workers: int) -> float:
-    """What a worker sends to sum a tensor over all, as a part of the tensor's size."""
+    """What a worker sends in an all-reduce, as a fraction of the tensor's size."""
     return 2 * (workers - 1) / workers

@@ -23,7 +23,7 @@ class Dropout(nn.Module):
 
     The paper multiplies by 1 - p at test instead: the same function. What is zeroed depends on (seed, step, position
     in the global batch, layer, unit) alone, so any worker can draw its part of the mask and no layout changes it.
-    Where the caller does not say which images it has, the mask comes from torch's global generator.
+    Without a BatchPosition the mask comes from torch's global generator.
     """
 
     def __init__(self, p: float, layer: int, first_unit: int = 0) -> None:

@@ -93,7 +93,7 @@ class ShardedNet(nn.Module):
 
     def __init__(self, net: AlexNet, layout: Layout, rank: int = 0) -> None:
         """Take this rank's part of a whole net, on its device. With more than one worker, torch.distributed must be
-        initialized, and all workers create their ShardedNet together, from equal nets."""
+        initialised, and all workers create their ShardedNet together, from equal nets."""
         super().__init__()
         layout.check(net)
         self.layout, self.rank, self.part = layout, rank, net

@@ -44,7 +44,7 @@ def build(
     width scales the number of maps and units of every layer; input_size is the side of the square input in pixels.
     init "paper" is N(0, 0.01) with biases of 1 in conv2, conv4, conv5, fc6 and fc7 (paper, 5); "he" scales each
     layer's deviation to sqrt(2 / fan_in) with biases of 0 and expects pixels scaled to a deviation of about 1: for
-    small data, on which the paper's initialization stays on the plateau of guessing.
+    small data, on which the paper's initialisation stays on the plateau of guessing.
 
     Raises ValueError for an unknown preset or init, and for sizes that leave a layer empty.
     """
@@ -98,7 +98,7 @@ class AlexNet(nn.Module):
     def forward(self, x_NCHW: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size).
 
-        `where` says which images of a training run these are, for dropout (alexnet/dropout.py).
+        `where` identifies the images, for dropout (alexnet/dropout.py).
         """
         return self.classify(self.features(x_NCHW), where)
 

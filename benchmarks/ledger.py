@@ -3,7 +3,7 @@
     python benchmarks/ledger.py
 
 Prints the table of docs/layouts.md: nothing is measured here, the bytes come from the shapes (alexnet.cost) and the
-times from the links' rates (orchestrator.placement.LINKS). A test holds the bytes against what sockets really send.
+times from the links' rates (orchestrator.cluster.layout_choice.LINKS). A test checks the bytes against sockets.
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ STUCK_STEPS = 50  # between two checks, and before the first
 STUCK_WINDOW = 20  # steps whose mean loss is checked
 STUCK_MARGIN = 0.01  # below ln(classes), as a fraction of it
 STUCK_REMEDIES = {
-    "paper": "The paper's initialization can stay on this plateau for long on small data; "
+    "paper": "The paper's initialisation can stay on this plateau for long on small data; "
     "try --init he --pixel-scale 0.0156",
     "he": "If it lasts, try another --lr: the paper's 0.01 is meant for batches of 128",
 }

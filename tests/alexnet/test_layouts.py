@@ -270,7 +270,7 @@ def test_gradients_through_every_exchange(together):
 
 
 def count_bytes(rank, kind, workers):
-    """Bytes that this worker's sockets send in one step of a layout, and what the ledger says."""
+    """Bytes that this worker's sockets send in one step of a layout, and the ledger's figure."""
     settings, size = {"input_size": 96, "width": 0.25}, 64
     layout = Layout(kind, workers)
     placed = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
@@ -350,7 +350,7 @@ def test_masks_are_fair_and_differ_by_seed_step_image_and_layer():
 
 
 def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
-    """In Python's own integers: a checkpoint of today must go on with the same masks tomorrow."""
+    """In Python's own integers: a run resumed by a later version must draw the same masks."""
 
     def mix(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64

@@ -13,7 +13,7 @@ from conftest import ROOT, assert_same_history
 
 
 @pytest.fixture
-def cluster(cpus):
+def cluster(cpus, compiled):
     """A head without CPUs, where the driver is, and two nodes: several raylets on this machine's loopback."""
     from ray.cluster_utils import Cluster
 
