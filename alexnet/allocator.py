@@ -1,4 +1,4 @@
-"""Large tensors on the CPU without a page fault for every 4 KB of every one of them."""
+"""Large tensors on the CPU without a page fault for every 4 KB."""
 
 import ctypes
 import sys
@@ -8,10 +8,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep freed memory for the next tensor; returns whether it could be told.
+    """Tell the C library to keep freed memory for the next tensor; returns whether that was possible.
 
-    By default glibc maps every tensor above a few megabytes afresh and hands it back to the kernel when it is freed,
-    so that each training step pays for clearing all of its pages again. In two runs one after the other, the full net
+    By default glibc maps every tensor above a few megabytes anew and returns it to the kernel when it is freed, so each
+    training step pays for clearing all of its pages again. In two runs one after the other, the full net
     trained at 91 images/s in bfloat16 with this and at 76 without (`benchmarks/step.py`, `--keep-default-malloc`; two
     cores, 2026-11-21); in float32 there was no difference. The process then holds on to its peak memory until it ends,
     or calls `release_freed_memory`: call this in training processes only. Only glibc on Linux knows these options.
@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> bool:
-    """Hand what is kept back to the kernel, such as between two trainings in one process; returns whether any was."""
+    """Return the kept memory to the kernel, as between two trainings in one process; returns whether there was any."""
     trim = _of_glibc("malloc_trim")
     return trim is not None and trim(0) == 1
 

@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     top: NDArray[np.int32]  # (N,) first row of the crop
     left: NDArray[np.int32]  # (N,) first column of the crop
     flip: NDArray[np.bool_]  # (N,) mirror the crop left to right
-    normal: NDArray[np.float32]  # (N, 3) standard normal, one a principal component
+    normal: NDArray[np.float32]  # (N, 3) standard normal, one per principal component
 
     def of(self, part: slice | NDArray[np.int64]) -> "Draws":
         """The choices for some of the images."""
@@ -35,8 +35,8 @@ class Draws(NamedTuple):
 def draw(ids: NDArray[np.int64], *, seed: int, epoch: int, margin: int, flip: bool = True) -> Draws:
     """Draw for the images with these ids; margin is the stored side less the crop's, in pixels.
 
-    A counter-based hash of (seed, epoch, id) takes the place of a stream of random numbers, so that any image's draws
-    can be made anywhere, at any time, for a whole batch at once.
+    A counter-based hash of (seed, epoch, id) replaces a stream of random numbers: any image's draws can be made
+    anywhere, at any time, for a whole batch at once.
     """
     bits = _hash(ids, seed, epoch, 6)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
@@ -64,7 +64,7 @@ def color_shift(
 ) -> NDArray[np.float32]:
     """What is added to every pixel of an image, (N, 3) in units of pixel values in [0, 255].
 
-    eigenvalues (3,) and eigenvectors (3, 3; one a column) belong to the covariance of RGB values over the training
+    eigenvalues (3,) and eigenvectors (3, 3; one per column) belong to the covariance of RGB values over the training
     set, in squared pixel values. "paper": the magnitude is the eigenVALUE times N(0, 0.1), as its text has it, with
     pixel values in [0, 1] (in [0, 255] it would be hundreds of grey levels). "code2012": the standard deviation times
     N(0, 0.1); that source has subtracted the mean image before, and then divides by 1.1, as `MeanSubtraction` does when

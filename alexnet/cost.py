@@ -1,4 +1,4 @@
-"""What a net costs before it is built: parameters, arithmetic, memory, and what its workers tell each other."""
+"""What a net costs before it is built: parameters, arithmetic, memory, and what its workers exchange."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ class Cost:
     """Of one training step on one worker, in float32."""
 
     num_parameters: int  # of the whole net
-    training_flops: float  # an image, forward and backward, over all workers; a multiply-add counts as two
+    training_flops: float  # per image, forward and backward, over all workers; a multiply-add counts as two
     part_parameters: int  # that this worker holds
     memory_bytes: float  # weights, gradients, velocities and the activations kept for the backward pass
 
@@ -29,7 +29,7 @@ class Exchange:
     name: str
     forward_bytes: float
     backward_bytes: float
-    overlaps: bool = False  # with arithmetic, so that it is waited for only in part
+    overlaps: bool = False  # with arithmetic, so that only part of it is waited for
 
     @property
     def size_bytes(self) -> float:
@@ -40,22 +40,22 @@ class Exchange:
 class _Layer:
     name: str
     parameters: int
-    outputs: int  # numbers an image, before pooling
-    kept: int  # numbers an image that the backward pass needs
-    inputs: int  # numbers an image
-    multiply_adds: int  # an image
+    outputs: int  # numbers per image, before pooling
+    kept: int  # numbers per image that the backward pass needs
+    inputs: int  # numbers per image
+    multiply_adds: int  # per image
 
 
 @lru_cache(maxsize=64)
 def _shapes(num_classes: int, input_size: int, width: float) -> AlexNet:
-    """A net that has no memory of its own."""
+    """A net on the meta device: shapes without memory."""
     with torch.device("meta"):
         return AlexNet(num_classes, input_size=input_size, width=width, lrn=LRN())
 
 
 @lru_cache(maxsize=64)
 def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
-    """What runs through the net, an image at a time."""
+    """The layers in order, with their sizes for one image."""
     net = _shapes(num_classes, input_size, width)
     with torch.device("meta"):
         seen: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -82,7 +82,7 @@ def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ..
 def estimate(
     *, num_classes: int, input_size: int, width: float, global_batch_size: int, layout: Layout | None = None
 ) -> Cost:
-    """Of a net under a layout; on a single worker if none is given. Raises ValueError for a net that cannot be so."""
+    """Of a net under a layout; on a single worker if none is given. Raises ValueError where it cannot be split."""
     layout = layout or Layout("single", 1)
     layout.check(_shapes(num_classes, input_size, width))
     layers = _layers(num_classes, input_size, width)
@@ -113,9 +113,9 @@ def communication(
     bytes_per_activation: int = 4,
     bytes_per_gradient: int = 4,
 ) -> list[Exchange]:
-    """What one worker sends in a training step, by exchange; every worker of a layout sends the same.
+    """What one worker sends in a training step, by exchange; all workers of a layout send the same.
 
-    The layout's workers send by rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
+    Collectives run in rings: to gather (P - 1) times the own part, to sum over P workers 2 (P - 1) / P of
     the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; bytes_per_gradient: of gradients and scores, which are
     summed in float32 even then; images travel as bytes.
     """
@@ -142,7 +142,7 @@ def communication(
 
 
 def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
-    """What a worker holds of the net; fc8's biases, as many as it has outputs, are on every one."""
+    """Parameters of one worker's part; fc8's biases are on every worker, whole."""
     total = 0
     for layer in layers:
         whole = layer.outputs if layer.name == "fc8" else 0
@@ -151,12 +151,12 @@ def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
 
 
 def _gathered(layout: Layout) -> tuple[str, ...]:
-    """The layers that read more than their own worker has."""
+    """The layers whose input is gathered from all workers of the group."""
     return {"columns": ("conv3", "fc6", "fc7"), "hybrid": ("fc6", "fc7")}.get(
         layout.kind if layout.group_size > 1 else "single", ()
     )
 
 
 def _ring(workers: int) -> float:
-    """What a worker sends to sum a tensor over all, as a part of the tensor's size."""
+    """What a worker sends in an all-reduce, as a fraction of the tensor's size."""
     return 2 * (workers - 1) / workers

@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to the image, not to the process that computes it (paper, 4.2).
+"""Dropout whose mask depends on the image, not on the process that computes it (paper, 4.2).
 
 N images, U units of a layer.
 """
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class BatchPosition(NamedTuple):
-    """Which images a batch holds, as far as their randomness goes."""
+    """What the randomness of a batch's images depends on."""
 
     seed: int
     step: int  # updates made before this one
@@ -23,7 +23,7 @@ class Dropout(nn.Module):
 
     The paper multiplies by 1 - p at test instead: the same function. What is zeroed depends on (seed, step, position
     in the global batch, layer, unit) alone, so any worker can draw its part of the mask and no layout changes it.
-    Where the caller does not say which images it has, the mask comes from torch's global generator.
+    Without a BatchPosition the mask comes from torch's global generator.
     """
 
     def __init__(self, p: float, layer: int, first_unit: int = 0) -> None:

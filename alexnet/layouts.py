@@ -1,4 +1,4 @@
-"""How one net lies over several workers: the only file that knows of process groups.
+"""How the net is partitioned over workers: the only file here that knows of process groups.
 
     single    one worker holds the net
     data      every worker holds the net and trains on its own images; gradients are summed
@@ -6,9 +6,9 @@
     hybrid    every worker holds the convolutions for its own images, and its share of the fully connected layers'
               units for all images (Krizhevsky 2014, arXiv 1404.5997)
 
-A layout changes speed and memory, never the result. The workers that hold one net between them are a group of
-consecutive ranks; a layout of several groups is data parallel among them. The net stays single-device code: here its
-layers are cut to a worker's part, and exchanges are put before those that read more than that.
+A layout changes speed and memory, never the result. The workers that together hold one net are a group of consecutive
+ranks; several groups train in data parallel. The net stays single-device code: here its layers are cut to a worker's
+part, and exchanges are inserted before layers that read more than that.
 
 N images, C maps or units, P workers of a group.
 """
@@ -34,7 +34,7 @@ FULLY_CONNECTED = ("fc6", "fc7", "fc8")
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind over a number of workers. Raises ValueError where they do not fit."""
+    """A kind of partition for a number of workers. Raises ValueError where they do not match."""
 
     kind: str
     workers: int
@@ -46,13 +46,13 @@ class Layout:
             raise ValueError(f"workers = {self.workers}: layout single has one; choose data, columns or hybrid")
         if self.workers < 1 or self.workers % self.group_size:
             raise ValueError(
-                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, a worker a "
-                "column; or choose another layout, such as data"
+                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, one worker "
+                "per column; or choose another layout, such as data"
             )
 
     @property
     def group_size(self) -> int:
-        """Workers that hold one net between them."""
+        """Workers that together hold one net."""
         return {"columns": AlexNet.columns, "hybrid": self.workers}.get(self.kind, 1)
 
     @property
@@ -61,7 +61,7 @@ class Layout:
         return self.workers // self.group_size
 
     def group_of(self, rank: int) -> range:
-        """The ranks that hold a net together with this one."""
+        """The ranks that together hold a net with this one."""
         first = rank - rank % self.group_size
         return range(first, first + self.group_size)
 
@@ -71,11 +71,11 @@ class Layout:
         return self.group_size > 1 and (self.kind == "columns" or layer in FULLY_CONNECTED) and name != "fc8.bias"
 
     def shard_dim(self, name: str) -> int:
-        """The dimension along which a parameter that is cut is cut: fc8's inputs, all others' outputs."""
+        """The dimension along which a sharded parameter is split: inputs for fc8, outputs for all others."""
         return 1 if name == "fc8.weight" else 0
 
     def check(self, net: AlexNet) -> None:
-        """Raises ValueError where a layer of the net cannot be shared equally."""
+        """Raises ValueError where a layer of the net cannot be split equally."""
         for name, param in net.named_parameters():
             if self.is_sharded(name) and param.shape[self.shard_dim(name)] % self.group_size:
                 raise ValueError(
@@ -85,15 +85,15 @@ class Layout:
 
 
 class ShardedNet(nn.Module):
-    """A worker's part of a net under a layout, with the exchanges that make the parts one net.
+    """A worker's part of a net under a layout, with the exchanges that connect the parts.
 
-    The parameters are those of `part`. Training takes the sum of the loss over the images that `forward` scores,
-    divided by the size of the global batch: what each worker then holds is the gradient of the mean loss.
+    The parameters are those of `part`. Training takes the loss summed over the images that `forward` scores and
+    divided by the size of the global batch: each worker then holds the gradient of the mean loss.
     """
 
     def __init__(self, net: AlexNet, layout: Layout, rank: int = 0) -> None:
-        """Take this rank's part of a whole net, on its device. With more than one worker torch.distributed is
-        initialised and every worker makes its ShardedNet at the same time, from equal nets."""
+        """Take this rank's part of a whole net, on its device. With more than one worker, torch.distributed must be
+        initialised, and all workers create their ShardedNet together, from equal nets."""
         super().__init__()
         layout.check(net)
         self.layout, self.rank, self.part = layout, rank, net
@@ -115,7 +115,7 @@ class ShardedNet(nn.Module):
         """Class scores of the group's images, (sum of sizes, num_classes), the same on all its workers.
 
         x_NCHW: this worker's images, or those that `share_images` made of them; where: of all the group's images;
-        sizes: how many of them each worker of the group brings.
+        sizes: how many of them each worker of the group has.
         """
         if self.layout.kind == "hybrid" and self._trained:
             return self.part.classify(gather_rows(self._trained[0](x_NCHW), sizes, self.group), where)
@@ -123,21 +123,21 @@ class ShardedNet(nn.Module):
         return scores
 
     def share_images(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The rows of all images that this worker's convolutions see, of the rows that each worker of its group has."""
+        """From the rows that each worker of the group has, those of all images that this worker's convolutions see."""
         return gather_rows(rows, sizes, self.group) if self.layout.kind == "columns" else rows
 
     def share_labels(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The rows of all images that `forward` scores, of the rows that each worker of the group has."""
+        """From the rows that each worker of the group has, those of all images that `forward` scores."""
         return gather_rows(rows, sizes, self.group) if self.layout.group_size > 1 else rows
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; those that live in DDP's buckets are zeroed where they are."""
-        kept = {param for trained in self._trained for param in trained.parameters()}
+        """Zero the gradients, or free them. Those in DDP's buckets cannot be freed, and are zeroed either way."""
+        in_buckets = {param for trained in self._trained for param in trained.parameters()}
         for param in self.part.parameters():
-            if param.grad is not None and param in kept:
-                param.grad.zero_()
-            else:
+            if set_to_none and param not in in_buckets:
                 param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
 
     @property
     def is_group_leader(self) -> bool:
@@ -145,7 +145,7 @@ class ShardedNet(nn.Module):
         return self.group_rank == 0
 
     def local_slice(self, name: str, length: int) -> tuple[slice, ...]:
-        """Where this worker's part of a canonical parameter lies; length is the parameter's along the cut."""
+        """The index of this worker's part of a canonical parameter, whose size along `shard_dim` is `length`."""
         if not self.layout.is_sharded(name):
             return (slice(None),)
         share = length // self.layout.group_size
@@ -154,14 +154,15 @@ class ShardedNet(nn.Module):
         )
 
     def canonical_shape(self, name: str, part: Tensor) -> list[int]:
+        """The shape of the whole parameter of which this worker holds `part`."""
         shape = list(part.shape)
         if self.layout.is_sharded(name):
             shape[self.layout.shard_dim(name)] *= self.layout.group_size
         return shape
 
     def gather_full(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
-        """Whole tensors, one at a time, from the parts that all workers of the group hold under the parameters' names;
-        on the CPU of the group's first worker, None on the others. All of them must go through it to its end."""
+        """Whole tensors, one at a time, from the parts that the group's workers hold under the parameters' names: on
+        the CPU of the group's first worker, None on the others. All of them must exhaust the iterator."""
         for name, part in parts.items():
             if not self.layout.is_sharded(name):
                 yield name, part.cpu() if self.is_group_leader else None
@@ -172,7 +173,7 @@ class ShardedNet(nn.Module):
             yield name, torch.cat(pieces, self.layout.shard_dim(name)).cpu() if pieces else None
 
     def _keep_own_part(self) -> None:
-        """Cut the net's layers to this worker's part, and put the exchanges between them."""
+        """Reduce the net's layers to this worker's part, and insert the exchanges between them."""
         net, size = self.part, self.layout.group_size
         names = FULLY_CONNECTED if self.layout.kind == "hybrid" else CONVS + FULLY_CONNECTED
         with torch.no_grad():
@@ -209,8 +210,8 @@ class ShardedNet(nn.Module):
 class _SummedLinear(nn.Linear):
     """fc8: each worker multiplies the units of fc7 that it holds, and the products are summed.
 
-    An image costs num_classes numbers to sum forward and none backward. To split the outputs instead, fc7's 4096 units
-    would have to be gathered forward and their gradients be summed backward: eight times as much for 1000 classes.
+    An image costs num_classes numbers to sum forward and none backward. Splitting the outputs instead would mean
+    gathering fc7's 4096 units forward and summing their gradients backward: eight times as much for 1000 classes.
     """
 
     def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:

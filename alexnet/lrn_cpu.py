@@ -21,7 +21,7 @@ from numba.extending import overload
 from torch import Tensor
 
 TILE = 16  # pixels; with 128 maps the five buffers fill 40 KB, about a first-level cache
-ROWS_PER_THREAD = 2048  # below this many pixels a thread costs more than it brings
+ROWS_PER_THREAD = 2048  # with fewer pixels a thread costs more than it saves
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -43,7 +43,7 @@ def backward(
 
 
 def _rows(a_NCHW: Tensor) -> np.ndarray:
-    """The memory of a channels_last tensor as (P, C); bfloat16 as its bits, for numpy has no such type."""
+    """The memory of a channels_last tensor as (P, C); bfloat16 as its bits, as numpy has no such type."""
     rows = a_NCHW.detach().permute(0, 2, 3, 1).reshape(-1, a_NCHW.shape[1])
     return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
 
@@ -154,7 +154,7 @@ def _inverse_power_typed(scale, beta, log2, log2_bits, out, out_bits):  # type: 
                     root = math.sqrt(scale[c])
                     out[c] = np.float32(1.0) / (root * math.sqrt(root))
                 return
-            # 2 ** (-beta * log2(scale)) in steps that vectorise; the C library's pow is a call an element.
+            # 2 ** (-beta * log2(scale)) in steps that vectorise; the C library's pow is one call per element.
             # scale = 2^e * m with m in [sqrt(1/2), sqrt(2)); log2(m) by its series in z = (m - 1) / (m + 1).
             for c in range(scale.size):
                 log2[c] = scale[c]

@@ -44,7 +44,7 @@ def build(
     width scales the number of maps and units of every layer; input_size is the side of the square input in pixels.
     init "paper" is N(0, 0.01) with biases of 1 in conv2, conv4, conv5, fc6 and fc7 (paper, 5); "he" scales each
     layer's deviation to sqrt(2 / fan_in) with biases of 0 and expects pixels scaled to a deviation of about 1: for
-    small data, on which the paper's start lies still.
+    small data, on which the paper's initialisation stays on the plateau of guessing.
 
     Raises ValueError for an unknown preset or init, and for sizes that leave a layer empty.
     """
@@ -59,8 +59,8 @@ class AlexNet(nn.Module):
     """The `paper` preset (paper, 3.5): 60,965,224 parameters with 1000 classes.
 
     Where the paper leaves a choice:
-    - 224 pixels do not fit 55 windows of 11 at stride 4: the last window hangs 3 pixels over the right and bottom
-      edge and reads zeros there, as in the 2012 source. The same rule holds for any input size.
+    - 224 pixels do not fit 55 windows of 11 at stride 4: the last window extends 3 pixels beyond the right and
+      bottom edge and reads zeros there, as in the 2012 source. The same rule holds for any input size.
     - the order is convolution, ReLU, LRN, pooling, as in the text (the 2012 source puts LRN before ReLU in layer 1).
     - LRN stays within a column, as when each column lived on its own GPU.
     """
@@ -98,12 +98,12 @@ class AlexNet(nn.Module):
     def forward(self, x_NCHW: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size).
 
-        `where` says which images of a training run these are, for dropout (alexnet/dropout.py).
+        `where` identifies the images, for dropout (alexnet/dropout.py).
         """
         return self.classify(self.features(x_NCHW), where)
 
     def features(self, x_NCHW: Tensor) -> Tensor:
-        """What the convolutional layers see in the images: (N, maps of conv5 * 6 * 6) for 224 pixels."""
+        """The output of the convolutional layers, flattened: (N, maps of conv5 * 6 * 6) for 224 pixels."""
         if x_NCHW.shape[1:] != (3, self.input_size, self.input_size):
             raise ValueError(
                 f"images of shape {tuple(x_NCHW.shape)}: the net was built for (N, 3, {self.input_size}, "
@@ -126,7 +126,7 @@ class AlexNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int) -> None:
-        """Draw all weights anew from `seed`, layer by layer in their order; see `build` for the kinds."""
+        """Draw all weights from `seed`, layer by layer in order; see `build` for the kinds."""
         if init not in INITS:
             raise ValueError(f"init = {init!r}: unknown; choose one of {', '.join(INITS)}")
         generator = torch.Generator().manual_seed(seed)
@@ -141,7 +141,7 @@ class AlexNet(nn.Module):
 
 
 class BlockedConv2d(nn.Conv2d):
-    """A convolution whose stride is large and whose maps are few, computed with stride 1 over blocks of pixels.
+    """A convolution with a large stride and few maps, computed with stride 1 over blocks of pixels.
 
     Zeros on the right and bottom complete the last window: 224 pixels are read as 227, whose 55 windows of 11 fit.
     Each stride x stride block of pixels becomes one position with stride * stride * C maps, and the kernel likewise
@@ -175,6 +175,7 @@ def _blocks(x_NCHW: Tensor, stride: int, side: int) -> Tensor:
 
 
 def num_parameters(net: nn.Module) -> int:
+    """Numbers that training changes."""
     return sum(p.numel() for p in net.parameters())
 
 

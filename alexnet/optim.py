@@ -59,7 +59,7 @@ def plateau_schedule(optimizer: torch.optim.Optimizer, *, num_drops: int = 3, pa
     """Divide the rate by 10 whenever the validation error has not improved, at most `num_drops` times (paper, 5).
 
     Call `.step(error)` after every validation. The paper's authors judged by eye; `patience` is how many validations
-    without a new best are borne before the rate drops.
+    without a new best are tolerated before the rate drops.
     """
     lowest = [group["lr"] * 0.1**num_drops for group in optimizer.param_groups]
     return ReduceLROnPlateau(

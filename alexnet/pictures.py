@@ -24,7 +24,7 @@ def contact_sheet(images_NHWC: NDArray[np.uint8], captions: Sequence[str], title
 
 
 def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Loss and errors against epochs; history has one object an epoch with the keys of the training metrics."""
+    """Loss and errors against epochs; history has one entry per epoch, with the keys of the training metrics."""
     epochs = [entry["epoch"] for entry in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, errors = figure.subplots(1, 2)

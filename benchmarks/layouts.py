@@ -2,8 +2,8 @@
 
     python benchmarks/layouts.py --precision fp32 bf16
 
-One process that trains the whole net with all threads (single), and two that share them, speak gloo over the loopback,
-and train it as columns, data and hybrid: the images shared, forward, cross-entropy, backward, update. All live at
+One process trains the whole net with all threads (single); two share the threads, connected by gloo over the loopback,
+and train it as columns, data and hybrid: images exchanged, forward, cross-entropy, backward, update. All are alive at
 once and take turns.
 """
 
@@ -51,7 +51,7 @@ class Contender:
 
 
 def serve(rank: int, kinds: list[str], threads: int, batch_size: int, store: str, orders: Any, done: Any) -> None:
-    """A process: makes a step of whatever layout it is told to."""
+    """A process: makes a step of each layout it is asked for."""
     alexnet.keep_freed_memory()
     torch.set_num_threads(threads)
     if kinds != ["single"]:

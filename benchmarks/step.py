@@ -4,7 +4,7 @@
 
 torchvision's net is the 2014 variant without LRN, of nearly the same arithmetic. Both train on the same random batch:
 forward, cross-entropy, backward, update (ours by the paper's rule, theirs by torch.optim.SGD), in channels_last, in
-one process, turn about.
+one process, in turns.
 """
 
 import functools
@@ -40,7 +40,7 @@ def main() -> None:
     )
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    told = not args.keep_default_malloc and alexnet.keep_freed_memory()
+    kept = not args.keep_default_malloc and alexnet.keep_freed_memory()
     device = torch.device(args.device)
 
     images = torch.randn(args.batch_size, 3, 224, 224).contiguous(memory_format=torch.channels_last).to(device)
@@ -66,7 +66,7 @@ def main() -> None:
         results[name] = {"images_per_s": rates, "ours_over_torchvision": ratio}
     measure.write(
         args.json,
-        {"device": args.device, "batch_size": args.batch_size, "freed_memory_kept": told, "precision": results},
+        {"device": args.device, "batch_size": args.batch_size, "freed_memory_kept": kept, "precision": results},
     )
 
 

@@ -31,7 +31,15 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
-def ray_here():
+def compiled() -> None:
+    """What numba compiles is in its cache: no test's patience depends on that."""
+    from gloo import compile_kernels
+
+    compile_kernels()
+
+
+@pytest.fixture(scope="session")
+def ray_here(compiled):
     """A private Ray in this process."""
     import ray
 
@@ -62,7 +70,7 @@ def digit_shards(ray_here, tmp_path_factory) -> tuple[Path, Manifest]:
 
 
 @pytest.fixture(scope="session")
-def job(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+def job(compiled, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a job as a user does: job("train", "--epochs", "1", cwd=...)."""
     default = tmp_path_factory.mktemp("cwd")
 

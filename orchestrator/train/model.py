@@ -1,4 +1,4 @@
-"""The net that a config describes."""
+"""From a config to its net."""
 
 import alexnet
 from orchestrator.config.train import TrainConfig

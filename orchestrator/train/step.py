@@ -1,16 +1,130 @@
-"""One step: a batch through the net."""
+"""One worker's part of a step, in plain PyTorch: a batch through the net, its loss, the update.
+
+N images, C maps, H rows, W columns of pixels.
+"""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-CUT = ("top", "left", "flip", "label")  # what travels beside an image's pixels
+import alexnet
+from alexnet import augment
+from alexnet.dropout import BatchPosition
+from alexnet.layouts import ShardedNet
+from orchestrator.config.train import TrainConfig
+from orchestrator.data.order import rank_slice
+from orchestrator.data.reader import Batch
+
+CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
+
+Pending = tuple[Tensor, int, float]  # a step's loss sum, number of images and stop code, not yet summed over workers
 
 
-def as_tensor(array: Any) -> Tensor:
+class WorkerStep:
+    """A worker's net and optimizer, and what it does with its part of a global batch."""
+
+    def __init__(
+        self,
+        net: ShardedNet,
+        optimizer: torch.optim.Optimizer,
+        mean_HWC: Tensor,
+        config: TrainConfig,
+        rows: Mapping[str, int],
+        *,
+        bf16: bool,
+    ) -> None:
+        """mean_HWC: the mean image, on the net's device. rows: images of each split."""
+        self.net, self.optimizer, self.config, self.rows, self.bf16 = net, optimizer, config, rows, bf16
+        weight = next(net.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.input_size, config.pixel_scale)
+        noisy = config.color_noise == "code2012"
+        self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0, "val": 1.0}
+
+    def update(self, batch: Batch, step: int, total_step: int) -> tuple[Tensor, int]:
+        """One update on the global batch's mean loss; total_step: updates made before this one.
+
+        Returns the loss summed over the images of this worker's group, a float64 scalar on the device, and their
+        number; zeros from all workers of a group but its leader, so that the sums over all workers are right.
+        """
+        scores, labels = self.scores("train", step, batch, total_step)
+        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+        torch.autograd.backward(loss_sum / self.size_of("train", step))
+        self.optimizer.step()
+        self.net.zero_grad()
+        return loss_sum.detach().double() * self.net.is_group_leader, len(labels) * self.net.is_group_leader
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, step: int) -> Tensor:
+        """(4,) on the device: loss sum, wrong at top 1, wrong at top 5, images; zeros but from a group's leader."""
+        scores, labels = self.scores("val", step, batch, 0)
+        if not self.net.is_group_leader:
+            return torch.zeros(4, dtype=torch.float64, device=self.device)
+        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+        images = torch.tensor([len(labels)], device=self.device)
+        return torch.cat([loss_sum[None], alexnet.count_errors(scores, labels), images])
+
+    def scores(self, split: str, step: int, batch: Batch, total_step: int) -> tuple[Tensor, Tensor]:
+        """Class scores and labels of the images of this worker's group, in the order of the global batch.
+
+        batch: this worker's part of the step: uint8 `image` (N, H, W, 3) and the columns of CUT.
+        """
+        config, layout = self.config, self.net.layout
+        slices = [
+            rank_slice(step, self.rows[split], config.global_batch_size, rank, layout.workers)
+            for rank in layout.group_of(self.net.rank)
+        ]
+        sizes = [last - first for first, last in slices]
+        info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
+        image, info = self.to_device(batch["image"]), info.to(self.device)
+        top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
+        labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
+        begin = step * config.global_batch_size
+        position = torch.arange(slices[0][0] - begin, slices[-1][1] - begin, device=self.device)
+        where = BatchPosition(config.seed, total_step, position)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            images = self.net.share_images(image, sizes)
+            x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors[split])
+            scores = self.net(x.to(self.dtype), where, sizes)
+        return scores.to(self.dtype), labels
+
+    def size_of(self, split: str, step: int) -> int:
+        """Images of a global batch; the last of a pass may be smaller."""
+        return min(self.config.global_batch_size, self.rows[split] - step * self.config.global_batch_size)
+
+    def all_reduce(self, pending: Sequence[Pending]) -> list[tuple[float, float, float]]:
+        """Loss sum, number of images and stop code of each pending step, summed over all workers."""
+        host = torch.tensor([counted for _, *counted in pending], dtype=torch.float64)
+        sums = torch.cat([torch.stack([loss for loss, *_ in pending])[:, None], host.to(self.device)], dim=1)
+        all_reduce_sum(sums, self.net.layout.workers)
+        return [(loss, count, stop) for loss, count, stop in sums.tolist()]
+
+    def all_reduce_total(self, total: Tensor) -> list[float]:
+        """The sums of `evaluate` over all workers."""
+        all_reduce_sum(total, self.net.layout.workers)
+        found: list[float] = total.tolist()
+        return found
+
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        """The array on the net's device."""
+        return as_tensor(array).to(self.device, non_blocking=True)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
     """A tensor over the array's memory, which may be read-only: the caller does not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def all_reduce_sum(tensor: Tensor, world_size: int) -> None:
+    """Replace the tensor by its sum over all workers, in place."""
+    if world_size > 1:
+        dist.all_reduce(tensor)

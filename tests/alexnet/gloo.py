@@ -1,5 +1,6 @@
-"""Several processes on this machine that speak gloo: the second tier of tests, below whole jobs on Ray."""
+"""Several processes on this machine, connected by gloo: the second tier of tests, below whole jobs on Ray."""
 
+import functools
 import os
 import socket
 import struct
@@ -10,15 +11,32 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from alexnet import augment, local_response_norm
+
 TIMEOUT_S = 120
+
+
+@functools.cache
+def compile_kernels() -> None:
+    """Have numba compile what training on a CPU needs, into its cache on disk, from which other processes load it.
+
+    It takes 20 s and more in a fresh clone, which no timeout of a test should have to allow for.
+    """
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        a = torch.ones(1, 4, 1, 1, dtype=dtype, requires_grad=True)
+        local_response_norm(a, relu=True).sum().backward()
+    tiny = np.zeros((1, 8, 8, 3), np.uint8)
+    augment.crop_flip_shift(tiny, augment.center(1, margin=0), np.zeros((1, 3), np.float32), 8)
 
 
 def run_gloo(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Call work(rank, *args) in world_size processes of one gloo group; returns what each returned."""
+    compile_kernels()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_enter, (world_size, folder, work, args), nprocs=world_size)
         return [torch.load(Path(folder, str(rank)), weights_only=True) for rank in range(world_size)]

@@ -270,7 +270,7 @@ def test_gradients_through_every_exchange(together):
 
 
 def count_bytes(rank, kind, workers):
-    """Bytes that this worker's sockets send in one step of a layout, and what the ledger says."""
+    """Bytes that this worker's sockets send in one step of a layout, and the ledger's figure."""
     settings, size = {"input_size": 96, "width": 0.25}, 64
     layout = Layout(kind, workers)
     placed = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
@@ -350,7 +350,7 @@ def test_masks_are_fair_and_differ_by_seed_step_image_and_layer():
 
 
 def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
-    """In Python's own integers: a checkpoint of today must go on with the same masks tomorrow."""
+    """In Python's own integers: a run resumed by a later version must draw the same masks."""
 
     def mix(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -374,7 +374,7 @@ def test_a_mask_is_splitmix64_of_seed_step_layer_position_and_unit():
 @pytest.mark.parametrize(
     ("kind", "workers", "words"),
     [
-        ("columns", 3, "workers = 3: layout columns needs a multiple of 2, a worker a column; or choose another"),
+        ("columns", 3, "workers = 3: layout columns needs a multiple of 2, one worker per column; or choose another"),
         ("single", 2, "workers = 2: layout single has one; choose data, columns or hybrid"),
         ("rows", 2, "layout = 'rows': unknown; choose one of single, data, columns, hybrid"),
     ],
@@ -394,3 +394,36 @@ def test_one_worker_of_any_layout_is_the_whole_net(kind):
 def test_units_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="workers = 3: fc6 has 512 units, which 3 workers of layout hybrid cannot"):
         ShardedNet(build(torch.float32, 0.5), Layout("hybrid", 3))
+
+
+def test_gradients_are_freed_or_zeroed_as_asked():
+    placed, _ = make(0, "single", 1, torch.float64, 0.0)
+    params = list(placed.part.parameters())
+    backward(placed, 0, torch.float64)
+    grads = [param.grad for param in params]
+    placed.zero_grad(set_to_none=False)
+    assert all(param.grad is grad and not grad.any() for param, grad in zip(params, grads, strict=True))
+    placed.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+def zero_grad_of_data_parallel(rank):
+    """Whether each gradient is still the tensor that DDP reduces, and is zero."""
+    placed, _ = make(rank, "hybrid", 2, torch.float64, 0.0)
+    found = {}
+    for set_to_none in (True, False):
+        backward(placed, 0, torch.float64)
+        before = {name: param.grad for name, param in placed.part.named_parameters()}
+        placed.zero_grad(set_to_none)
+        for name, param in placed.part.named_parameters():
+            kept = param.grad is before[name] and not param.grad.any().item()
+            found[f"{set_to_none} {name}"] = "zeroed" if kept else "freed" if param.grad is None else "wrong"
+    return found
+
+
+@pytest.mark.slow
+def test_gradients_in_ddp_s_buckets_are_zeroed_where_they_are():
+    for found in run_gloo(2, zero_grad_of_data_parallel):
+        for name, became in found.items():
+            freed = name.startswith("True") and name.split()[1].startswith("fc")
+            assert became == ("freed" if freed else "zeroed"), name

@@ -1,10 +1,14 @@
-"""What a run needs to go on, bit for bit, in whatever layout."""
+"""A run resumes from its checkpoint bit for bit, in any layout."""
 
 import json
+import math
+import shutil
+import struct
 
 import pytest
 import test_layouts
 import torch
+from conftest import ROOT
 from gloo import run_gloo
 
 import alexnet
@@ -86,7 +90,7 @@ def test_a_checkpoint_holds_the_canonical_names_and_nothing_pickled(tmp_path):
 CHANGES = [("columns", "hybrid"), ("hybrid", "data"), ("data", "columns")]
 
 
-def save_and_go_on(rank, root, workers, dtype):
+def save_and_resume(rank, root, workers, dtype):
     """Three steps in one layout, a checkpoint, and three more in another from it; for every change."""
     found = {}
     for first, then in CHANGES:
@@ -114,14 +118,14 @@ def run(placed, optimizer, steps, dtype):
 
 
 @pytest.mark.slow
-def test_any_layout_goes_on_from_any_other_s_checkpoint(tmp_path):
+def test_any_layout_resumes_from_any_other_s_checkpoint(tmp_path):
     from safetensors.torch import load_file
 
     for first, _ in CHANGES:
         (tmp_path / first).mkdir()
     unbroken = test_layouts.alone(torch.float64, 0.5, 6)
     shapes = {name: list(t.shape) for name, t in test_layouts.build(torch.float64, 0.5).state_dict().items()}
-    for first, found in run_gloo(4, save_and_go_on, tmp_path, 4, torch.float64)[0].items():
+    for first, found in run_gloo(4, save_and_resume, tmp_path, 4, torch.float64)[0].items():
         written = load_file(tmp_path / first / "model.safetensors")
         assert {name: list(tensor.shape) for name, tensor in written.items()} == shapes
         for name, tensor in written.items():
@@ -130,7 +134,7 @@ def test_any_layout_goes_on_from_any_other_s_checkpoint(tmp_path):
             assert test_layouts.difference(tensor, unbroken[name]) < 1e-10, (first, name)
 
 
-def test_one_process_goes_on_from_four_and_four_from_one(tmp_path):
+def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
     """The parts that each worker reads are those of the whole: no process group is needed to see it."""
     placed, optimizer, schedule = pieces()
     trained(1, placed, optimizer)
@@ -156,9 +160,53 @@ def test_a_checkpoint_of_another_net_is_refused(tmp_path):
         checkpoints.load(tmp_path, placed, optimizer, schedule)
 
 
-def test_a_run_broken_off_within_an_epoch_keeps_its_losses(tmp_path):
+def test_a_run_stopped_within_an_epoch_keeps_its_losses(tmp_path):
     placed, optimizer, schedule = pieces()
     state = checkpoints.State(epoch=2, step=49, losses=[0.5, 0.25, 1 / 3])
     checkpoints.save(tmp_path, placed, optimizer, schedule, state)
     assert checkpoints.load(tmp_path, placed, optimizer, schedule) == state
     assert json.loads((tmp_path / "state.json").read_text())["state"]["losses"][2] == 1 / 3
+
+
+def test_a_state_written_before_files_had_versions_is_read(tmp_path):
+    """tests/samples/0.1/state.json: of a digits run that was stopped 18 steps into its fifth epoch."""
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    shutil.copy(ROOT / "tests" / "samples" / "0.1" / "state.json", tmp_path / "state.json")
+    state = checkpoints.load(tmp_path, net, optimizer, schedule)
+    assert (state.epoch, state.step, len(state.losses), state.digest) == (4, 110, 18, "efc490ca8f16f6bf")
+    assert state.losses[0] == 0.09667889028787613
+    assert [entry["epoch"] for entry in state.history] == [1, 2, 3, 4]
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert schedule.best == state.history[-1]["val/top1_error"]
+
+
+def test_a_state_has_a_version_and_a_newer_one_is_refused_before_anything_is_loaded(tmp_path):
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    written = json.loads((tmp_path / "state.json").read_text())
+    assert written["schema_version"] == 1
+    (tmp_path / "state.json").write_text(json.dumps(written | {"schema_version": 2}))
+    with torch.no_grad():
+        net.part.fc8.bias.fill_(7.0)
+    with pytest.raises(ValueError, match=r"state\.json: was written by a newer version .*reads up to 1") as error:
+        checkpoints.load(tmp_path, net, optimizer, schedule)
+    assert "\n" not in str(error.value)
+    assert (net.part.fc8.bias == 7.0).all()
+
+
+def test_tensor_files_have_the_header_that_older_versions_wrote(tmp_path):
+    """A length, then JSON of names to type, shape and offsets in the order of the net's parameters; no metadata."""
+    net, optimizer, schedule = pieces()
+    trained(1, net, optimizer)
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    for name in ("model.safetensors", "velocity.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        assert length % 8 == 0
+        header, end = json.loads(content[8 : 8 + length]), 0
+        assert list(header) == [name for name, _ in net.part.named_parameters()]
+        for key, param in net.part.named_parameters():
+            begin, end = end, end + 4 * math.prod(param.shape)
+            assert header[key] == {"dtype": "F32", "shape": list(param.shape), "data_offsets": [begin, end]}
+        assert len(content) == 8 + length + end

@@ -163,7 +163,7 @@ def test_waiting_for_room_ends_when_the_run_is_cancelled(nodes):
 
 
 @pytest.fixture
-def cluster(cpus):
+def cluster(cpus, compiled):
     """A head without CPUs, where the driver is, and two nodes: several raylets on this machine's loopback."""
     from ray.cluster_utils import Cluster
 
