@@ -60,4 +60,22 @@ def record(rank: int, level: int, name: str, text: str, at: float, trial: int | 
 
 
 def forward(send: Callable[[int, str, str, float], Any]) -> None:
-    """In a worker: hand every record to `send`: level, logger's name, text, seconds since the epoch."""
+    """In a worker: hand every record to `send`: level, logger's name, text, seconds since the epoch. Replaces an
+    earlier one."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
+        root.removeHandler(handler)
+    root.addHandler(_Forward(send))
+    logging.getLogger("orchestrator").setLevel(logging.DEBUG)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, send: Callable[[int, str, str, float], Any]) -> None:
+        super().__init__()
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.send(record.levelno, record.name, self.format(record), record.created)
+        except Exception:
+            self.handleError(record)
