@@ -24,18 +24,25 @@ class Interrupted(BaseException):
         self.exit_status = 128 + signum
 
 
-def run_job(main: Callable[[], int]) -> int:
-    """Call `main`, turn what it raises into one line on standard error, and return the exit status."""
+def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: None) -> int:
+    """Call `main`, turn what it raises into one line on standard error, and return the exit status.
+
+    log: the run's log where there is one, which has the traceback.
+    """
     catch_signals()
     try:
         return main()
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
+        place = log()
+        print(f"error: {error}" + (f" (log: {place})" if place else ""), file=sys.stderr)
         return FAILED
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
     except Exception as error:  # a bug, or a fault that nobody foresaw: one line for the user, the rest for a report
+        if place := log():
+            print(f"error: {type(error).__name__}: {last_line(error)} (log: {place})", file=sys.stderr)
+            return FAILED
         with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
         print(f"error: {type(error).__name__}: {last_line(error)} (traceback in {file.name})", file=sys.stderr)

@@ -1,81 +1,203 @@
-"""Python's logging in this project's processes: a run's log, and what the terminal shows."""
+"""Python's logging in this project's processes: a run's log, and what the terminal shows.
 
+Loggers are `logging.getLogger(__name__)`, below "orchestrator" and "alexnet". OUTPUT/NAME/run.log gets everything from
+DEBUG on, Ray's and MLflow's lines too; the terminal gets none of it unless -v asks for it.
+"""
+
+import collections
+import contextlib
+import datetime
 import logging
+import os
+import re
+import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from orchestrator.base.storage import StoragePath
 
 FORMAT = "%(asctime)s %(levelname)s %(rank)s %(name)s: %(message)s"
+OURS = ("orchestrator", "alexnet")
+THEIRS = ("ray", "mlflow")
+CHATTY = ("matplotlib", "PIL", "numba", "asyncio", "urllib3", "botocore", "s3fs", "fsspec")  # thousands of DEBUG lines
+EARLY_LINES = 1000  # kept until the run's folder is there
+UPLOAD_EVERY_S = 30.0
+SECRETS = ("RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+CREDENTIALS = re.compile(r"(\w+://)[^/\s@'\"]+@")  # of a URI
 
-_open: list[tuple[StoragePath, logging.Handler]] = []
+Send = Callable[[int, str, str, float], Any]
+
+
+class _Formatter(logging.Formatter):
+    """Times with their offset from UTC; no passwords or tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT, defaults={"rank": "driver"})
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = CREDENTIALS.sub(r"\1***@", super().format(record))
+        for secret in filter(None, map(os.environ.get, SECRETS)):
+            text = text.replace(secret, "***")
+        return text
+
+
+class _RunLog(logging.FileHandler):
+    """The file of a run's log: itself, or a copy that is uploaded now and then and at the end."""
+
+    def __init__(self, path: StoragePath) -> None:
+        self.path = path
+        self._folder = None if path.local is not None else tempfile.TemporaryDirectory(prefix="run-log-")
+        self._copy = path.local or Path(self._folder.name if self._folder else "", "run.log")
+        if self._folder is not None and path.size() is not None:
+            self._copy.write_bytes(path.read())
+        super().__init__(self._copy, encoding="utf-8")
+        self.setFormatter(_Formatter())
+        self._done = threading.Event()
+        if self._folder is not None:
+            threading.Thread(target=self._upload_now_and_then, name="run-log", daemon=True).start()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk, say: a run is worth more than its log."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a full disk; a file that is closed already
+            super().close()
+        if self._folder is not None and not self._done.is_set():
+            self._done.set()
+            self._upload()
+            self._folder.cleanup()
+
+    def _upload_now_and_then(self) -> None:
+        while not self._done.wait(UPLOAD_EVERY_S):
+            self._upload()
+
+    def _upload(self) -> None:
+        with contextlib.suppress(Exception):  # it is tried again; the run goes on without
+            self.path.write(self._copy.read_bytes())
+
+
+class _Early(logging.Handler):
+    """Holds the last lines until the run's log is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: collections.deque[logging.LogRecord] = collections.deque(maxlen=EARLY_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class _Forward(logging.Handler):
+    def __init__(self, send: Send) -> None:
+        super().__init__()
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # training is worth more than its log
+            self.send(record.levelno, record.name, self.format(record), record.created)
+
+
+_open: list[_RunLog] = []
+_last: list[StoragePath] = []  # the latest that was opened, if any
+_early, _silent = _Early(), logging.NullHandler()  # without any handler, Python prints warnings itself
+_terminal: list[logging.Handler] = []
 
 
 def set_up(verbose: bool) -> None:
-    """What the terminal shows: with `verbose` everything, else warnings."""
-    logging.getLogger("orchestrator").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    """At the start of a command: keep its lines for the run's log; with `verbose` show them on standard error, too."""
+    _last.clear()
+    _early.records.clear()
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(_silent)
+        logger.addHandler(_early)
+    for handler in _terminal:
+        for name in (*OURS, *THEIRS):
+            logging.getLogger(name).removeHandler(handler)
+    _terminal.clear()
+    if verbose:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter())
+        _terminal.append(handler)
+        _show_on_terminal()
 
 
 def keep_off_terminal(*names: str) -> None:
-    """Let these loggers' lines go where the root logger's go, and nowhere else."""
+    """Let these loggers' lines go where the root logger's go, and nowhere else; with -v to the terminal, too."""
     for name in names:
         logger = logging.getLogger(name)
         logger.handlers[:] = [logging.NullHandler()]  # without any, Python prints warnings itself
         logger.propagate = True
         logger.setLevel(logging.NOTSET)
+    _show_on_terminal()
 
 
 def open_run_log(path: StoragePath) -> None:
-    """Append every record to this file from now on."""
+    """Append every line to this file from now on, after those that were logged since `set_up`."""
     close_run_log()
-    if path.local is None:
-        return
-    handler = logging.FileHandler(path.local, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(FORMAT, defaults={"rank": "driver"}))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger().setLevel(logging.DEBUG)
-    logging.getLogger("orchestrator").setLevel(logging.DEBUG)
-    _open.append((path, handler))
+    handler = _RunLog(path)
+    for record in list(_early.records):
+        handler.handle(record)
+    _early.records.clear()
+    for name in OURS:
+        logging.getLogger(name).removeHandler(_early)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    _open.append(handler)
+    _last[:] = [path]
 
 
 def close_run_log() -> None:
     """Write no more of it."""
     while _open:
-        _, handler = _open.pop()
+        handler = _open.pop()
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
 def run_log() -> StoragePath | None:
-    """The run's log that is open."""
-    return _open[-1][0] if _open else None
+    """The run's log that was opened last in this command."""
+    return _last[-1] if _last else None
 
 
 def record(rank: int, level: int, name: str, text: str, at: float, trial: int | None = None) -> None:
     """A line of a worker into the run's log."""
     made = logging.LogRecord(name, level, "", 0, text, None, None)
     made.created, made.rank = at, f"rank {rank}" if trial is None else f"trial {trial} rank {rank}"
-    for _, handler in _open:
+    for handler in _open:
         handler.handle(made)
 
 
-def forward(send: Callable[[int, str, str, float], Any]) -> None:
-    """In a worker: hand every record to `send`: level, logger's name, text, seconds since the epoch. Replaces an
-    earlier one."""
+def forward(send: Send) -> None:
+    """In a worker: hand every line to `send`: level, logger's name, text with its traceback, seconds since the epoch.
+    Replaces an earlier one; what `send` raises is dropped."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
         root.removeHandler(handler)
     root.addHandler(_Forward(send))
-    logging.getLogger("orchestrator").setLevel(logging.DEBUG)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
 
 
-class _Forward(logging.Handler):
-    def __init__(self, send: Callable[[int, str, str, float], Any]) -> None:
-        super().__init__()
-        self.send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.send(record.levelno, record.name, self.format(record), record.created)
-        except Exception:
-            self.handleError(record)
+def _show_on_terminal() -> None:
+    for handler in _terminal:
+        for name in OURS:
+            logging.getLogger(name).addHandler(handler)
+        for name in THEIRS:
+            logger = logging.getLogger(name)
+            if handler not in logger.handlers:
+                logger.addHandler(handler)
+            if not logger.isEnabledFor(logging.INFO):
+                logger.setLevel(logging.INFO)

@@ -1,5 +1,6 @@
 """What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
 
+import logging
 import shutil
 import sys
 import time
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     pass
 
+
+log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
 
@@ -33,7 +36,8 @@ class LiveLine:
             print(text, file=self.stream, flush=True)
 
     def print(self, text: str = "") -> None:
-        """A line that stays."""
+        """A line that stays; the log has it, too."""
+        log.info("%s", text)
         if self._shown:
             self.stream.write("\r\x1b[2K")
             self._shown = False
@@ -63,7 +67,8 @@ class LiveBlock:
             print("\n".join(lines), file=self.stream, flush=True)
 
     def print(self, text: str = "") -> None:
-        """Lines that stay, above the others."""
+        """Lines that stay, above the others; the log has them, too."""
+        log.info("%s", text)
         self._clear()
         print(text, file=self.stream, flush=True)
 

@@ -58,7 +58,7 @@ def run(parser: Callable[[], Parser], main: Callable[[Parser, argparse.Namespace
         logs.set_up(args.verbose)
         return main(flags, args)
 
-    return run_job(start)
+    return run_job(start, logs.run_log)
 
 
 def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> None:

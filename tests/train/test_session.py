@@ -27,7 +27,7 @@ def begin(data, tmp_path, monkeypatch, **changes):
     ("changes", "words"),
     [
         ({"num_classes": 9}, "has label 9, but there are 9 classes"),
-        ({"input_size": 80}, "above the 72 pixels"),
+        ({"input_size": 80}, "larger than the 72 pixels"),
         ({"global_batch_size": 2000}, "more than the 1437 training images"),
         ({"width": 0.3}, "width = 0.3"),
         ({"workers": 3, "global_batch_size": 63}, "workers = 3: layout columns needs a multiple of 2"),

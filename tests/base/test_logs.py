@@ -1,0 +1,129 @@
+"""A run's log, and a calm terminal."""
+
+import logging
+import sys
+
+import pytest
+
+from orchestrator.base import logs
+from orchestrator.base.exits import JobError, run_job
+from orchestrator.base.storage import StoragePath
+
+log = logging.getLogger("orchestrator.somewhere")
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    root = logging.getLogger()
+    level = root.level
+    yield
+    logs.close_run_log()
+    logs.set_up(verbose=False)
+    root.setLevel(level)
+
+
+def lines(path):
+    return [line.split(" ", 2)[1:] for line in path.read_text().splitlines()]
+
+
+def test_lines_since_the_start_of_the_command_and_of_libraries_are_in_the_log_and_not_on_the_terminal(tmp_path, capfd):
+    logs.set_up(verbose=False)
+    log.debug("early")
+    logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    logging.getLogger("mlflow.store").debug("theirs")
+    log.warning("late")
+    logs.record(1, logging.INFO, "ray.train", "a worker's", 0.0)
+    logs.record(0, logging.INFO, "ray.train", "a trial's", 0.0, trial=3)
+    logs.close_run_log()
+    log.warning("after the end")
+    assert lines(tmp_path / "run.log") == [
+        ["DEBUG", "driver orchestrator.somewhere: early"],
+        ["DEBUG", "driver mlflow.store: theirs"],
+        ["WARNING", "driver orchestrator.somewhere: late"],
+        ["INFO", "rank 1 ray.train: a worker's"],
+        ["INFO", "trial 3 rank 0 ray.train: a trial's"],
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_resumed_run_appends_and_other_libraries_debug_lines_stay_out(tmp_path):
+    for text in ("first", "second"):
+        logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+        logging.getLogger("numba.core.byteflow").debug("thousands of these")
+        log.info(text)
+        logs.close_run_log()
+    assert [line[1].rpartition(" ")[2] for line in lines(tmp_path / "run.log")] == ["first", "second"]
+
+
+def test_verbose_shows_lines_on_standard_error(capsys):
+    logs.set_up(verbose=True)
+    log.debug("shown")
+    logs.set_up(verbose=False)
+    log.debug("not shown")
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.rstrip().endswith("orchestrator.somewhere: shown")) == ("", 1, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["postgresql://user:hunter2@host/db", "token hunter2 was refused", "http://hunter2@host: no"]
+)
+def test_passwords_and_tokens_do_not_get_into_the_log(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
+    logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    log.info("%s", text)
+    logs.close_run_log()
+    assert "hunter2" not in (tmp_path / "run.log").read_text()
+    assert "***" in (tmp_path / "run.log").read_text()
+
+
+def test_a_log_in_object_storage_is_there_at_the_end_and_goes_on_at_the_next_start(s3):
+    place = s3[0] / "run.log"
+    for text in ("first", "second"):
+        logs.open_run_log(place)
+        log.info(text)
+        logs.close_run_log()
+    assert [line.rpartition(" ")[2] for line in place.read().decode().splitlines()] == ["first", "second"]
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path, capfd):
+    logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    logs._open[0].stream.close()
+    log.info("lost")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [JobError("no room"), ZeroDivisionError("division by zero")])
+def test_the_one_line_of_a_failed_job_names_the_log_that_has_the_traceback(tmp_path, capsys, error):
+    def job():
+        logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+        try:
+            raise error
+        except Exception:
+            log.info("the run failed", exc_info=True)
+            raise
+        finally:
+            logs.close_run_log()
+
+    assert run_job(job, logs.run_log) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith(f"(log: {tmp_path / 'run.log'})\n")
+    assert "Traceback" in (tmp_path / "run.log").read_text()
+
+
+def test_a_worker_s_lines_are_handed_on_whatever_becomes_of_them(capfd):
+    def broken(*line):
+        raise OSError("gone")
+
+    sent = []
+    root = logging.getLogger()
+    for send in (broken, lambda *line: sent.append(line)):
+        logs.forward(send)
+        try:
+            sys.exit("why")
+        except SystemExit:
+            log.error("failed", exc_info=True)
+    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler, logs._Forward)]
+    assert [(level, name) for level, name, _, _ in sent] == [(logging.ERROR, "orchestrator.somewhere")]
+    assert sent[0][2].startswith("failed\nTraceback")
+    assert capfd.readouterr() == ("", "")
