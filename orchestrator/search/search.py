@@ -37,7 +37,7 @@ from orchestrator.search.mlflow_runs import MLFLOW_PAUSE_S, MLFLOW_STATUS
 from orchestrator.search.plots import all_pictures
 from orchestrator.search.retention import Retention
 from orchestrator.search.view import SearchView
-from orchestrator.tracking.run import PATIENCE_S, Run
+from orchestrator.tracking.run import FINISH_TIMEOUT_S, HURRIED_TIMEOUT_S, Run
 from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.run_folder import KEPT
@@ -333,7 +333,7 @@ class Search:
         settings = self.config.settings() | {f"space.{d.name}": str(d) for d in self.config.space.dimensions}
         settings |= {f"train.{name}": value for name, value in self.config.train.model_dump().items()}
         known = self.journal.parent_run_id
-        self.parent.patience_s = PATIENCE_S[False]
+        self.parent.patience_s = FINISH_TIMEOUT_S
         self.parent.begin(self.folder.name, "jobs/tune.py", settings, run_id=known, look_for=self.resume)
         if self.parent.run_id != known:
             self.journal.write(SearchBegun(run_id=self.parent.run_id))
@@ -404,7 +404,7 @@ class Search:
                 run = self._run_of(record)
             if run is not None:
                 self._finish(run, "KILLED", "the search was stopped before the trial's end; it can go on", hurry=True)
-        deadline = time.monotonic() + PATIENCE_S[status != "FINISHED"]
+        deadline = time.monotonic() + (FINISH_TIMEOUT_S if status == "FINISHED" else HURRIED_TIMEOUT_S)
         for end in self._endings:
             end.join(max(0.0, deadline - time.monotonic()))
 

@@ -1,7 +1,6 @@
 """One MLflow run, written by the driver alone."""
 
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 from orchestrator.base.environment import job_id
 from orchestrator.base.exits import JobError
-from orchestrator.tracking.store import Store, T, redact
+from orchestrator.tracking.sender import Sender
+from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient, redact
 
 JOB = "ray.job_id"  # the tag by which a run's log is found: ray job logs ID
-RETRY_S = 2.0
-PATIENCE_S = {False: 180.0, True: 30.0}  # with a server at a run's end, in a hurry or not; `ray job stop` waits 90 s
-Metrics = dict[str, float]
+FINISH_TIMEOUT_S = 180.0  # with a server at a run's end
+HURRIED_TIMEOUT_S = 30.0  # where the process is to end soon: `ray job stop` waits 90 s
 
 
 class Run:
@@ -25,11 +24,8 @@ class Run:
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
-        self.patience_s, self._is_given_up = 0.0, False
-        self._unsent: list[tuple[Metrics, int, int]] = []  # (metrics, step, time in ms)
-        self._to_complete: tuple[list[dict[str, Any]], str] | None = None
-        self._lock, self._news, self._closing = threading.Lock(), threading.Event(), False
-        self._sender: threading.Thread | None = None
+        self.patience_s, self.is_given_up = 0.0, False
+        self.sender = Sender(store, lambda: self.run_id, lambda text: self.warn(text))
 
     def begin(
         self,
@@ -45,7 +41,7 @@ class Run:
 
         look_for: there may be one of this name and parent whose id was not written down before a crash.
         """
-        return self._patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
+        return self.patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
 
     def _begin(
         self, name: str, script: str, params: dict[str, Any], run_id: str | None, parent: str | None, look_for: bool
@@ -80,81 +76,28 @@ class Run:
         return True
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Metrics at an update. They are sent by a thread, again and again until the server takes them: neither
-        training nor a signal waits for a server."""
-        import mlflow
-
-        with self._lock:
-            self._unsent.append((metrics, step, mlflow.utils.time.get_current_time_millis()))
-        self._wake()
+        """Metrics at an update, to be sent in the background."""
+        self.sender.add(metrics, step)
 
     def log_epoch(self, metrics: dict[str, Any], more: Metrics | None = None) -> None:
         """An entry of a history: its `step` is the update that it was taken at."""
-        values = {name: value for name, value in metrics.items() if name != "step"}
-        self.log(values | (more or {}), step=metrics["step"])
+        self.sender.add_epoch(metrics, more)
 
     def complete(self, history: list[dict[str, Any]], metric: str) -> None:
         """Log those entries of a history at whose update the metric was not logged: a crash may have lost them."""
-        self._to_complete = list(history), metric
-        self._wake()
+        self.sender.complete(history, metric)
 
-    def _wake(self) -> None:
-        self._news.set()
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
-            self._sender.start()
-
-    def _send(self) -> None:
-        said = False
-        while not (self._closing and not self._unsent and self._to_complete is None):
-            self._news.wait()
-            self._news.clear()
-            while self._unsent or self._to_complete is not None:
-                try:
-                    self._send_some()
-                except Exception as error:  # training is worth more than its log
-                    if not said:
-                        self.warn(f"MLflow does not take metrics, they are kept: {self.store.reason(error)}")
-                    said = True
-                    time.sleep(RETRY_S)
-                    continue
-                said = False
-
-    def _send_some(self) -> None:
-        import mlflow
-
-        if self._to_complete is not None:
-            history, metric = self._to_complete
-            there = {point.step for point in self.client.get_metric_history(self.run_id, metric)}
-            self._to_complete = None
-            with self._lock:
-                waiting = {step for _, step, _ in self._unsent}
-            for metrics in history:
-                if metrics["step"] not in there | waiting:
-                    self.log_epoch(metrics)
-        with self._lock:
-            batch = self._unsent[:200]  # five metrics each, and 1000 are the API's limit
-        values = [
-            mlflow.entities.Metric(key, value, when, at)
-            for metrics, at, when in batch
-            for key, value in metrics.items()
-        ]
-        for first in range(0, len(values), 1000):
-            self.client.log_batch(self.run_id, metrics=values[first : first + 1000])
-        with self._lock:
-            del self._unsent[: len(batch)]
-
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         """Again while the server is away, for so long as its own restart may take. Raises the last error."""
         deadline, said = time.monotonic() + self.patience_s, False
         while True:
             try:
                 return call()
             except Exception as error:
-                if not _is_transient(error):
+                if not is_transient(error):
                     raise
                 if time.monotonic() >= deadline:
-                    self.patience_s, self._is_given_up = 0.0, True
+                    self.patience_s, self.is_given_up = 0.0, True
                     raise
                 if not said:
                     self.warn(f"MLflow does not answer, it is tried again: {self.store.reason(error)}")
@@ -164,14 +107,14 @@ class Run:
     def log_picture(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""
         try:
-            self._patiently(lambda: self.client.log_figure(self.run_id, figure, name))
+            self.patiently(lambda: self.client.log_figure(self.run_id, figure, name))
         except Exception as error:
             self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
     def log_text(self, text: str, name: str) -> None:
         """A small file as an artifact."""
         try:
-            self._patiently(lambda: self.client.log_text(self.run_id, text, name))
+            self.patiently(lambda: self.client.log_text(self.run_id, text, name))
         except Exception as error:
             self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
 
@@ -182,7 +125,7 @@ class Run:
     def tag(self, **tags: str) -> None:
         try:
             for key, value in tags.items():
-                self.client.set_tag(self.run_id, key, value[:5000])
+                self.patiently(lambda key=key, value=value: self.client.set_tag(self.run_id, key, value[:5000]))  # type: ignore[misc]
         except Exception as error:
             self.warn(f"tags did not reach MLflow: {self.store.reason(error)}")
 
@@ -193,14 +136,9 @@ class Run:
         """
         if not self.run_id:
             return
-        hurry = self._is_given_up or (status != "FINISHED" if hurry is None else hurry)
-        deadline = time.monotonic() + PATIENCE_S[hurry]
-        self._closing = True
-        self._news.set()
-        if self._sender is not None:
-            self._sender.join(max(0.0, deadline - time.monotonic()))
-        if self._unsent or self._to_complete is not None:
-            self.warn(f"{len(self._unsent)} set(s) of metrics did not reach MLflow; they are in the run's folder")
+        hurry = self.is_given_up or (status != "FINISHED" if hurry is None else hurry)
+        deadline = time.monotonic() + (HURRIED_TIMEOUT_S if hurry else FINISH_TIMEOUT_S)
+        self.sender.close(deadline - time.monotonic())
         while True:
             try:
                 if error:
@@ -208,7 +146,7 @@ class Run:
                 self.client.set_terminated(self.run_id, status)
                 return
             except Exception as trouble:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or is_refusal(trouble):
                     self.warn(f"MLflow run {self.run_id} could not be marked {status}: {self.store.reason(trouble)}")
                     return
                 time.sleep(RETRY_S)
@@ -234,19 +172,6 @@ def round_trip(uri: str) -> float:
     if metric != [1.5] or files != ["doctor.txt"]:
         raise JobError(f"{redact(uri)}: what was written reads as {metric} and {files}")
     return time.monotonic() - start
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether this may be a server that is starting again, and not its answer."""
-    import mlflow
-    import requests
-
-    if isinstance(error, mlflow.exceptions.MlflowException):
-        status = int(error.get_http_status_code())
-        return status >= 500 or status == 429
-    if isinstance(error, requests.HTTPError):
-        return error.response is None or error.response.status_code >= 500
-    return isinstance(error, (requests.RequestException, ConnectionError, TimeoutError))
 
 
 def _git_commit() -> str | None:

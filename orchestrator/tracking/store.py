@@ -22,6 +22,9 @@ MLFLOW_ENV = {
 # of one call to a server; MLflow's own seven tries take four minutes, in which nothing else would happen
 ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+RETRY_S = 2.0
+REFUSALS = (400, 404, 409, 410, 413, 422)  # statuses
+Metrics = dict[str, float]
 T = TypeVar("T")
 
 
@@ -122,6 +125,30 @@ def _artifacts(uri: str, experiment: str) -> str | None:
         return None
     database = Path(uri.removeprefix("sqlite:///"))
     return (database.absolute().parent / "mlartifacts" / experiment).as_uri()
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether this may be a server that is starting again, and not its answer."""
+    import mlflow
+    import requests
+
+    if isinstance(error, mlflow.exceptions.MlflowException):
+        status = int(error.get_http_status_code())
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, requests.HTTPError):
+        return error.response is None or error.response.status_code >= 500
+    return isinstance(error, (requests.RequestException, ConnectionError, TimeoutError))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it is a server's answer that will not change: a deleted run, a value that it does not take. Not a refused
+    password: that may be put right while a job runs."""
+    import mlflow
+    import requests
+
+    if isinstance(error, mlflow.exceptions.MlflowException):
+        return int(error.get_http_status_code()) in REFUSALS
+    return isinstance(error, requests.HTTPError) and getattr(error.response, "status_code", 0) in REFUSALS
 
 
 @contextlib.contextmanager

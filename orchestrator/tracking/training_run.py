@@ -11,17 +11,17 @@ from typing import Any
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
-from orchestrator.tracking.run import PATIENCE_S, Run
+from orchestrator.tracking.run import FINISH_TIMEOUT_S, Run
 from orchestrator.tracking.store import Store
 
 
-class Tracker(Run):
+class Tracker:
     """The MLflow run of a training run."""
 
     def __init__(self, uri: str) -> None:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        super().__init__(Store(uri))
-        self.patience_s = PATIENCE_S[False]
+        self.run = Run(Store(uri))
+        self.run.patience_s = FINISH_TIMEOUT_S
         self._monitor: Any = None
 
     def start(
@@ -38,18 +38,21 @@ class Tracker(Run):
 
         From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
         """
-        self.warn = warn
-        if self.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
-            self._log_dataset(manifest, data)
+        run, run.warn = self.run, warn
+        if run.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
+            try:
+                run.patiently(lambda: self._log_dataset(manifest, data))
+            except Exception as error:  # the run's folder has it, too
+                warn(f"the dataset did not reach MLflow: {run.store.reason(error)}")
         else:
-            self.client.set_tag(self.run_id, "resumed.epochs", str(config.epochs))
-        patience, self.patience_s = self.patience_s, 0.0  # the workers are at work already
-        self.log_text(config.to_yaml(), "config.yaml")
-        self.log_text(manifest.model_dump_json(indent=1), "manifest.json")
-        self.patience_s, self._is_given_up = patience, False
+            run.tag(**{"resumed.epochs": str(config.epochs)})
+        patience, run.patience_s = run.patience_s, 0.0  # the workers are at work already
+        run.log_text(config.to_yaml(), "config.yaml")
+        run.log_text(manifest.model_dump_json(indent=1), "manifest.json")
+        run.patience_s, run.is_given_up = patience, False
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=bool(run_id))
+        self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=bool(run_id))
         self._monitor.start()
 
     def log_model(
@@ -76,7 +79,7 @@ class Tracker(Run):
             described.write_text(json.dumps(description, indent=1))
 
             def log() -> None:
-                with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+                with mlflow.start_run(run_id=self.run.run_id, log_system_metrics=False):
                     mlflow.pyfunc.log_model(
                         name="model",
                         python_model=str(here / "served_model.py"),
@@ -87,15 +90,16 @@ class Tracker(Run):
                     )
 
             try:
-                self._patiently(log)
+                self.run.patiently(log)
             except Exception as error:
-                self.warn(f"the model did not reach MLflow; its weights are in {weights}: {self.store.reason(error)}")
+                run = self.run
+                run.warn(f"the model did not reach MLflow; its weights are in {weights}: {run.store.reason(error)}")
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         if self._monitor is not None:
             with contextlib.suppress(Exception):  # the run's status is worth more
                 self._monitor.finish()
-        super().finish(status, error, hurry=hurry)
+        self.run.finish(status, error, hurry=hurry)
 
     def _log_dataset(self, manifest: Manifest, data: StoragePath) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
@@ -128,4 +132,4 @@ class Tracker(Run):
         dataset = MetaDataset(Folder(), name=manifest.source, digest=manifest.digest)
         entity = dataset._to_mlflow_entity()
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
-        self.client.log_inputs(self.run_id, inputs)
+        self.run.client.log_inputs(self.run.run_id, inputs)

@@ -144,14 +144,14 @@ class Session:
             run_id=self.result.get("mlflow_run_id"),
             warn=lambda text: self.view.event(Warned(text=text)),
         )
-        log.info("MLflow run %s at %s", self.tracker.run_id, redact(self.tracker.store.uri))
+        log.info("MLflow run %s at %s", self.tracker.run.run_id, redact(self.tracker.run.store.uri))
         self.result |= {
             "name": self.run.name,
             "status": "RUNNING",
             "recipe": self.recipe or self.result.get("recipe"),
             "config": self.config.model_dump(),
-            "mlflow_run_id": self.tracker.run_id,
-            "mlflow_tracking_uri": redact(self.tracker.store.uri),
+            "mlflow_run_id": self.tracker.run.run_id,
+            "mlflow_tracking_uri": redact(self.tracker.run.store.uri),
         }
         self.run.write_result(self.result)
         return training
@@ -166,10 +166,10 @@ class Session:
             case Started():
                 self._on_start(event)
             case Step() if event.log:
-                self.tracker.log({"train/step_loss": event.loss}, step=event.total_step)
+                self.tracker.run.log({"train/step_loss": event.loss}, step=event.total_step)
             case EpochEnded():
                 log.info("epoch %d of %d: %s", event.metrics["epoch"], event.epochs, event.metrics)
-                self.tracker.log_epoch(event.metrics, {} if usd is None else {"cost/usd": usd})
+                self.tracker.run.log_epoch(event.metrics, {} if usd is None else {"cost/usd": usd})
                 self._keep(event.history)
             case Stopped():
                 where = f"{event.epoch} epochs and {event.step} steps"
@@ -200,7 +200,7 @@ class Session:
         if event.history:  # the checkpoint may be ahead of what a killed driver had written, or sent
             self._keep(event.history)
             if self.resume and first:
-                self.tracker.complete(list(event.history), "val/loss")
+                self.tracker.run.complete(list(event.history), "val/loss")
         if self.resume and first:
             self.run.change(self.config)  # now that it is known to train
         self.under_way = True
@@ -227,7 +227,7 @@ class Session:
             return
         figure = pictures.learning_curves(history, self.run.name)
         self.run.write_picture("learning_curves.png", figure, dpi=120)
-        self.tracker.log_picture(figure, "learning_curves.png")
+        self.tracker.run.log_picture(figure, "learning_curves.png")
         config, manifest = self.config, self.data.manifest
         num_classes = self.data.num_classes(config)
         build = {
@@ -251,7 +251,7 @@ class Session:
             mean_image = Path(temporary, manifest.mean_image_file)
             mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
             self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
-        self.tracker.tag(**{"model.epoch": str(epoch)})
+        self.tracker.run.tag(**{"model.epoch": str(epoch)})
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
@@ -280,7 +280,7 @@ class Session:
             ("checkpoint", result["checkpoint"]),
             ("result", str(self.run.path / RESULT)),
             ("MLflow run", result["mlflow_run_id"]),
-            ("open the UI", ui_command(self.tracker.store.uri)),
+            ("open the UI", ui_command(self.tracker.run.store.uri)),
         ]
         self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
         sys.stdout.flush()

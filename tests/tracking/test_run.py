@@ -73,13 +73,13 @@ def test_what_a_crash_did_not_send_is_sent_when_the_run_goes_on(uri, digit_shard
     tracker = Tracker(uri)
     tracker.start("hole", digits(), digit_shards[1], StoragePath.of(digit_shards[0]))
     history = [{"epoch": epoch, "step": 10 * epoch, "val/loss": 1 / epoch} for epoch in (1, 2, 3)]
-    tracker.log_epoch(history[0])
+    tracker.run.log_epoch(history[0])
     tracker.finish("KILLED")
     again = Tracker(uri)
-    again.start("hole", digits(), digit_shards[1], StoragePath.of(digit_shards[0]), run_id=tracker.run_id)
-    again.complete(history, "val/loss")
+    again.start("hole", digits(), digit_shards[1], StoragePath.of(digit_shards[0]), run_id=tracker.run.run_id)
+    again.run.complete(history, "val/loss")
     again.finish("FINISHED")
-    found = again.client.get_metric_history(tracker.run_id, "val/loss")
+    found = again.run.client.get_metric_history(tracker.run.run_id, "val/loss")
     assert [(point.step, point.value) for point in found] == [(10, 1.0), (20, 0.5), (30, 1 / 3)]
 
 
@@ -87,18 +87,18 @@ def test_what_a_crash_did_not_send_is_sent_when_the_run_goes_on(uri, digit_shard
 def test_a_server_that_fails_for_a_while_costs_no_metric_and_no_training(uri, digit_shards, monkeypatch):
     tracker, said = Tracker(uri), []
     tracker.start("flaky", digits(), digit_shards[1], StoragePath.of(digit_shards[0]), warn=said.append)
-    working = tracker.client.log_batch
+    working = tracker.run.client.log_batch
 
     def down(*args, **kwargs):
         raise mlflow.exceptions.MlflowException("503 Service Unavailable")
 
-    monkeypatch.setattr(tracker.client, "log_batch", down)
-    tracker.log({"train/loss": 3.0}, step=1)
-    tracker.log({"train/loss": 2.0}, step=2)
-    monkeypatch.setattr(tracker.client, "log_batch", working)
-    tracker.log({"train/loss": 1.0}, step=3)
+    monkeypatch.setattr(tracker.run.client, "log_batch", down)
+    tracker.run.log({"train/loss": 3.0}, step=1)
+    tracker.run.log({"train/loss": 2.0}, step=2)
+    monkeypatch.setattr(tracker.run.client, "log_batch", working)
+    tracker.run.log({"train/loss": 1.0}, step=3)
     tracker.finish("FINISHED")
-    history = mlflow.MlflowClient(uri).get_metric_history(tracker.run_id, "train/loss")
+    history = mlflow.MlflowClient(uri).get_metric_history(tracker.run.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert len(said) == 1
     assert "503" in said[0]
@@ -133,19 +133,19 @@ def test_a_server_that_is_away_is_waited_for_and_one_that_answers_is_taken_at_it
         return "done"
 
     if succeeds:
-        assert run._patiently(call) == "done"
+        assert run.patiently(call) == "done"
         assert len(said) == 1
         assert "is tried again" in said[0]
     else:
         with pytest.raises(type(errors[0])):
-            run._patiently(call)
+            run.patiently(call)
         assert (left, said) == ([None], [])
 
 
 def test_a_deleted_experiment_is_said_before_anything_starts(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
     tracker = Tracker(uri)
-    tracker.client.delete_experiment(tracker.store.experiment_id)
+    tracker.run.client.delete_experiment(tracker.run.store.experiment_id)
     with pytest.raises(ValueError, match="'gone' was deleted: restore it"):
         Tracker(uri)
 
@@ -155,22 +155,22 @@ def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri
     folder, manifest = digit_shards
     tracker = Tracker(uri)
     tracker.start("one", digits(), manifest, StoragePath.of(folder))
-    tracker.log({"train/loss": 2.5}, step=1)
+    tracker.run.log({"train/loss": 2.5}, step=1)
     tracker.finish("KILLED", "stopped by SIGTERM")
     client = mlflow.MlflowClient(uri)
-    run = client.get_run(tracker.run_id)
+    run = client.get_run(tracker.run.run_id)
     assert run.info.status == "KILLED"
     assert run.data.tags["error"] == "stopped by SIGTERM"
     assert run.data.params == {name: str(value) for name, value in digits().model_dump().items()}
     assert run.inputs.dataset_inputs[0].dataset.digest == manifest.digest
-    assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run_id)}
+    assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run.run_id)}
 
     again = Tracker(uri)
-    again.start("one", digits(), manifest, StoragePath.of(folder), run_id=tracker.run_id)
-    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    again.start("one", digits(), manifest, StoragePath.of(folder), run_id=tracker.run.run_id)
+    assert client.get_run(tracker.run.run_id).info.status == "RUNNING"
     again.finish("FINISHED")
-    assert again.run_id == tracker.run_id
-    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert again.run.run_id == tracker.run.run_id
+    assert client.get_run(tracker.run.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.ray
@@ -194,7 +194,7 @@ def test_the_logged_model_predicts_what_the_net_predicts(uri, digit_shards, tmp_
 
     rows = pq.read_table(folder / manifest.split("val")[0].file).slice(0, 6).to_pylist()
     stored = np.array([images.decode(row["image"]) for row in rows])
-    model = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
+    model = mlflow.pyfunc.load_model(f"runs:/{tracker.run.run_id}/model")
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, 72, 72, 3)
     mean = np.load(folder / manifest.mean_image_file)
     x = torch.from_numpy((stored - mean)[:, 4:68, 4:68] / 64).permute(0, 3, 1, 2).float()
