@@ -142,8 +142,9 @@ class StoragePath:
         if self.local is not None:
             partial = self.local.with_name(f".{self.local.name}.{secrets.token_hex(4)}{PARTIAL}")
             partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            os.replace(partial, self.local)
+            with _named(self), _removed_if_it_fails(partial):
+                partial.write_bytes(data)
+                os.replace(partial, self.local)
             return
 
         def whole() -> None:
@@ -171,11 +172,14 @@ class StoragePath:
             partial = target.local.with_suffix(PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)
             partial.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.local, partial, copy_function=_link)
-            os.replace(partial, target.local)
+            with _named(target), _removed_if_it_fails(partial):
+                shutil.copytree(self.local, partial, copy_function=_link)
+                os.replace(partial, target.local)
             return
         for name in sorted(self.files(), key=lambda name: name == last):
-            (target / name).write((self / name).read())
+            (fs, source), (_, path) = (self / name).opened(), (target / name).opened()
+            # within the storage: no byte travels here and back
+            self.with_retries(functools.partial(fs.copy_file, source, path), "copied")
 
     @contextlib.contextmanager
     def as_local_dir(self) -> Iterator[Path]:
@@ -296,6 +300,30 @@ def _walk(root: Path) -> Iterator[str]:
         below = os.path.relpath(parent, root)
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from (name if below == "." else f"{below}/{name}" for name in (*names, *links))
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _named(place: StoragePath) -> Iterator[None]:
+    """An OSError within is about this place, whatever file it stumbled over."""
+    try:
+        yield
+    except shutil.Error as error:  # one for all files of a folder
+        raise OSError(None, last_line(error), str(place)) from error
+    except OSError as error:
+        error.filename, error.filename2 = str(place), None
+        raise
 
 
 def _link(source: str, target: str) -> None:

@@ -1,0 +1,60 @@
+"""Writing and copying: whole or not at all, and named where it fails."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orchestrator.base.storage import StoragePath
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def no_space(*args, **kwargs):
+        if isinstance(args[0], Path):
+            args[0].touch()  # a part of it is there
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    monkeypatch.setattr(os, "link", no_space)
+    monkeypatch.setattr(shutil, "copy2", no_space)
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else_and_names_the_file(tmp_path, request):
+    place = StoragePath.of(tmp_path / "result.json")
+    place.write(b"old")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match=f"No space left on device: '{place}'"):
+        place.write(b"new")
+    assert place.read() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_copy_of_a_folder_that_fails_leaves_nothing_and_names_the_folder(tmp_path, request):
+    source, target = StoragePath.of(tmp_path / "one"), StoragePath.of(tmp_path / "two")
+    (source / "a.txt").write(b"a")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        source.copy_folder(target, last="a.txt")
+    assert failed.value.filename == str(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_write_that_cannot_begin_leaves_nothing_and_names_the_file(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match=f"'{tmp_path / 'taken'}'"):
+        StoragePath.of(tmp_path / "taken").write(b"new")  # a folder is in its place
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_objects_are_copied_within_the_storage(s3, monkeypatch):
+    source, target = s3[0] / "one", s3[0] / "two"
+    (source / "below" / "a.bin").write(b"a" * 1000)
+    (source / "b.json").write(b"{}")
+    monkeypatch.setattr(StoragePath, "read", lambda place: pytest.fail("read here"))
+    source.copy_folder(target, last="b.json")
+    monkeypatch.undo()
+    assert target.files() == ["b.json", "below/a.bin"]
+    assert (target / "below" / "a.bin").read() == b"a" * 1000
