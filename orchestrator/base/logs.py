@@ -173,9 +173,10 @@ def run_log() -> StoragePath | None:
 
 
 def record(rank: int, level: int, name: str, text: str, at: float, trial: int | None = None) -> None:
-    """A line of a worker into the run's log."""
+    """A line of another process into the run's log: of a worker, or of a trial's driver (rank below 0)."""
     made = logging.LogRecord(name, level, "", 0, text, None, None)
-    made.created, made.rank = at, f"rank {rank}" if trial is None else f"trial {trial} rank {rank}"
+    who = "driver" if rank < 0 else f"rank {rank}"
+    made.created, made.rank = at, who if trial is None else f"trial {trial} {who}"
     for handler in _open:
         handler.handle(made)
 

@@ -1,10 +1,13 @@
 """What a search would be, for --dry-run, and whether its trials can be trained."""
 
+import contextlib
+
 from alexnet.cost import estimate
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import table
 from orchestrator.cluster.layout_choice import worker_counts
-from orchestrator.cluster.placement import room_for
+from orchestrator.cluster.nodes import Node
+from orchestrator.cluster.placement import make_plan, room_for
 from orchestrator.data.dataset import Dataset
 from orchestrator.search.analysis import expected_epochs, rungs
 from orchestrator.search.config import SearchConfig
@@ -47,7 +50,7 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
 
 
 def check_all(config: SearchConfig, data: Dataset) -> None:
-    """Hold the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
+    """Check the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
     data.check(config.train)
     worker_counts(config.train)
     config.trial(config.paper_baseline)
@@ -56,3 +59,14 @@ def check_all(config: SearchConfig, data: Dataset) -> None:
             trial = config.trial(config.valid_values_with(dimension.name, value))
             data.check(trial)
             worker_counts(trial)
+
+
+def check_plans(config: SearchConfig, data: Dataset, nodes: list[Node], at_once: int) -> None:
+    """Raises JobError for trials that the cluster, as it is now, could never place."""
+    varied = [d for d in config.space.dimensions if d.name in ("layout", "spread")]
+    configs = [config.most_workers]
+    for dimension in varied:
+        configs = [each.changed(**{dimension.name: value}) for each in configs for value in dimension.values]
+    for each in configs:
+        with contextlib.suppress(ValueError):  # not a pair that a trial could have
+            make_plan(each, nodes, data.num_classes(each), at_once)

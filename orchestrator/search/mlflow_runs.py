@@ -1,4 +1,173 @@
-"""The MLflow runs of a search: a parent, and a child for each trial."""
+"""The MLflow runs of a search: a parent, and a child for each trial. A server that is away holds up no trial."""
 
-MLFLOW_PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.config.train import TrainConfig
+from orchestrator.search.config import SearchConfig
+from orchestrator.search.entries import RunBegun, SearchBegun
+from orchestrator.search.folder import BEST_YAML, SEARCH_YAML
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.tracking.run import FINISH_TIMEOUT_S, HURRIED_TIMEOUT_S, Run
+from orchestrator.tracking.store import Store
+
+PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each
 MLFLOW_STATUS = {"FINISHED": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}  # of a trial, in MLflow's words
+SCRIPT = "jobs/tune.py"  # the runs' source
+
+
+class SearchRuns:
+    """Begins, feeds and ends them. The journal has their ids."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: SearchConfig,
+        journal: Journal,
+        name: str,
+        *,
+        resume: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        """name: of the search. resume: runs may be there whose ids a crash kept from the journal."""
+        self.store, self.config, self.journal, self.name, self.resume = store, config, journal, name, resume
+        self.warn = warn
+        self.parent = Run(store, warn)
+        self._children: dict[int, Run] = {}  # of trials that are under way
+        self._endings: list[threading.Thread] = []
+        self._retry_at = 0.0
+
+    def begin(self, config: SearchConfig) -> None:
+        """The parent, and the ends of children that a killed driver left open. config: as it is now resolved."""
+        self.config = config
+        settings = config.settings() | {f"space.{d.name}": str(d) for d in config.space.dimensions}
+        settings |= {f"train.{name}": value for name, value in config.train.model_dump().items()}
+        known = self.journal.parent_run_id
+        self.parent.patience_s = FINISH_TIMEOUT_S
+        self.parent.begin(self.name, SCRIPT, settings, run_id=known, look_for=self.resume)
+        if self.parent.run_id != known:
+            self.journal.write(SearchBegun(run_id=self.parent.run_id))
+        self.parent.log_text(config.to_yaml(), SEARCH_YAML)
+        for record in self.journal.trials.values():
+            if not record.ended:
+                continue
+            if not record.run_id:
+                self.begin_trial(record)
+                run = self._children.pop(record.number, None)
+            else:
+                run = self._run_of(record)
+                if run and not run.is_open:
+                    continue
+            if run:
+                run.complete(record.history, config.metric)
+                self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
+
+    def begin_trial(self, record: TrialRecord) -> None:
+        """The trial's run; where the server is away, it is tried again at later epochs, and at the end."""
+        if record.number in self._children:
+            return
+        run = self._children[record.number] = Run(self.store, self.warn)
+        try:
+            params = self.config.trial(record.values).model_dump()
+            run.begin(
+                f"{self.name}-{record.number:04d}", SCRIPT, params, run_id=record.run_id,
+                parent=self.parent.run_id, look_for=self.resume,
+            )  # fmt: skip
+            if run.run_id != record.run_id:
+                self.journal.write(RunBegun(number=record.number, run_id=run.run_id))
+            if record.history:
+                run.complete(record.history, self.config.metric)
+        except Exception as error:
+            self.warn(f"MLflow takes no run for trial {record.number} yet: {self.store.reason(error)}")
+            self._children.pop(record.number)
+            self._retry_at = time.monotonic() + PAUSE_S
+
+    def log_epoch(self, record: TrialRecord, metrics: dict[str, Any], usd: float | None) -> None:
+        """An epoch of a trial, and the best of all so far."""
+        if run := self._children.get(record.number):
+            run.log_epoch(metrics)
+        elif time.monotonic() > self._retry_at:
+            self.begin_trial(record)
+        ranked = self.journal.ranked(self.config.metric)
+        best = ranked[0].best(self.config.metric) if ranked else None
+        if best:
+            cost = {} if usd is None else {"cost/usd": usd}
+            values = {f"best/{self.config.metric.split('/')[1]}": best[self.config.metric]} | cost
+            self.parent.log(values, step=len(self.journal.results))
+
+    def tag_exploit(self, record: TrialRecord, donor: int) -> None:
+        """Say that a trial continues from another's weights."""
+        if run := self._children.get(record.number):
+            values = ", ".join(f"{name} {value}" for name, value in record.values.items())
+            run.tag(**{f"exploit.{len(self.journal.results):06d}": f"from trial {donor}: {values}"})
+
+    def end_trial(self, record: TrialRecord) -> None:
+        """Beside the trials' loop: the server may be away."""
+        if run := self._children.pop(record.number, None):
+            self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
+
+    def end(
+        self,
+        status: str,
+        error: str | None,
+        result: dict[str, Any],
+        pictures: dict[str, Any],
+        best: TrainConfig | None,
+    ) -> None:
+        """All runs, and what the search came to. status: FINISHED, FAILED or KILLED."""
+        self._end_children(status)
+        if status != "FINISHED":
+            self.parent.patience_s = 0.0
+        if self.parent.run_id:
+            self._log_outcome(result, pictures, best)
+            self.parent.finish(status, error)
+
+    def _run_of(self, record: TrialRecord) -> Run | None:
+        """A trial's run, if it has one that is still there."""
+        try:
+            if not record.run_id or not self.store.exists(record.run_id):
+                return None
+        except Exception as error:  # whatever a server answers that is away
+            self.warn(f"MLflow does not answer about trial {record.number}: {self.store.reason(error)}")
+            return None
+        run = Run(self.store, self.warn)
+        run.run_id = record.run_id
+        return run
+
+    def _end_children(self, status: str) -> None:
+        """The runs of trials that have not ended, side by side: the server may be away."""
+        for record in self.journal.trials.values():
+            if record.ended:
+                away = status != "FINISHED" or time.monotonic() < self._retry_at
+                if not record.run_id and self.parent.run_id and not away:  # the server was, when it began
+                    self.begin_trial(record)
+                    self.end_trial(record)
+                continue
+            run = self._children.pop(record.number, None)
+            if run is None and self.parent.run_id:
+                run = self._run_of(record)
+            if run is not None:
+                self._finish(run, "KILLED", "the search was stopped before the trial's end; it can resume", hurry=True)
+        deadline = time.monotonic() + (FINISH_TIMEOUT_S if status == "FINISHED" else HURRIED_TIMEOUT_S)
+        for end in self._endings:
+            end.join(max(0.0, deadline - time.monotonic()))
+
+    def _finish(self, run: Run, status: str, error: str | None, *, hurry: bool) -> None:
+        end = threading.Thread(target=run.finish, args=(status, error), kwargs={"hurry": hurry}, daemon=True)
+        end.start()
+        self._endings.append(end)
+
+    def _log_outcome(self, result: dict[str, Any], pictures: dict[str, Any], best: TrainConfig | None) -> None:
+        for name, figure in pictures.items():
+            self.parent.log_picture(figure, name)
+        if best is None:
+            return
+        self.parent.log_text(best.to_yaml(), BEST_YAML)
+        self.parent.tag(command=result.get("command", ""), best_trial=str(result["best"]),
+                        against_the_paper=str(result["against_the_paper"]))  # fmt: skip
+        for record in self.journal.trials.values():
+            is_best = record.number == result["best"]
+            if (is_best or self.resume) and (run := self._run_of(record)):  # another may have been, before
+                run.tag(best="true" if is_best else "false")

@@ -5,21 +5,43 @@ is most of a run's start-up.
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import tune
 
+from orchestrator.base import logs
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import make_config
 from orchestrator.data.shards import DamagedData
 from orchestrator.train.checkpoints import STATE, checkpoint_name
-from orchestrator.train.messages import EpochEnded, Event, PlacementGroupMade, Started, StartFrom, Step, Warned
+from orchestrator.train.messages import (
+    DRIVER,
+    EpochEnded,
+    Event,
+    Failed,
+    Logged,
+    Metrics,
+    PlacementGroupMade,
+    Started,
+    StartFrom,
+    Step,
+    TrialEvent,
+    TrialPayload,
+    TrialSettings,
+    TrialStarted,
+    Warned,
+)
 from orchestrator.train.run_folder import KEPT, RunFolder
 from orchestrator.train.training import Training, TrainingFailed
+
+log = logging.getLogger(__name__)
 
 SEARCH = "search"  # the mailbox's topic for what the trials tell the driver, and for its wish that they stop
 POLL_S = 0.5
@@ -36,9 +58,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     epochs of an earlier session are returned again, from the checkpoint: the journal knows them.
     """
 
-    def setup(self, config: dict[str, Any], **search: Any) -> None:
-        """config: of proposals.trial_config. search: what all trials share, of search.Search._tune."""
-        self.search, self._pool = search, None
+    def setup(self, config: dict[str, Any], payload: TrialPayload) -> None:
+        """config: of proposals.trial_config. payload: what all trials share."""
+        self.payload, self._pool = payload, None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -54,27 +76,26 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         while True:
-            if ray.get(self.search["mailbox"].is_stopping.remote(SEARCH)):
+            if ray.get(self.payload.mailbox.is_stopping.remote(SEARCH)):
                 self._end(save=True)
                 return {"interrupted": True, "done": True}
             try:
                 event = self._run.news.get(timeout=POLL_S)
             except queue.Empty:
                 continue
-            if event["kind"] == "epoch":
-                epoch = event["metrics"]["epoch"]
+            if isinstance(event, _Epoch):
+                epoch = event.metrics["epoch"]
                 done = epoch >= self._run.train.epochs
                 if done:  # the last checkpoint is being stored
                     self._run.thread.join(END_PATIENCE_S)
                     if failure := self._run.failure_to_end():
                         return failure
-                elif event["live"] and self.search["keep_every"] and epoch % self.search["keep_every"] == 0:
+                elif event.live and self.payload.keep_every and epoch % self.payload.keep_every == 0:
                     self._run.keep(epoch)
-                return dict(event["metrics"]) | {"done": done}
-            if event["kind"] == "failed":
-                return {"failed": event["text"], "done": True}
-            if event["kind"] == "broken":
-                raise event["error"]
+                return event.metrics | {"done": done}
+            if isinstance(event, Failed):
+                return {"failed": event.text, "done": True}
+            raise event.error
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing for Ray Tune to keep: Ray Train has stored it, and the trial finds it there."""
@@ -85,7 +106,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         pool, self._pool = self._pool, None
-        self._run = _Run(config, self.search, pool)
+        self._run = _Run(trial_settings(config), self.payload, pool)
 
     def _end(self, *, save: bool) -> None:
         """Raises RuntimeError where the workers do not come to an end; this process is then started anew."""
@@ -96,18 +117,34 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._pool, self._run.pool = self._run.pool, None
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch was trained, or is known from a checkpoint if it is not live."""
+
+    metrics: Metrics
+    live: bool
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """What Ray Tune should try again."""
+
+    error: BaseException
+
+
 class _Run:
     """The training run of one trial, followed in a thread."""
 
-    def __init__(self, config: dict[str, Any], search: dict[str, Any], pool: Any) -> None:
-        self.number, self.folder, self.start = config["number"], config["folder"], config["start"]
-        self.search, self.pool = search, pool
-        self.train = make_config(**search["train"] | config["values"])
-        self.news: queue.Queue[dict[str, Any]] = queue.Queue()
+    def __init__(self, settings: TrialSettings, payload: TrialPayload, pool: Any) -> None:
+        self.number, self.folder, self.start = settings.number, settings.folder, settings.start
+        self.payload, self.pool = payload, pool
+        self.train = make_config(**{**payload.train, **settings.values})
+        self.news: queue.Queue[_Epoch | Failed | _Broken] = queue.Queue()
+        logs.forward(self._log)
         self._cancelled, self._told, self._since, self._epoch = threading.Event(), 0.0, time.monotonic(), 0
         self._training: Training | None = None
         if pool is not None:
-            self._tell({"kind": "placement_group", "id": pool.placement_group_id})
+            self._tell(PlacementGroupMade(id=pool.placement_group_id))
         self.thread = threading.Thread(target=self._follow, name="trial", daemon=True)
         self.thread.start()
 
@@ -120,10 +157,10 @@ class _Run:
             )
         while not self.news.empty():
             event = self.news.get()
-            if event["kind"] == "failed":
-                return {"failed": event["text"], "done": True}
-            if event["kind"] == "broken":
-                raise event["error"]
+            if isinstance(event, Failed):
+                return {"failed": event.text, "done": True}
+            if isinstance(event, _Broken):
+                raise event.error
         return None
 
     def cancel(self, *, save: bool) -> None:
@@ -133,7 +170,7 @@ class _Run:
 
     def keep(self, epoch: int) -> None:
         """Set an epoch's checkpoint aside for trials that may want to go on from it."""
-        target = kept_checkpoint(StoragePath(self.search["output"]), self.folder, epoch)
+        target = kept_checkpoint(StoragePath(self.payload.output), self.folder, epoch)
         if (target / STATE).size() is not None:
             return
         deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
@@ -145,15 +182,14 @@ class _Run:
                 StoragePath(found).copy_folder(target, last=STATE)
 
     def _follow(self) -> None:
-        run = RunFolder(StoragePath(self.search["output"]), self.folder)
+        run = RunFolder(StoragePath(self.payload.output), self.folder)
         try:
             if not run.exists():
                 run.create(self.train)
             training = Training(
-                self.train, StoragePath(self.search["data"]), run, self.search["num_classes"],
-                num_concurrent=self.search["num_concurrent"], mailbox=self.search["mailbox"],
-                start=StartFrom(**self.start) if self.start else None,
-                pool=self.pool, keep_pool=True,
+                self.train, StoragePath(self.payload.data), run, self.payload.num_classes,
+                num_concurrent=self.payload.num_concurrent, mailbox=self.payload.mailbox,
+                start=self.start, pool=self.pool, keep_pool=True,
             )  # fmt: skip
             self._training, self.pool = training, None
             if self._cancelled.is_set():
@@ -163,34 +199,44 @@ class _Run:
             finally:
                 self.pool = training.pool
         except (TrainingFailed, DamagedData, ValueError) as error:
-            self.news.put({"kind": "failed", "text": str(error)})
+            self.news.put(Failed(text=str(error)))
         except BaseException as error:
-            self.news.put({"kind": "broken", "error": error})
+            log.info("trial %d", self.number, exc_info=True)
+            self.news.put(_Broken(error))
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Started):
             for metrics in event.history:
                 self._put(metrics, live=False)
             after_s = time.monotonic() - self._since
-            self._tell({"kind": "started", "after_s": after_s, "crashed": event.crashed, "epoch": event.epoch})
+            self._tell(TrialStarted(after_s=after_s, crashed=event.crashed, epoch=event.epoch))
         elif isinstance(event, EpochEnded):
             self._put(event.metrics, live=True)
         elif isinstance(event, Step):
             if time.monotonic() - self._told >= TELL_EVERY_S:
                 self._told = time.monotonic()
-                names = ("kind", "epoch", "step", "steps", "loss", "images_per_s")
-                self._tell({name: getattr(event, name) for name in names})
-        elif isinstance(event, PlacementGroupMade | Warned):
-            self._tell(vars(event))
+                self._tell(event)
+        elif isinstance(event, PlacementGroupMade | Warned | Logged):
+            self._tell(event)
 
     def _put(self, metrics: dict[str, Any], *, live: bool) -> None:
         """An epoch, once: a worker that was replaced tells what its checkpoint has."""
         if metrics["epoch"] == self._epoch + 1:
             self._epoch += 1
-            self.news.put({"kind": "epoch", "metrics": metrics, "live": live})
+            self.news.put(_Epoch(dict(metrics), live))
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        self.search["mailbox"].put.remote(SEARCH, event | {"number": self.number})
+    def _tell(self, event: TrialStarted | Step | Warned | PlacementGroupMade | Logged) -> None:
+        self.payload.mailbox.put.remote(SEARCH, TrialEvent(number=self.number, event=event))
+
+    def _log(self, level: int, name: str, text: str, at: float) -> None:
+        """A line of this process into the search's log."""
+        self._tell(Logged(rank=DRIVER, level=level, name=name, text=text, at=at))
+
+
+def trial_settings(config: Mapping[str, Any]) -> TrialSettings:
+    """From what Ray Tune was given, plain values (proposals.trial_config)."""
+    start = config["start"]
+    return TrialSettings(**{**config, "start": StartFrom(**start) if start else None})
 
 
 def kept_checkpoint(output: StoragePath, folder: str, epoch: int) -> StoragePath:

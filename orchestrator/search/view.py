@@ -7,6 +7,7 @@ from orchestrator.base.terminal import LiveBlock, columns, duration, percent
 from orchestrator.search.analysis import TOP, compare, epochs_used
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
+from orchestrator.train.messages import Step, TrialStarted, Warned
 
 TABLE_EVERY_S = 60.0  # in a log
 REDRAW_S = 1.0  # on a terminal
@@ -25,21 +26,20 @@ class SearchView:
     def say(self, text: str) -> None:
         self.block.print(text)
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, number: int, event: TrialStarted | Step | Warned) -> None:
         """Of a trial, while it runs."""
-        number = event["number"]
         if self.journal.trials[number].ended:
             return  # it came late
-        if event["kind"] == "started":
+        if isinstance(event, TrialStarted):
             self.running[number] = "running"
-            if event["crashed"]:
-                self.say(f"trial {number}: a worker was lost; going on after epoch {event['epoch']}")
-        elif event["kind"] == "step":
-            share = event["step"] / event["steps"]
-            text = f"epoch {event['epoch'] + 1} {100 * share:.0f} %, loss {event['loss']:.3f}"
-            self.running[number] = f"{text}, {event['images_per_s']:.0f} images/s"
-        elif event["kind"] == "warning":
-            self.say(f"trial {number}: warning: {event['text']}")
+            if event.crashed:
+                self.say(f"trial {number}: a worker was lost; resuming after epoch {event.epoch}")
+        elif isinstance(event, Step):
+            share = event.step / event.steps
+            text = f"epoch {event.epoch + 1} {100 * share:.0f} %, loss {event.loss:.3f}"
+            self.running[number] = f"{text}, {event.images_per_s:.0f} images/s"
+        else:
+            self.say(f"trial {number}: warning: {event.text}")
 
     def begun(self, record: TrialRecord) -> None:
         self.running[record.number] = "starting"
@@ -58,7 +58,7 @@ class SearchView:
     def exploited(self, record: TrialRecord, donor: int) -> None:
         assert record.start is not None
         where = f"trial {donor} after epoch {record.start['epoch']}"
-        self.say(f"trial {record.number} goes on from {where} ({self._values(record)})")
+        self.say(f"trial {record.number} continues from {where} ({self._values(record)})")
 
     def refresh(self) -> None:
         """Draw the table, if it is time."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import logging
 import os
 import sys
 import urllib.parse
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line
 
@@ -69,8 +69,7 @@ class Store:
             os.environ.setdefault(variable, setting)
         import mlflow
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logs.keep_off_terminal("mlflow", "alembic")
         self.uri = uri
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT

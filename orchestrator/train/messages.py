@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Metrics = dict[str, Any]
+DRIVER = -1  # the rank of a process that is no worker
 
 
 @dataclass(frozen=True, kw_only=True)

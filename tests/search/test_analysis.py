@@ -13,6 +13,7 @@ from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
 from orchestrator.search.plots import all_pictures
 from orchestrator.search.view import SearchView
+from orchestrator.train.messages import Step
 
 SPACE = {"lr": {"loguniform": [0.001, 0.1]}, "lrn_n": {"choice": [3, 5, 7]}, "weight_decay": {"uniform": [0.0, 0.1]}}
 
@@ -125,9 +126,11 @@ def test_the_table_names_every_trial_with_its_values_and_what_it_does(searched):
     view = SearchView(config, journal)
     journal.write(TrialProposed(number=30, values=config.space.draw(0, 30)))
     view.begun(journal.trials[30])
-    event = {"kind": "step", "number": 30, "epoch": 0, "step": 5, "steps": 20, "loss": 2.0, "images_per_s": 100.0}
-    view.event(event)
-    view.event(event | {"number": 1})  # which has ended: it came late
+    event = Step(
+        epoch=0, epochs=9, step=5, steps=20, total_step=5, loss=2.0, lr=0.01, images_per_s=100.0, log=False
+    )  # fmt: skip
+    view.event(30, event)
+    view.event(1, event)  # which has ended: it came late
     head, titles, first, *rest = view.lines()
     assert "30 of 30 trials done, 1 under way" in head
     assert titles.split() == ["trial", "lr", "lrn_n", "weight_decay", "epoch", "top1_error", "status"]

@@ -8,9 +8,10 @@ import pytest
 
 from orchestrator.base.exits import JobError
 from orchestrator.search import trial as module
-from orchestrator.search.trial import Trial, _Run
+from orchestrator.search.trial import Trial, _Broken, _Epoch, _Run
+from orchestrator.train.messages import Failed
 
-EPOCH = {"kind": "epoch", "metrics": {"epoch": 3, "val/loss": 0.5}, "live": True}
+EPOCH = _Epoch({"epoch": 3, "val/loss": 0.5}, live=True)
 
 
 def trial_after_its_last_epoch(monkeypatch, follow, *after):
@@ -23,24 +24,24 @@ def trial_after_its_last_epoch(monkeypatch, follow, *after):
     run.thread.start()
     trial = Trial.__new__(Trial)
     mailbox = SimpleNamespace(is_stopping=SimpleNamespace(remote=lambda topic: None))
-    trial._run, trial.search = run, {"mailbox": mailbox, "keep_every": None}
+    trial._run, trial.payload = run, SimpleNamespace(mailbox=mailbox, keep_every=None)
     return trial
 
 
 def test_a_trial_is_done_once_its_last_checkpoint_is_stored(monkeypatch):
     trial = trial_after_its_last_epoch(monkeypatch, lambda: None)
-    assert trial.step() == EPOCH["metrics"] | {"done": True}
+    assert trial.step() == EPOCH.metrics | {"done": True}
 
 
 def test_a_trial_whose_last_checkpoint_could_not_be_stored_is_not_done(monkeypatch):
     error = JobError("s3://bucket: access denied")
-    trial = trial_after_its_last_epoch(monkeypatch, lambda: None, {"kind": "broken", "error": error})
+    trial = trial_after_its_last_epoch(monkeypatch, lambda: None, _Broken(error))
     with pytest.raises(JobError, match="access denied"):
         trial.step()
 
 
 def test_a_trial_that_fails_for_good_after_its_last_epoch_is_failed(monkeypatch):
-    trial = trial_after_its_last_epoch(monkeypatch, lambda: None, {"kind": "failed", "text": "no space"})
+    trial = trial_after_its_last_epoch(monkeypatch, lambda: None, Failed(text="no space"))
     assert trial.step() == {"failed": "no space", "done": True}
 
 
