@@ -1,7 +1,7 @@
 """Builds validated settings from fields or YAML, with one-line errors."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -50,3 +50,11 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"{where}: expected lines of the form 'setting: value'")
     return fields
+
+
+def refuse_yes(value: Any, kind: Any) -> Any:
+    """The value of a field of this type; raises ValueError for True in the place of a number: YAML reads `yes` as True,
+    which pydantic would take for 1."""
+    if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+        raise ValueError("expected a number")
+    return value

@@ -1,12 +1,12 @@
 """The settings of a training run: one frozen, validated model, in groups. Flags, YAML and --help come from it."""
 
 import re
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from orchestrator.config.models import make_model
+from orchestrator.config.models import make_model, refuse_yes
 
 
 class NetSettings(BaseModel):
@@ -102,11 +102,7 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
     @field_validator("*", mode="before")
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` as True, which pydantic would take for 1."""
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
-            raise ValueError("expected a number")
-        return value
+        return refuse_yes(value, cls.model_fields[info.field_name or ""].annotation)
 
     @field_validator("workers")
     @classmethod

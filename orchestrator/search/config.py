@@ -5,10 +5,10 @@ import re
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from orchestrator.cluster.layout_choice import worker_counts
-from orchestrator.config.models import make_model
+from orchestrator.config.models import make_model, refuse_yes
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.search.space import Space, Values, make_space
 
@@ -49,6 +49,11 @@ class SearchSettings(BaseModel):
         "then the trials save, and the search ends with what it has",
     )
     search_seed: int = Field(0, ge=0, lt=2**40, description="of the configurations that are drawn")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_yes(value, cls.model_fields[info.field_name or ""].annotation)
 
     @model_validator(mode="after")
     def _time_is_a_time(self) -> Self:

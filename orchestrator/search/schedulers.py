@@ -14,6 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
+from orchestrator.search import ray_tune_internals  # noqa: F401 - first: it names what another Ray has otherwise
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.entries import EpochEnded, Exploited, Status, TrialEnded
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord

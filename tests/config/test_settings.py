@@ -159,3 +159,11 @@ def test_a_wrong_flag_is_one_line_and_status_2(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["num_samples", "grace_epochs", "max_concurrent", "search_seed"])
+def test_yes_is_not_taken_for_the_number_1_in_a_search(name):
+    from orchestrator.search.config import SearchSettings
+
+    with pytest.raises(ValueError, match="expected a number"):
+        SearchSettings(**{name: True})
