@@ -1,12 +1,10 @@
-"""What the environment says: the cluster that a job is one of, and where its output goes."""
+"""What the environment tells a job: its cluster, where its output goes, how commands are named."""
 
 import json
 import os
 import sys
 
-OUTPUT = (
-    "ALEXNET_OUTPUT"  # in the environment: where runs live unless --output says otherwise; a cluster's yaml sets it
-)
+OUTPUT = "ALEXNET_OUTPUT"  # where runs are stored by default (--output); a cluster's yaml sets it
 
 
 def default_output() -> str:

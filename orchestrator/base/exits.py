@@ -1,4 +1,4 @@
-"""How a job ends: 0 done, 1 failed while running, 2 asked for wrongly, 130 by Ctrl-C, 143 by SIGTERM."""
+"""How a job ends: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ FAILED, USAGE = 1, 2
 
 
 class JobError(RuntimeError):
-    """The job was asked for rightly and failed; the message is one line for the user."""
+    """A job with valid settings failed; the message is one line for the user."""
 
 
 class Interrupted(BaseException):
@@ -39,7 +39,7 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
-    except Exception as error:  # a bug, or a fault that nobody foresaw: one line for the user, the rest for a report
+    except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
         if place := log():
             print(f"error: {type(error).__name__}: {last_line(error)} (log: {place})", file=sys.stderr)
             return FAILED

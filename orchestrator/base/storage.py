@@ -1,7 +1,7 @@
 """Files and folders, on this machine or in object storage: s3://, gs:// and whatever else pyarrow or fsspec opens.
 
-A place is known by what the user wrote, and opened where it is used: it travels to other processes as a short text.
-Object storage is tried again when it fails, beside what its own client tries, and then named in one line.
+A path is known by what the user wrote and opened where it is used: it travels to other processes as a short text.
+What fails on object storage is retried, on top of its client's own retries, and then reported in one line.
 """
 
 import contextlib
@@ -183,7 +183,7 @@ class StoragePath:
 
     @contextlib.contextmanager
     def as_local_dir(self) -> Iterator[Path]:
-        """The folder on this machine's disk: itself, or a copy for the time being."""
+        """The folder on this machine's disk: itself, or a temporary copy."""
         if self.local is not None:
             yield self.local
             return
@@ -212,7 +212,7 @@ class StoragePath:
         return sorted(info.path.strip("/")[len(root) + 1 :] for info in infos if info.type == pa.fs.FileType.File)
 
     def free_bytes(self) -> int | None:
-        """Of the disk; None where there is no end to it."""
+        """Free bytes of the disk; None in object storage."""
         if self.local is None:
             return None
         folder = self.local
@@ -232,7 +232,7 @@ class StoragePath:
         return sorted(self.with_retries(listed, "listed"), key=lambda info: info.path)
 
     def opened(self) -> tuple[pa.fs.FileSystem, str]:
-        """The file system, and the path in it: for those who want pyarrow's own. Raises StorageError."""
+        """The pyarrow file system and the path in it. Raises StorageError."""
         return self.with_retries(self._opened, "reached")
 
     def _opened(self) -> tuple[pa.fs.FileSystem, str]:
@@ -247,7 +247,7 @@ class StoragePath:
         return fs, "/" + path if scheme in ROOTED else path
 
     def with_retries(self, action: Callable[[], T], done: str) -> T:
-        """Do what reads or writes this place; on object storage more than once.
+        """Call what reads or writes this path; on object storage, retry it.
 
         Raises FileNotFoundError at once, StorageError in the end.
         """
@@ -334,5 +334,5 @@ def _link(source: str, target: str) -> None:
 
 
 def _short(error: BaseException) -> str:
-    """The reason at the end of what the AWS client says, which also repeats key and operation."""
+    """The reason at the end of the AWS client's message, which also repeats key and operation."""
     return last_line(error).split("; Details: ")[-1]

@@ -1,4 +1,4 @@
-"""What the user sees while a job runs: one live line in a terminal, plain lines every few seconds in a log."""
+"""What a job prints while it runs: a live line on a terminal, plain lines every few seconds elsewhere."""
 
 import logging
 import shutil
@@ -16,7 +16,7 @@ LOG_EVERY_S = 5.0
 
 
 class LiveLine:
-    """A line that rewrites itself on a terminal and repeats itself, seldom, anywhere else."""
+    """A line that rewrites itself on a terminal, and elsewhere is printed now and then."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -27,7 +27,7 @@ class LiveLine:
     def update(self, text: str) -> None:
         now = time.monotonic()
         if self.live:
-            width = shutil.get_terminal_size().columns  # of a longer one a part would stay behind
+            width = shutil.get_terminal_size().columns  # the rest of a longer line would remain
             self.stream.write("\r\x1b[2K" + text[: width - 1])
             self.stream.flush()
             self._shown = True
@@ -45,7 +45,7 @@ class LiveLine:
 
 
 class LiveBlock:
-    """Lines that rewrite themselves on a terminal, as many as fit on it, and repeat themselves, seldom, elsewhere."""
+    """Lines that rewrite themselves on a terminal, as many as fit, and elsewhere are printed now and then."""
 
     def __init__(self, every_s: float, stream: TextIO | None = None) -> None:
         self.stream, self.every_s = stream or sys.stdout, every_s
@@ -85,7 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def bar(done: float, width: int = 20) -> str:
-    """A fraction from 0 to 1, for eyes."""
+    """A fraction from 0 to 1 as a text bar."""
     full = int(done * width)
     return "[" + "#" * full + "." * (width - full) + "]"
 

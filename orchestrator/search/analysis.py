@@ -8,7 +8,7 @@ from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 
 TOP = 5
-LEAST_TRIALS = 4  # for a word on importance
+LEAST_TRIALS = 4  # to estimate importance
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Comparison:
         clear = "more than twice" if abs(difference) > 2 * noise else "within twice"
         return (
             f"{100 * self.best:.2f} % against {100 * self.paper_baseline:.2f} % with the paper's constants: "
-            f"{difference:+.2f} points, {clear} the standard error of {noise:.2f} that so many validation images have"
+            f"{difference:+.2f} points, {clear} the standard error of {noise:.2f} points for that many validation "
+            "images"
         )
 
 
@@ -62,7 +63,7 @@ def common_epoch(records: list[TrialRecord]) -> int:
 def importance(config: SearchConfig, journal: Journal) -> dict[str, float]:
     """The share of each setting in the variance of the metric (fANOVA, Hutter et al., 2014, as Optuna computes it).
 
-    All trials are held against each other at the last epoch that every one reached. Empty where there are fewer than
+    All trials are compared at the last epoch that every one reached. Empty where there are fewer than
     LEAST_TRIALS, or all are alike.
     """
     import optuna
@@ -100,7 +101,7 @@ def rungs(config: SearchConfig) -> list[int]:
 
 
 def expected_epochs(config: SearchConfig) -> int:
-    """Of a whole search: at each rung one in `reduction_factor` goes on, and the paper's trial always does.
+    """Of a whole search: at each rung one in `reduction_factor` continues, and the paper's trial always does.
 
     For hyperband, whose brackets begin at other rungs, as if it were asha; pbt and fifo stop nobody.
     """

@@ -34,21 +34,23 @@ class SearchSettings(BaseModel):
     )
     scheduler: Literal["asha", "hyperband", "pbt", "fifo"] = Field(
         "asha",
-        description="asha stops what is behind at each rung; hyperband is asha with several first rungs; pbt lets what "
-        "is behind go on from what is ahead; fifo trains all to the end",
+        description="asha stops underperforming trials at each rung; hyperband is asha with several first rungs; pbt "
+        "continues underperforming trials from the weights of the best; fifo trains all to the end",
     )
-    metric: METRICS = Field("val/top1_error", description="what is to be small")
-    grace_epochs: int = Field(1, ge=1, description="asha: epochs before the first judgement; pbt: between two")
-    reduction_factor: int = Field(3, ge=2, description="asha: one in so many goes on at each rung")
+    metric: METRICS = Field("val/top1_error", description="the metric to minimise")
+    grace_epochs: int = Field(
+        1, ge=1, description="asha: epochs before the first rung; pbt: epochs between two perturbations"
+    )
+    reduction_factor: int = Field(3, ge=2, description="asha: one trial in this many continues at each rung")
     max_concurrent: int | None = Field(
-        None, ge=1, description="trials at a time; automatic is as many as the cluster has room for"
+        None, ge=1, description="trials in parallel; automatic is as many as the cluster has room for"
     )
     time_budget: str | None = Field(
         None,
-        description="such as 90s, 30m or 2h, from when a cluster's nodes are there; "
-        "then the trials save, and the search ends with what it has",
+        description="such as 90s, 30m or 2h, counted from when a cluster's nodes are ready; "
+        "then the trials save and the search ends with what it has",
     )
-    search_seed: int = Field(0, ge=0, lt=2**40, description="of the configurations that are drawn")
+    search_seed: int = Field(0, ge=0, lt=2**40, description="seed of the configurations that are drawn")
 
     @field_validator("*", mode="before")
     @classmethod

@@ -137,7 +137,7 @@ class SearchRuns:
         return run
 
     def _end_children(self, status: str) -> None:
-        """The runs of trials that have not ended, side by side: the server may be away."""
+        """End the runs of unfinished trials, in parallel: the server may be away."""
         for record in self.journal.trials.values():
             if record.ended:
                 away = status != "FINISHED" or time.monotonic() < self._retry_at

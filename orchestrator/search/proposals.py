@@ -1,4 +1,4 @@
-"""Which configuration comes next: Ray Tune asks here for trials, all of them functions of the seed and the journal."""
+"""Which configuration is tried next: Ray Tune asks here for trials, all functions of the seed and the journal."""
 
 import itertools
 from typing import Any
@@ -11,18 +11,18 @@ from orchestrator.search.entries import TrialProposed
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
 from orchestrator.search.space import Space, Values
 
-STARTUP_SHARE = 3  # one in so many trials is drawn at random before Optuna's model is asked
+STARTUP_SHARE = 3  # one trial in this many is drawn at random before Optuna's model is asked
 
 
 class NotPickled:
-    """What Ray Tune wants to pickle, for a restart of its own that never comes: the journal serves instead."""
+    """Not pickled by Ray Tune, whose own restart is never used: the journal replaces it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class Proposals(NotPickled, SearchAlgorithm):  # type: ignore[misc]
-    """First the trials that an earlier session left unfinished, then new ones; number 0 has the paper's constants."""
+    """First the trials that an interrupted search left unfinished, then new ones; 0 has the paper's constants."""
 
     def __init__(self, config: SearchConfig, journal: Journal, max_concurrent: int) -> None:
         self.config, self.journal, self.max_concurrent = config, journal, max_concurrent

@@ -1,6 +1,7 @@
-"""Which trials go on: Ray Tune's schedulers, told by the journal what they knew before, and writing down what they say.
+"""Which trials continue and which stop early: Ray Tune's schedulers, told the past by the journal, which records their
+decisions.
 
-The trial with the paper's constants is never stopped early: it is what the others are held against.
+The trial with the paper's constants is never stopped early: the others are compared with it.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from orchestrator.search.trial import kept_checkpoint
 from orchestrator.train.checkpoints import STATE
 
 BRACKETS = 3  # of hyperband: first rungs at the grace, and at one and two factors more
-QUANTILE = 0.25  # of a population: so many of the best are followed, and as many of the worst follow
+QUANTILE = 0.25  # of a population: the best share, whose weights replace those of the worst share
 
 
 class Listener(Protocol):
-    """Who is told (search.Search)."""
+    """Who is notified (search.Search)."""
 
     def on_begin(self, record: TrialRecord) -> None: ...
     def on_epoch(self, record: TrialRecord, metrics: dict[str, Any]) -> None: ...
@@ -38,7 +39,7 @@ class Listener(Protocol):
 
 
 class JournaledScheduler(NotPickled, TrialScheduler):  # type: ignore[misc]
-    """Ray Tune's own scheduler behind a desk: results come to it once, in order, and its decisions are kept."""
+    """Wraps Ray Tune's own scheduler: each result reaches it once, in order, and its decisions are recorded."""
 
     def __init__(self, config: SearchConfig, journal: Journal, trials: StoragePath, listener: Listener) -> None:
         """trials: where their runs are."""
@@ -83,11 +84,11 @@ class JournaledScheduler(NotPickled, TrialScheduler):  # type: ignore[misc]
         self._end(record, "FINISHED" if record.epoch >= self.config.train.epochs else "STOPPED")
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """It may be tried again."""
+        """It may be retried."""
         self.inner.on_trial_error(tune_controller, trial)
 
     def give_up(self, trial: Any) -> None:
-        """On a trial that has been tried often enough; what it died of is in Ray Tune's file."""
+        """End a trial that has been retried often enough; its error is in Ray Tune's file."""
         path = Path(trial.error_file) if trial.error_file else None
         text = path.read_text() if path and path.is_file() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -121,7 +122,7 @@ class JournaledScheduler(NotPickled, TrialScheduler):  # type: ignore[misc]
         np.random.set_state(state)
 
     def _recall(self) -> None:
-        """Tell the scheduler all results again, in their order. A population learns of a trial when that is added."""
+        """Replay all results to the scheduler, in order. A population learns of a trial when that is added."""
         known = {number: SimpleNamespace(trial_id=trial_id(record)) for number, record in self.journal.trials.items()}
         for trial in known.values():
             self._add(None, trial)
@@ -153,7 +154,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = str(super().on_trial_result(tune_controller, trial, result))
-        # while others start Ray Tune would pause a trial, to be fair; here all run side by side
+        # Ray Tune would pause a trial while others start, to be fair; here all run in parallel
         return str(TrialScheduler.CONTINUE) if decision == TrialScheduler.PAUSE else decision
 
     def _checkpoint_or_exploit(
@@ -186,7 +187,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
 
 class TuneCallback(NotPickled, Callback):  # type: ignore[misc]
-    """What Ray Tune says beside results."""
+    """Ray Tune's events other than results."""
 
     def __init__(self, judge: JournaledScheduler, listener: Listener, requeue: Callable[[TrialRecord], None]) -> None:
         """requeue: puts a trial back in the queue."""
@@ -203,7 +204,7 @@ class TuneCallback(NotPickled, Callback):  # type: ignore[misc]
         self.listener.on_process_lost(int(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A process that dies while it turns to the next trial is not tried again by Ray Tune itself."""
+        """Ray Tune itself does not retry a process that dies while it switches to the next trial."""
         number = int(trial.trial_id)
         self.listener.on_process_lost(number)
         self.lost[number] = self.lost.get(number, 0) + 1

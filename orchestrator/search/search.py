@@ -1,7 +1,7 @@
-"""A search from its settings to what it learned: Ray Tune over training runs, all of it in a journal.
+"""A search from its settings to its outcome: Ray Tune over training runs, all of it in a journal.
 
-Ray Tune runs the trials, chooses with its schedulers and holds the resources; which trials there are, what came of them
-and what follows after an interruption is decided here, from the journal alone.
+Ray Tune runs the trials, applies its schedulers and holds the resources. Which trials there are, how they ended, and
+what happens after an interruption is decided here, from the journal alone.
 """
 
 import enum
@@ -77,7 +77,7 @@ class StopReason(enum.Enum):
 
 
 class Search:
-    """One search of jobs/tune.py. What the user can have wrong is found when it is made."""
+    """One search of jobs/tune.py. The constructor finds what the user may have got wrong."""
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, *, resume: bool) -> None:
         """Raises ValueError of one line, or DamagedData."""
@@ -107,7 +107,7 @@ class Search:
         self._ended_at: dict[int, float] = {}
 
     def run(self) -> None:
-        """Raises JobError or Interrupted; the MLflow runs and the result then say FAILED or KILLED."""
+        """Search to the end. Raises JobError or Interrupted; MLflow runs and result are then FAILED or KILLED."""
         try:
             self._search()
         except Interrupted as stop:  # before or after the trials
@@ -127,7 +127,7 @@ class Search:
             raise Interrupted(self.stop.signum)
 
     def _search(self) -> None:
-        """Ray, the data, the runs of MLflow, the trials, and what came of them."""
+        """Ray, the data, the MLflow runs, the trials, and their outcome."""
         connect()
         import ray
 
@@ -145,7 +145,7 @@ class Search:
             threads = threads_for(self.config.most_workers, nodes, at_once, os.cpu_count() or 1)
         if self.config.scheduler == "pbt" and at_once < left:
             raise JobError(
-                f"scheduler = pbt: trains its trials side by side, and there is room for {at_once} of {left}; "
+                f"scheduler = pbt: trains all its trials in parallel, and there is room for {at_once} of {left}; "
                 f"choose --num-samples {at_once}, or --max-concurrent {left} to share the CPUs"
             )
         if self.config.train.threads is None:  # what the trials' numbers depend on is kept with them
@@ -177,7 +177,7 @@ class Search:
             self.view.say(f"{why}; {len(unfinished)} trial(s) have saved checkpoints; resume with: {self._command()}")
 
     def _tune(self, at_once: int) -> None:
-        """Hand the trials to Ray Tune, and stay until the last one ends."""
+        """Hand the trials to Ray Tune and wait until the last one ends."""
         os.environ |= TUNE_ENV | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)}
         from ray import tune
 
@@ -229,7 +229,8 @@ class Search:
             (self.folder.path / TUNES_OWN).remove()
 
     def _pinned(self) -> TrainConfig:
-        """Of the trials: a process that starts again while no GPU lives would take `auto` for the CPU."""
+        """The trials' common settings with the device fixed: a process that restarts while no GPU node is alive would
+        take `auto` for the CPU."""
         import ray
 
         on_gpu = uses_gpu(self.config.train.device, ray.cluster_resources().get("GPU", 0))
@@ -259,7 +260,7 @@ class Search:
         self._keep_the_best(ended_before=time.monotonic() - SETTLED_S)
 
     def on_process_lost(self, number: int) -> None:
-        """Of a trial. Its workers die with it; the room they had would stay reserved."""
+        """A trial's process died, and its workers with it; their placement group would stay reserved."""
         from ray import PlacementGroupID
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
@@ -268,7 +269,7 @@ class Search:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
 
     def on_turn(self) -> None:
-        """Ten times a second, in the loop of Ray Tune."""
+        """Called ten times a second in Ray Tune's loop."""
         now = time.monotonic()
         if self.stop is None and now > self.deadline:
             self.stop = StopReason.TIME_BUDGET
@@ -304,12 +305,12 @@ class Search:
                     self.journal.write(WorkersStarted(number=number, after_s=round(event.after_s, 3)))
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Nothing but a note: Ray may be in the midst of something."""
+        """Only take a note: Ray may be in the middle of something."""
         self.stop = StopReason.of(signum)
         signal.signal(signum, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
     def _wrap_up(self, status: str, error: str | None = None) -> None:
-        """Whatever came of it: result, pictures, the best settings; and every MLflow run at its end."""
+        """Write result, pictures and the best settings, and end every MLflow run."""
         result = as_result(self.config, self.journal, self.data.rows["val"])
         result |= {"name": self.folder.name, "status": status, "error": error}
         result |= {"mlflow_run_id": self.runs.parent.run_id, "mlflow_tracking_uri": redact(self.store.uri)}
@@ -331,7 +332,7 @@ class Search:
             sys.stdout.flush()
 
     def best_settings(self) -> TrainConfig:
-        """Of the best trial, whole: `jobs/train.py --config` of them comes to the same numbers."""
+        """All settings of the best trial: `jobs/train.py --config` reproduces its results."""
         return self.config.trial(self.journal.ranked(self.config.metric)[0].values)
 
     def _keep_the_best(self, ended_before: float) -> None:

@@ -1,7 +1,7 @@
-"""A trial of a search: a whole training run, as Ray Tune sees one.
+"""A trial of a search: a complete training run, as Ray Tune sees one.
 
-It lives in a process that trials use one after the other, and leaves its workers to the next. Importing what they need
-is most of a run's start-up.
+Trials use a process one after the other, and each leaves its workers to the next: importing what they need is most of a
+run's start-up.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._run = _Run(trial_settings(config), self.payload, pool)
 
     def _end(self, *, save: bool) -> None:
-        """Raises RuntimeError where the workers do not come to an end; this process is then started anew."""
+        """Raises RuntimeError if the workers do not end; Ray Tune then restarts this process."""
         self._run.cancel(save=save)
         self._run.thread.join(END_PATIENCE_S)
         if self._run.thread.is_alive():
@@ -169,7 +169,7 @@ class _Run:
             self._training.cancel(save=save)
 
     def keep(self, epoch: int) -> None:
-        """Set an epoch's checkpoint aside for trials that may want to go on from it."""
+        """Set an epoch's checkpoint aside for trials that may continue from it."""
         target = kept_checkpoint(StoragePath(self.payload.output), self.folder, epoch)
         if (target / STATE).size() is not None:
             return
@@ -220,7 +220,7 @@ class _Run:
             self._tell(event)
 
     def _put(self, metrics: dict[str, Any], *, live: bool) -> None:
-        """An epoch, once: a worker that was replaced tells what its checkpoint has."""
+        """Pass an epoch on once: a replaced worker reports what its checkpoint has again."""
         if metrics["epoch"] == self._epoch + 1:
             self._epoch += 1
             self.news.put(_Epoch(dict(metrics), live))

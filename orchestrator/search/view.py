@@ -1,4 +1,4 @@
-"""What the user sees of a search: a live table, a line for every trial that ends, and what it learned."""
+"""What a search prints: a live table, a line for every trial that ends, and what it learned."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ ROWS = 12  # of the table, the running trials first
 
 
 class SearchView:
-    """The life of `jobs/tune.py`."""
+    """The terminal output of `jobs/tune.py`."""
 
     def __init__(self, config: SearchConfig, journal: Journal) -> None:
         self.config, self.journal = config, journal

@@ -19,7 +19,7 @@ HURRIED_TIMEOUT_S = 30.0  # where the process is to end soon: `ray job stop` wai
 class Run:
     """One MLflow run. Once it is begun, a server that fails is no reason to stop: `warn` is told.
 
-    patience_s: how long to begin, and to store a file, is tried where a server does not answer.
+    patience_s: how long beginning a run, and storing a file, is retried if the server does not answer.
     """
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
@@ -37,9 +37,9 @@ class Run:
         parent: str | None = None,
         look_for: bool = False,
     ) -> bool:
-        """A new run, or an earlier one that goes on; returns whether it is new. script: that it comes from.
+        """Begin a new run or resume an earlier one; returns whether it is new. script: the run's source.
 
-        look_for: there may be one of this name and parent whose id was not written down before a crash.
+        look_for: a run of this name and parent may exist whose id was lost in a crash.
         """
         return self.patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
 
@@ -88,7 +88,7 @@ class Run:
         self.sender.complete(history, metric)
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """Again while the server is away, for so long as its own restart may take. Raises the last error."""
+        """Retry while the server is away, for up to patience_s. Raises the last error."""
         deadline, said = time.monotonic() + self.patience_s, False
         while True:
             try:
@@ -100,7 +100,7 @@ class Run:
                     self.patience_s, self.is_given_up = 0.0, True
                     raise
                 if not said:
-                    self.warn(f"MLflow does not answer, it is tried again: {self.store.reason(error)}")
+                    self.warn(f"MLflow does not answer; retrying: {self.store.reason(error)}")
                 said = True
                 time.sleep(RETRY_S)
 
@@ -132,7 +132,7 @@ class Run:
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way.
 
-        hurry: whether the process is to end soon; of itself, if the status is no good one.
+        hurry: whether the process is to end soon; by default, unless the status is FINISHED.
         """
         if not self.run_id:
             return

@@ -72,7 +72,9 @@ class Sender:
                 except Exception as error:  # training is worth more than its log
                     log.debug("MLflow", exc_info=True)
                     if not reported:
-                        self.warn(f"MLflow does not take metrics, they are kept: {self.store.reason(error)}")
+                        self.warn(
+                            f"MLflow does not accept metrics; they are kept and sent later: {self.store.reason(error)}"
+                        )
                     reported = True
                     time.sleep(RETRY_S)
                     continue

@@ -1,4 +1,4 @@
-"""A tracking server of one's own: `mlflow server` with a database, files, a password, and somebody who restarts it.
+"""The tracking server: `mlflow server` with a database, files and a password, restarted if it dies.
 
 Its folder, which only its owner may read, holds the database (unless it is elsewhere), the artifacts (likewise), the
 password that was made at the first start, and the log. What a client needs is in client.env there, in the form that a

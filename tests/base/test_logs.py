@@ -30,6 +30,7 @@ def test_lines_since_the_start_of_the_command_and_of_libraries_are_in_the_log_an
     logs.set_up(verbose=False)
     log.debug("early")
     logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    logs.keep_off_terminal("mlflow")  # as tracking/store.py does when it imports MLflow, which sets up its own
     logging.getLogger("mlflow.store").debug("theirs")
     log.warning("late")
     logs.record(1, logging.INFO, "ray.train", "a worker's", 0.0)

@@ -135,7 +135,7 @@ def test_a_server_that_is_away_is_waited_for_and_one_that_answers_is_taken_at_it
     if succeeds:
         assert run.patiently(call) == "done"
         assert len(said) == 1
-        assert "is tried again" in said[0]
+        assert "retrying" in said[0]
     else:
         with pytest.raises(type(errors[0])):
             run.patiently(call)
