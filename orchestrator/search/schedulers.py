@@ -189,16 +189,18 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 class TuneCallback(NotPickled, Callback):  # type: ignore[misc]
     """Ray Tune's events other than results."""
 
-    def __init__(self, judge: JournaledScheduler, listener: Listener, requeue: Callable[[TrialRecord], None]) -> None:
+    def __init__(
+        self, scheduler: JournaledScheduler, listener: Listener, requeue: Callable[[TrialRecord], None]
+    ) -> None:
         """requeue: puts a trial back in the queue."""
-        self.judge, self.listener, self.requeue = judge, listener, requeue
+        self.scheduler, self.listener, self.requeue = scheduler, listener, requeue
         self.lost: dict[int, int] = {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.listener.on_turn()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.listener.on_begin(self.judge.journal.trials[int(trial.trial_id)])
+        self.listener.on_begin(self.scheduler.journal.trials[int(trial.trial_id)])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.listener.on_process_lost(int(trial.trial_id))
@@ -209,9 +211,9 @@ class TuneCallback(NotPickled, Callback):  # type: ignore[misc]
         self.listener.on_process_lost(number)
         self.lost[number] = self.lost.get(number, 0) + 1
         if trial.run_metadata.num_failures >= trial.max_failures or self.lost[number] > trial.max_failures:
-            self.judge.give_up(trial)
+            self.scheduler.give_up(trial)
         else:
-            self.requeue(self.judge.journal.trials[number])
+            self.requeue(self.scheduler.journal.trials[number])
 
 
 _GROUPS = ("train/", "val/")

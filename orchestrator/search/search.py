@@ -133,8 +133,8 @@ class Search:
 
         begun = [record for record in self.journal.trials.values() if not record.ended]
         left = len(begun) + max(0, self.config.num_trials - len(self.journal.trials))
-        wish = min(left, self.config.max_concurrent or left)
-        wait_for_nodes(self.config.most_workers, wish, self.folder.output, self.view.say)
+        wanted = min(left, self.config.max_concurrent or left)
+        wait_for_nodes(self.config.most_workers, wanted, self.folder.output, self.view.say)
         self.deadline = time.monotonic() + (self.config.time_budget_s or math.inf)
         self.data.prepare(self.config.train, self.view.say)
         with signals_deferred():

@@ -43,7 +43,7 @@ from orchestrator.train.training import Training, TrainingFailed
 
 log = logging.getLogger(__name__)
 
-SEARCH = "search"  # the mailbox's topic for what the trials tell the driver, and for its wish that they stop
+SEARCH = "search"  # the mailbox's topic for what the trials report to the driver, and for its request that they stop
 POLL_S = 0.5
 TELL_EVERY_S = 2.0  # of steps
 END_PATIENCE_S = 90.0  # longer than Training takes to save, or to kill its workers
@@ -80,7 +80,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 self._end(save=True)
                 return {"interrupted": True, "done": True}
             try:
-                event = self._run.news.get(timeout=POLL_S)
+                event = self._run.events.get(timeout=POLL_S)
             except queue.Empty:
                 continue
             if isinstance(event, _Epoch):
@@ -139,7 +139,7 @@ class _Run:
         self.number, self.folder, self.start = settings.number, settings.folder, settings.start
         self.payload, self.pool = payload, pool
         self.train = make_config(**{**payload.train, **settings.values})
-        self.news: queue.Queue[_Epoch | Failed | _Broken] = queue.Queue()
+        self.events: queue.Queue[_Epoch | Failed | _Broken] = queue.Queue()
         logs.forward(self._log)
         self._cancelled, self._told, self._since, self._epoch = threading.Event(), 0.0, time.monotonic(), 0
         self._training: Training | None = None
@@ -155,8 +155,8 @@ class _Run:
             raise RuntimeError(
                 f"trial {self.number}: storing the last checkpoint took more than {END_PATIENCE_S:.0f} s"
             )
-        while not self.news.empty():
-            event = self.news.get()
+        while not self.events.empty():
+            event = self.events.get()
             if isinstance(event, Failed):
                 return {"failed": event.text, "done": True}
             if isinstance(event, _Broken):
@@ -199,10 +199,10 @@ class _Run:
             finally:
                 self.pool = training.pool
         except (TrainingFailed, DamagedData, ValueError) as error:
-            self.news.put(Failed(text=str(error)))
+            self.events.put(Failed(text=str(error)))
         except BaseException as error:
             log.info("trial %d", self.number, exc_info=True)
-            self.news.put(_Broken(error))
+            self.events.put(_Broken(error))
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -223,7 +223,7 @@ class _Run:
         """Pass an epoch on once: a replaced worker reports what its checkpoint has again."""
         if metrics["epoch"] == self._epoch + 1:
             self._epoch += 1
-            self.news.put(_Epoch(dict(metrics), live))
+            self.events.put(_Epoch(dict(metrics), live))
 
     def _tell(self, event: TrialStarted | Step | Warned | PlacementGroupMade | Logged) -> None:
         self.payload.mailbox.put.remote(SEARCH, TrialEvent(number=self.number, event=event))

@@ -1,6 +1,7 @@
 """The memory of a search: what is written is there again, whatever the writer's end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,14 @@ def test_every_entry_of_an_earlier_journal_is_written_again_byte_for_byte():
     for line in SAMPLE.read_text().splitlines():
         entry, at_s = from_json(json.loads(line))
         assert json.dumps(to_json(entry, at_s)) == line
+
+
+def test_the_settings_of_a_search_of_0_1_are_read(tmp_path):
+    from orchestrator.search.folder import SearchFolder
+
+    (tmp_path / "old").mkdir()
+    shutil.copy(SAMPLE.with_name("search.yaml"), tmp_path / "old")
+    config = SearchFolder(tmp_path, "old").search()
+    assert (config.num_samples, config.scheduler, config.train.epochs) == (6, "asha", 6)
+    assert config.space.names == ("lr", "lrn_alpha", "lrn_beta", "lrn_k", "lrn_n", "weight_decay")
+    assert config.train.workers == 1

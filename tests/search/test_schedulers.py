@@ -57,16 +57,16 @@ def errors(number, epoch):
 
 
 def drive(config, journal, tmp_path, until=None):
-    """Let eight trials report in turn, as long as they may; returns the judge's listener."""
+    """Let eight trials report in turn, as long as they may; returns the scheduler's listener."""
     told = Told()
-    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
+    scheduler = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in range(8):
         if number not in journal.trials:
             journal.write(TrialProposed(number=number, values=config.space.draw(0, number)))
     live = {number: FakeTrial(number) for number, record in journal.trials.items() if not record.ended}
     reported = dict.fromkeys(live, 0)
     for one in live.values():
-        judge.on_trial_add(None, one)
+        scheduler.on_trial_add(None, one)
     steps = itertools.count()
     while live:
         for number, one in list(live.items()):
@@ -75,8 +75,8 @@ def drive(config, journal, tmp_path, until=None):
             reported[number] += 1  # an interrupted trial tells everything again
             last = result(reported[number], errors(number, reported[number]))
             done = reported[number] == config.train.epochs
-            if done or judge.on_trial_result(None, one, last) == "STOP":
-                judge.on_trial_complete(None, one, last)
+            if done or scheduler.on_trial_result(None, one, last) == "STOP":
+                scheduler.on_trial_complete(None, one, last)
                 del live[number]
     return told
 
@@ -113,24 +113,24 @@ def test_a_decision_that_was_written_but_not_carried_out_is_remembered(tmp_path)
     path.write_bytes(b"".join(lines[:first_end]))  # the driver died between the result and the end
     journal = Journal(path)
     number, metrics = journal.results[-1]
-    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), Told())
+    scheduler = JournaledScheduler(config, journal, StoragePath.of(tmp_path), Told())
     one = FakeTrial(number)
-    judge.on_trial_add(None, one)
-    assert judge.on_trial_result(None, one, result(metrics["epoch"], metrics["val/top1_error"])) == "STOP"
+    scheduler.on_trial_add(None, one)
+    assert scheduler.on_trial_result(None, one, result(metrics["epoch"], metrics["val/top1_error"])) == "STOP"
 
 
 def test_a_failed_trial_is_written_down_with_its_line_and_an_interrupted_one_is_not_at_its_end(tmp_path):
     config, journal, told = search(), Journal(tmp_path / "journal.jsonl"), Told()
-    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
+    scheduler = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     for number in (0, 1, 2):
         journal.write(TrialProposed(number=number, values={"lr": 0.1, "lrn_n": 5}))
-        judge.on_trial_add(None, FakeTrial(number))
-    judge.on_trial_complete(None, FakeTrial(0), {"failed": "loss is nan at step 7 (epoch 1)", "done": True})
-    judge.on_trial_complete(None, FakeTrial(1), {"interrupted": True, "done": True})
-    judge.on_trial_error(None, FakeTrial(2))
+        scheduler.on_trial_add(None, FakeTrial(number))
+    scheduler.on_trial_complete(None, FakeTrial(0), {"failed": "loss is nan at step 7 (epoch 1)", "done": True})
+    scheduler.on_trial_complete(None, FakeTrial(1), {"interrupted": True, "done": True})
+    scheduler.on_trial_error(None, FakeTrial(2))
     assert [record.status for record in journal.trials.values()] == ["FAILED", "RUNNING", "RUNNING"]
     (tmp_path / "error.txt").write_text("Traceback\n  ...\norchestrator.base.exits.JobError: worker 0: out of memory\n")
-    judge.give_up(SimpleNamespace(trial_id="0002", error_file=str(tmp_path / "error.txt")))
+    scheduler.give_up(SimpleNamespace(trial_id="0002", error_file=str(tmp_path / "error.txt")))
     assert journal.trials[0].error == "loss is nan at step 7 (epoch 1)"
     assert (journal.trials[2].status, journal.trials[2].error) == ("FAILED", "worker 0: out of memory")
     assert [name for name, *_ in told.heard] == ["on_end", "on_end"]
@@ -156,18 +156,18 @@ class Controller:
 def test_of_a_population_the_worst_goes_on_from_the_best_and_the_paper_s_from_itself(tmp_path):
     config = search(scheduler="pbt", num_samples=8, grace_epochs=2)
     journal, told = Journal(tmp_path / "journal.jsonl"), Told()
-    judge = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
+    scheduler = JournaledScheduler(config, journal, StoragePath.of(tmp_path), told)
     trials = [FakeTrial(number) for number in range(8)]
     controller = Controller(trials)
     for number, one in enumerate(trials):
         journal.write(
             TrialProposed(number=number, values=config.paper_baseline if not number else config.space.draw(0, number))
         )
-        judge.on_trial_add(controller, one)
+        scheduler.on_trial_add(controller, one)
         (kept_checkpoint(StoragePath.of(tmp_path), journal.trials[number].folder, 2) / "state.json").write(b"{}")
     for epoch in (1, 2):
         for number in (3, 2, 4, 1, 5, 6, 0, 7):  # the worst last, who is the paper's and trial 7
-            decision = judge.on_trial_result(controller, trials[number], result(epoch, errors(number, epoch)))
+            decision = scheduler.on_trial_result(controller, trials[number], result(epoch, errors(number, epoch)))
             if epoch == 1:
                 assert decision == "CONTINUE"
     moved = [int(one.trial_id) for one in controller.paused]

@@ -18,9 +18,9 @@ def trial_after_its_last_epoch(monkeypatch, follow, *after):
     """A trial of three epochs whose thread has reported the last one, and then `after`."""
     monkeypatch.setattr(module.ray, "get", lambda ref: False)
     run = _Run.__new__(_Run)
-    run.number, run.train, run.news = 7, SimpleNamespace(epochs=3), queue.Queue()
-    run.news.put(EPOCH)
-    run.thread = threading.Thread(target=lambda: (follow(), [run.news.put(event) for event in after]), daemon=True)
+    run.number, run.train, run.events = 7, SimpleNamespace(epochs=3), queue.Queue()
+    run.events.put(EPOCH)
+    run.thread = threading.Thread(target=lambda: (follow(), [run.events.put(event) for event in after]), daemon=True)
     run.thread.start()
     trial = Trial.__new__(Trial)
     mailbox = SimpleNamespace(is_stopping=SimpleNamespace(remote=lambda topic: None))
