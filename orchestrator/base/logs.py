@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 
 FORMAT = "%(asctime)s %(levelname)s %(rank)s %(name)s: %(message)s"
 OURS = ("orchestrator", "alexnet")
 THEIRS = ("ray", "mlflow")
+APART = ("ray", "ray.data", "ray.train", "mlflow")  # loggers that libraries may keep from passing lines on
 CHATTY = ("matplotlib", "PIL", "numba", "asyncio", "urllib3", "botocore", "s3fs", "fsspec")  # thousands of DEBUG lines
 EARLY_LINES = 1000  # kept until the run's folder is there
 UPLOAD_EVERY_S = 30.0
@@ -97,10 +99,17 @@ class _Forward(logging.Handler):
     def __init__(self, send: Send) -> None:
         super().__init__()
         self.send = send
+        self._sending = threading.local()  # what `send` itself logs is not sent
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(Exception):  # training is worth more than its log
-            self.send(record.levelno, record.name, self.format(record), record.created)
+        if getattr(self._sending, "now", False):
+            return
+        self._sending.now = True
+        try:
+            with contextlib.suppress(Exception):  # training is worth more than its log
+                self.send(record.levelno, record.name, self.format(record), record.created)
+        finally:
+            self._sending.now = False
 
 
 _open: list[_RunLog] = []
@@ -139,10 +148,14 @@ def keep_off_terminal(*names: str) -> None:
     _show_on_terminal()
 
 
-def open_run_log(path: StoragePath) -> None:
-    """Append every line to this file from now on, after those that were logged since `set_up`."""
+def open_run_log(path: StoragePath) -> str | None:
+    """Append every line to this file from now on, after those that were logged since `set_up`. Returns why that cannot
+    be done, if it cannot: a run is worth more than its log."""
     close_run_log()
-    handler = _RunLog(path)
+    try:
+        handler = _RunLog(path)
+    except (OSError, JobError) as error:
+        return last_line(error)
     for record in list(_early.records):
         handler.handle(record)
     _early.records.clear()
@@ -157,6 +170,7 @@ def open_run_log(path: StoragePath) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG)
     _open.append(handler)
     _last[:] = [path]
+    return None
 
 
 def close_run_log() -> None:
@@ -184,10 +198,12 @@ def record(rank: int, level: int, name: str, text: str, at: float, trial: int | 
 def forward(send: Send) -> None:
     """In a worker: hand every line to `send`: level, logger's name, text with its traceback, seconds since the epoch.
     Replaces an earlier one; what `send` raises is dropped."""
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
-        root.removeHandler(handler)
-    root.addHandler(_Forward(send))
+    ours, root = _Forward(send), logging.getLogger()
+    for logger in (root, *map(logging.getLogger, APART)):
+        for handler in [handler for handler in logger.handlers if isinstance(handler, _Forward)]:
+            logger.removeHandler(handler)
+        if logger is root or not logger.propagate:
+            logger.addHandler(ours)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)
 

@@ -91,12 +91,13 @@ class Search:
         if not resume:
             folder.create_search(config)
         self.lock = RunLock(folder)
-        logs.open_run_log(folder.path / RUN_LOG)
         self.journal = Journal(folder.path / JOURNAL)
         self.retention = Retention(config, self.journal, folder.path / TRIALS)
         if resume:
             folder.change_search(config)
         self.view = SearchView(config, self.journal)
+        if why := logs.open_run_log(folder.path / RUN_LOG):
+            self._warn(f"this search has no log: {why}")
         self.runs = SearchRuns(self.store, config, self.journal, folder.name, resume=resume, warn=self._warn)
         self.placement_groups: dict[int, str] = {}  # of the trials' workers, in hexadecimal
         self.stop: StopReason | None = None  # why the search is to end before all its trials do

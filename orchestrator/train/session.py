@@ -92,7 +92,8 @@ class Session:
             run.create(config)
         self.lock = RunLock(run)
         self.result = self.run.result()
-        logs.open_run_log(run.path / RUN_LOG)
+        if why := logs.open_run_log(run.path / RUN_LOG):
+            self.view.event(Warned(text=f"this run has no log: {why}"))
         log.info("run %s, %s: %s", run.name, "resumed" if resume else "new", config.model_dump())
         self.started = time.monotonic()
         self.under_way = False
@@ -238,6 +239,9 @@ class Session:
             "dropout": config.dropout,
             "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
         }
+        if not self.result["best_checkpoint"]:
+            self.view.event(Warned(text="the best epoch's checkpoint is not stored: no model is logged to MLflow"))
+            return
         best, epoch = StoragePath.of(self.result["best_checkpoint"]), self.result["best"]["epoch"]
         description = {
             "build": build,

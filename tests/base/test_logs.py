@@ -128,3 +128,35 @@ def test_a_worker_s_lines_are_handed_on_whatever_becomes_of_them(capfd):
     assert [(level, name) for level, name, _, _ in sent] == [(logging.ERROR, "orchestrator.somewhere")]
     assert sent[0][2].startswith("failed\nTraceback")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_that_cannot_be_opened_says_why_and_fails_nothing(tmp_path, capfd):
+    (tmp_path / "run.log").mkdir()
+    why = logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    assert "Is a directory" in why
+    log.info("nowhere")
+    assert logs.run_log() is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_library_s_lines_reach_the_driver_once_whether_it_passes_them_on_or_not():
+    sent = []
+
+    def send(level, name, text, at):
+        sent.append((name, text))
+        log.error("what sending logs is not sent")
+
+    logger = logging.getLogger("ray.train")
+    before = logger.propagate
+    try:
+        for propagate in (True, False):
+            logger.propagate = propagate
+            logging.getLogger("ray").propagate = propagate
+            for _ in range(2):  # the second replaces the first
+                logs.forward(send)
+            logger.error("a line")
+    finally:
+        logger.propagate = logging.getLogger("ray").propagate = before
+        for each in (logging.getLogger(), *map(logging.getLogger, logs.APART)):
+            each.handlers[:] = [handler for handler in each.handlers if not isinstance(handler, logs._Forward)]
+    assert sent == [("ray.train", "a line")] * 2
