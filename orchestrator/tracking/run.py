@@ -94,7 +94,7 @@ class Run:
             try:
                 return call()
             except Exception as error:
-                if not is_transient(error):
+                if not is_transient(error) or self._is_gone():
                     raise
                 if time.monotonic() >= deadline:
                     self.patience_s, self.is_given_up = 0.0, True
@@ -103,6 +103,13 @@ class Run:
                     self.warn(f"MLflow does not answer; retrying: {self.store.reason(error)}")
                 said = True
                 time.sleep(RETRY_S)
+
+    def _is_gone(self) -> bool:
+        """Whether the run was deleted: some of MLflow's calls report that as a server's failure."""
+        try:
+            return bool(self.run_id) and not self.store.exists(self.run_id)
+        except Exception:  # the server is away
+            return False
 
     def log_picture(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""

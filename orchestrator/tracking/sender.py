@@ -126,5 +126,5 @@ class Sender:
         log.info("MLflow refused %d value(s): %s", len(values), values[:10])
         if not self._refused:
             what = values[0][0] if len(values) == 1 else f"{len(values)} metrics"
-            self.warn(f"MLflow refused {what}, which remain in the run's folder: {self.store.reason(error)}")
+            self.warn(f"MLflow refused {what}; the run's folder has them: {self.store.reason(error)}")
         self._refused = True

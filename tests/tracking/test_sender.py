@@ -72,9 +72,24 @@ def test_a_run_that_was_deleted_is_said_once_and_holds_up_neither_training_nor_t
     assert time.monotonic() - begin < 10
     refused = [line for line in run.said if "refused" in line]
     assert len(refused) == 1
-    assert "remain in the run's folder" in refused[0]
+    assert "the run's folder has them" in refused[0]
     assert "deleted" in refused[0]
     assert [line for line in run.said if "could not be marked FINISHED" in line] == run.said[1:]
+
+
+def test_nothing_is_retried_for_a_run_that_was_deleted(run):
+    """Whatever the server calls it: log_model reports a deleted run as an internal error."""
+    run.patience_s = 60.0
+    calls = []
+
+    def call():
+        calls.append(1)
+        raise error(INTERNAL_ERROR)
+
+    run.client.delete_run(run.run_id)
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        run.patiently(call)
+    assert (len(calls), run.said) == (1, [])
 
 
 def test_one_value_that_is_refused_costs_no_other(run):
