@@ -74,7 +74,11 @@ def install_with_uv() -> bool:
     # has to compile Ray and MLflow first takes twice as long to start, and a run starts many.
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--python", sys.executable]
     uv += ["--compile-bytecode", *uv_arguments(settings)]
-    return not any(subprocess.call([*uv, *what], env=environment) for what in (LOCKED, PROJECT))
+    try:
+        return not any(subprocess.call([*uv, *what], env=environment) for what in (LOCKED, PROJECT))
+    except OSError as error:  # pip may have put it elsewhere, as with PIP_TARGET or PIP_USER
+        print(f"{uv[0]}: {error.strerror}", file=sys.stderr)
+        return False
 
 
 def install_with_pip() -> bool:
@@ -83,7 +87,7 @@ def install_with_pip() -> bool:
 
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["uv"], ["pip"]):
-        print(f"install.py: {' '.join(arguments)}: uv or pip", file=sys.stderr)
+        print(f"install.py: {' '.join(arguments)}: expected uv or pip", file=sys.stderr)
         return 2
     start = time.monotonic()
     installed = arguments != ["pip"] and install_with_uv()

@@ -30,23 +30,23 @@ class Contender:
 
     def __init__(self, layout: Layout, rank: int, batch_size: int) -> None:
         self.layout, self.rank, self.step = layout, rank, 0
-        self.placed = ShardedNet(alexnet.build("paper", 1000, init="he"), layout, rank)
-        self.optimizer = alexnet.PaperSGD(self.placed.parameters(), lr=1e-5)
+        self.net = ShardedNet(alexnet.build("paper", 1000, init="he"), layout, rank)
+        self.optimizer = alexnet.PaperSGD(self.net.parameters(), lr=1e-5)
         images = batch_size // layout.workers
         self.sizes = [images] * layout.group_size
         self.pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8)
         self.labels = torch.randint(0, 1000, (images,), dtype=torch.int32)
 
     def run(self, bf16: bool) -> None:
-        labels = self.placed.share_labels(self.labels, self.sizes).long()
-        pixels = self.placed.share_images(self.pixels, self.sizes).permute(0, 3, 1, 2)
+        labels = self.net.share_labels(self.labels, self.sizes).long()
+        pixels = self.net.share_images(self.pixels, self.sizes).permute(0, 3, 1, 2)
         where = BatchPosition(0, self.step, torch.arange(len(labels)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            scores = self.placed(pixels.float().mul_(1 / 64), where, self.sizes)
+            scores = self.net(pixels.float().mul_(1 / 64), where, self.sizes)
         loss = F.cross_entropy(scores.float(), labels, reduction="sum") / (len(labels) * self.layout.replicas)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.placed.zero_grad()
+        self.net.zero_grad()
         self.step += 1
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/search_overhead.py
 
-Eight trials on the embedded digits, trained to the end: once as a search, jobs/tune.py with its two trials at a time of
+Eight trials on the bundled digits, trained to the end: once as a search, jobs/tune.py with its two trials at a time of
 a thread each, and once as plain loops in this process, one after the other, with all threads: the same nets on the same
 batches, read by the same code, without Ray. The loops' errors are held against the trials'. Goal: the search takes at
 most 1.25 times as long. What a trial's start-up takes is read from the search's journal.
@@ -43,8 +43,8 @@ def plain_loop(config: TrainConfig, folder: StoragePath, manifest: Manifest) -> 
     reader = TaskReader(folder, manifest, config, 0, 1)
     mean = torch.from_numpy(read_mean_image(folder, manifest))
     subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
-    placed = ShardedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
-    optimizer = alexnet.PaperSGD(placed.parameters(), config.lr, config.momentum, config.weight_decay)
+    net = ShardedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
+    optimizer = alexnet.PaperSGD(net.parameters(), config.lr, config.momentum, config.weight_decay)
     schedule = alexnet.plateau_schedule(optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
     updates, error = 0, 1.0
 
@@ -54,17 +54,17 @@ def plain_loop(config: TrainConfig, folder: StoragePath, manifest: Manifest) -> 
         cut = [torch.from_numpy(batch[name]) for name in ("top", "left", "flip")]
         x = subtract_mean(torch.from_numpy(batch["image"]), cut[0], cut[1], cut[2].bool())
         where = BatchPosition(config.seed, updates, torch.arange(hi - lo))
-        return placed(x, where, [hi - lo]), torch.from_numpy(batch["label"])
+        return net(x, where, [hi - lo]), torch.from_numpy(batch["label"])
 
     for epoch in range(config.epochs):
-        placed.train()
+        net.train()
         for step in range(-(-manifest.rows["train"] // config.global_batch_size)):
             found, labels = scores("train", epoch, step)
             torch.autograd.backward(F.cross_entropy(found, labels))
             optimizer.step()
-            placed.zero_grad()
+            net.zero_grad()
             updates += 1
-        placed.eval()
+        net.eval()
         wrong = 0.0
         with torch.no_grad():
             for step in range(-(-manifest.rows["val"] // config.global_batch_size)):

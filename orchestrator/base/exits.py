@@ -33,15 +33,15 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
     try:
         return main()
     except JobError as error:
-        place = log()
-        print(f"error: {error}" + (f" (log: {place})" if place else ""), file=sys.stderr)
+        path = log()
+        print(f"error: {error}" + (f" (log: {path})" if path else ""), file=sys.stderr)
         return FAILED
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
     except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
-        if place := log():
-            print(f"error: {type(error).__name__}: {last_line(error)} (log: {place})", file=sys.stderr)
+        if path := log():
+            print(f"error: {type(error).__name__}: {last_line(error)} (log: {path})", file=sys.stderr)
             return FAILED
         with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)

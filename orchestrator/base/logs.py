@@ -8,8 +8,6 @@ import collections
 import contextlib
 import datetime
 import logging
-import os
-import re
 import sys
 import tempfile
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.redaction import redact_all
 from orchestrator.base.storage import StoragePath
 
 FORMAT = "%(asctime)s %(levelname)s %(rank)s %(name)s: %(message)s"
@@ -27,8 +26,7 @@ APART = ("ray", "ray.data", "ray.train", "mlflow")  # loggers that libraries may
 CHATTY = ("matplotlib", "PIL", "numba", "asyncio", "urllib3", "botocore", "s3fs", "fsspec")  # thousands of DEBUG lines
 EARLY_LINES = 1000  # kept until the run's folder is there
 UPLOAD_EVERY_S = 30.0
-SECRETS = ("RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-CREDENTIALS = re.compile(r"(\w+://)[^/\s@'\"]+@")  # of a URI
+ON_TERMINAL = "orchestrator.base.terminal"  # the logger of what the terminal shows anyway
 
 Send = Callable[[int, str, str, float], Any]
 
@@ -43,10 +41,7 @@ class _Formatter(logging.Formatter):
         return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = CREDENTIALS.sub(r"\1***@", super().format(record))
-        for secret in filter(None, map(os.environ.get, SECRETS)):
-            text = text.replace(secret, "***")
-        return text
+        return redact_all(super().format(record))
 
 
 class _RunLog(logging.FileHandler):
@@ -60,9 +55,10 @@ class _RunLog(logging.FileHandler):
             self._copy.write_bytes(path.read())
         super().__init__(self._copy, encoding="utf-8")
         self.setFormatter(_Formatter())
-        self._done = threading.Event()
+        self._done, self._uploaded = threading.Event(), -1  # bytes
+        self._thread = threading.Thread(target=self._upload_now_and_then, name="run-log", daemon=True)
         if self._folder is not None:
-            threading.Thread(target=self._upload_now_and_then, name="run-log", daemon=True).start()
+            self._thread.start()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """A full disk, say: a run is worth more than its log."""
@@ -72,6 +68,7 @@ class _RunLog(logging.FileHandler):
             super().close()
         if self._folder is not None and not self._done.is_set():
             self._done.set()
+            self._thread.join()  # an older upload that is under way must not come after the last one
             self._upload()
             self._folder.cleanup()
 
@@ -81,7 +78,24 @@ class _RunLog(logging.FileHandler):
 
     def _upload(self) -> None:
         with contextlib.suppress(Exception):  # it is tried again; the run goes on without
-            self.path.write(self._copy.read_bytes())
+            data = self._copy.read_bytes()
+            if len(data) != self._uploaded:
+                self.path.write(data)
+                self._uploaded = len(data)
+
+
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    """Of -v: our own lines from DEBUG on, those of Ray and MLflow from INFO on."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(_Formatter())
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == ON_TERMINAL:
+            return False
+        library = record.name.partition(".")[0]
+        return library in OURS or (library in THEIRS and record.levelno >= logging.INFO)
 
 
 class _Early(logging.Handler):
@@ -115,7 +129,7 @@ class _Forward(logging.Handler):
 _open: list[_RunLog] = []
 _last: list[StoragePath] = []  # the latest that was opened, if any
 _early, _silent = _Early(), logging.NullHandler()  # without any handler, Python prints warnings itself
-_terminal: list[logging.Handler] = []
+_terminal: list[_Terminal] = []
 
 
 def set_up(verbose: bool) -> None:
@@ -127,15 +141,15 @@ def set_up(verbose: bool) -> None:
         logger.setLevel(logging.DEBUG)
         logger.addHandler(_silent)
         logger.addHandler(_early)
+    root = logging.getLogger()
     for handler in _terminal:
-        for name in (*OURS, *THEIRS):
-            logging.getLogger(name).removeHandler(handler)
+        root.removeHandler(handler)
     _terminal.clear()
     if verbose:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Formatter())
-        _terminal.append(handler)
-        _show_on_terminal()
+        _terminal.append(_Terminal())
+        root.addHandler(_terminal[0])
+        if not root.isEnabledFor(logging.INFO):
+            root.setLevel(logging.INFO)
 
 
 def keep_off_terminal(*names: str) -> None:
@@ -145,7 +159,6 @@ def keep_off_terminal(*names: str) -> None:
         logger.handlers[:] = [logging.NullHandler()]  # without any, Python prints warnings itself
         logger.propagate = True
         logger.setLevel(logging.NOTSET)
-    _show_on_terminal()
 
 
 def open_run_log(path: StoragePath) -> str | None:
@@ -191,7 +204,7 @@ def record(rank: int, level: int, name: str, text: str, at: float, trial: int | 
     made = logging.LogRecord(name, level, "", 0, text, None, None)
     who = "driver" if rank < 0 else f"rank {rank}"
     made.created, made.rank = at, who if trial is None else f"trial {trial} {who}"
-    for handler in _open:
+    for handler in (*_open, *_terminal):
         handler.handle(made)
 
 
@@ -206,15 +219,3 @@ def forward(send: Send) -> None:
             logger.addHandler(ours)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)
-
-
-def _show_on_terminal() -> None:
-    for handler in _terminal:
-        for name in OURS:
-            logging.getLogger(name).addHandler(handler)
-        for name in THEIRS:
-            logger = logging.getLogger(name)
-            if handler not in logger.handlers:
-                logger.addHandler(handler)
-            if not logger.isEnabledFor(logging.INFO):
-                logger.setLevel(logging.INFO)

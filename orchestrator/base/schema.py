@@ -10,7 +10,7 @@ def check_version(document: Mapping[str, Any], supported: int, where: object) ->
     """The document's version; 0 for those written before files had one. Raises ValueError for a newer one."""
     found = document.get(KEY, 0)
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
-        raise ValueError(f"{where}: {KEY} is {found!r}, which is no version")
+        raise ValueError(f"{where}: {KEY} is {found!r}, which is not a version number")
     if found > supported:
         raise ValueError(
             f"{where}: was written by a newer version of alexnet-orchestrator ({KEY} {found}; this one reads up to "

@@ -5,6 +5,7 @@ What fails on object storage is retried, on top of its client's own retries, and
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -67,9 +68,9 @@ class StoragePath:
         for key in urllib.parse.parse_qs(query, keep_blank_values=True):
             if key not in QUERY:
                 raise ValueError(f"{scheme}://{base}?{key}=...: cannot be set in a URI; these can: {', '.join(QUERY)}")
-        place = StoragePath(f"{scheme.lower()}://{base.rstrip('/')}{mark}{query}")
-        place.with_retries(place._opened, "reached")
-        return place
+        path = StoragePath(f"{scheme.lower()}://{base.rstrip('/')}{mark}{query}")
+        path.with_retries(path._opened, "reached")
+        return path
 
     def __str__(self) -> str:
         return self.text
@@ -167,7 +168,10 @@ class StoragePath:
 
     def copy_folder(self, target: "StoragePath", last: str) -> None:
         """The files of this folder, in the same storage, as another folder. On disk it is there whole or not at all,
-        and no byte is copied if the file system can do without; elsewhere it is whole when the file `last` is there."""
+        and no byte is copied if the file system can do without; elsewhere it is whole when the file `last` is there.
+
+        Raises FileNotFoundError where somebody removes this folder meanwhile.
+        """
         if self.local is not None and target.local is not None:
             partial = target.local.with_suffix(PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)
@@ -177,9 +181,7 @@ class StoragePath:
                 os.replace(partial, target.local)
             return
         for name in sorted(self.files(), key=lambda name: name == last):
-            (fs, source), (_, path) = (self / name).opened(), (target / name).opened()
-            # within the storage: no byte travels here and back
-            self.with_retries(functools.partial(fs.copy_file, source, path), "copied")
+            self.with_retries(functools.partial(_copy_within, self / name, target / name), "copied")
 
     @contextlib.contextmanager
     def as_local_dir(self) -> Iterator[Path]:
@@ -285,8 +287,8 @@ def _file_system(root: str) -> tuple[pa.fs.FileSystem, str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _open_file(place: StoragePath) -> Any:
-    return place.open()
+def _open_file(path: StoragePath) -> Any:
+    return path.open()
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -315,14 +317,25 @@ def _removed_if_it_fails(partial: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(place: StoragePath) -> Iterator[None]:
-    """An OSError within is about this place, whatever file it stumbled over."""
+def _named(path: StoragePath) -> Iterator[None]:
+    """An OSError within is about this path, whatever file it stumbled over."""
     try:
         yield
     except shutil.Error as error:  # one for all files of a folder
-        raise OSError(None, last_line(error), str(place)) from error
+        raise OSError(None, last_line(error), str(path)) from error
     except OSError as error:
-        error.filename, error.filename2 = str(place), None
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _copy_within(source: StoragePath, target: StoragePath) -> None:
+    """An object within its storage: no byte travels here and back."""
+    (fs, path), (_, copy) = source.opened(), target.opened()
+    try:
+        fs.copy_file(path, copy)
+    except OSError as error:  # S3 has no class of its own for an object that is gone
+        if fs.get_file_info(path).type == pa.fs.FileType.NotFound:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source)) from error
         raise
 
 

@@ -4,11 +4,7 @@ import logging
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    pass
-
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         self.add_argument("--version", action="version", version=f"alexnet-orchestrator {__version__}")
-        self.add_argument("-v", "--verbose", action="store_true", help="print more of the log")
+        self.add_argument("-v", "--verbose", action="store_true", help="show the log on standard error")
 
     def format_help(self) -> str:
         """Commands in it are named as the user started this one."""

@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import (
+    DEFAULT_RECIPE,
     Parser,
     add_fields,
     add_recipe,
@@ -65,7 +66,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             print(describe(config, StoragePath.of(args.output), args.images_per_s))
             return 0
         prepared = session.Session(
-            folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else "digits")
+            folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
         )
     except ValueError as error:
         flags.error(str(error))

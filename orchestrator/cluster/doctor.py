@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.base.environment import command, on_cluster
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.diagnosis import Facts, Finding, check_clocks, check_machines, check_token, check_versions
@@ -26,7 +27,7 @@ from orchestrator.cluster.probes import (
     write_file,
 )
 from orchestrator.tracking.run import round_trip
-from orchestrator.tracking.store import redact, tracking_uri
+from orchestrator.tracking.store import tracking_uri
 
 log = logging.getLogger(__name__)
 

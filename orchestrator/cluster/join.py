@@ -8,11 +8,11 @@ from typing import Any
 
 from orchestrator.base.environment import OUTPUT, on_cluster
 from orchestrator.base.exits import JobError, last_line, signals_deferred
+from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.nodes import alive
 from orchestrator.tracking.server import CLIENT, FOLDER, read_settings
-from orchestrator.tracking.store import redact
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ def read_yaml(path: Path | str, flag: str = "--config") -> dict[str, Any]:
     storage does not answer.
     """
     try:
-        place = StoragePath.of(path)
-        text = place.local.read_text() if place.local is not None else place.read().decode()
+        source = StoragePath.of(path)
+        text = source.local.read_text() if source.local is not None else source.read().decode()
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror or 'no such file'}") from None
     return parse_yaml(text, f"{flag} {path}")

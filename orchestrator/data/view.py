@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.base.environment import command
 from orchestrator.base.terminal import LiveLine, bar, duration
+from orchestrator.data.shards import REJECTED
 
 if TYPE_CHECKING:
     from orchestrator.base.storage import StoragePath
@@ -49,7 +50,7 @@ class PrepareView:
         )
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
-            + (f", listed in {self.output / 'rejected.jsonl'}" if manifest.rejected else "")
+            + (f", listed in {self.output / REJECTED}" if manifest.rejected else "")
         )
 
 

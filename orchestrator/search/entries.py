@@ -116,5 +116,5 @@ def from_json(document: dict[str, Any]) -> tuple[Entry, float]:
     fields = dict(document)
     event, at_s = fields.pop("event"), float(fields.pop("at_s"))
     if event not in KINDS:
-        raise ValueError(f"{event!r} is no event of a search")
+        raise ValueError(f"{event!r} is not an event of a search")
     return KINDS[event](**fields), at_s

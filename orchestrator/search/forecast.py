@@ -23,7 +23,7 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
     epochs, whole = expected_epochs(config), config.num_trials * config.train.epochs
     stages = ", ".join(map(str, rungs(config)))
     judged = f"{config.scheduler}" + (f", judging after epoch {stages}" if stages else "")
-    judged += ", each bracket from another of them on" if stages and config.scheduler == "hyperband" else ""
+    judged += "; each bracket starts at a different one" if stages and config.scheduler == "hyperband" else ""
     machines = Machines.of(config.most_workers, config.max_concurrent or config.num_trials)
     workers = config.most_workers.worker_range[1]
     at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)

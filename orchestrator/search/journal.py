@@ -78,18 +78,18 @@ class TrialRecord:
 class Journal:
     """The records of all trials, by number, and the file that they come from."""
 
-    def __init__(self, place: Path | StoragePath) -> None:
+    def __init__(self, target: Path | StoragePath) -> None:
         """Read what is there. A last line that was cut off by a crash is dropped. Raises ValueError for damage, and for
         a file that a newer version wrote. A file without a Header, from before there were versions, is continued.
 
         In object storage, where nothing can be appended, the whole file is written again a second after a change at the
         latest. What a killed process had not written is made again from the trials' checkpoints.
         """
-        self._place = StoragePath.of(place)
-        self._copy = None if self._place.local is not None else tempfile.TemporaryDirectory(prefix="journal-")
-        path = self._place.local or Path(self._copy.name if self._copy else "", JOURNAL)
-        if self._copy and self._place.size() is not None:
-            path.write_bytes(self._place.read())
+        self._target = StoragePath.of(target)
+        self._copy = None if self._target.local is not None else tempfile.TemporaryDirectory(prefix="journal-")
+        path = self._target.local or Path(self._copy.name if self._copy else "", JOURNAL)
+        if self._copy and self._target.size() is not None:
+            path.write_bytes(self._target.read())
         self.path, self.trials = path, dict[int, TrialRecord]()
         self.parent_run_id: str | None = None
         self.results: list[tuple[int, Metrics]] = []  # of all trials, as they came
@@ -102,13 +102,13 @@ class Journal:
                 document = json.loads(line)
                 is_header = document["event"] == Header.event
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._place}, line {number}: damaged: {error}") from None
+                raise ValueError(f"{self._target}, line {number}: damaged: {error}") from None
             if is_header:
-                check_version(document, SCHEMA_VERSION, self._place)
+                check_version(document, SCHEMA_VERSION, self._target)
             try:
                 self._apply(*from_json(document))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._place}, line {number}: damaged: {error}") from None
+                raise ValueError(f"{self._target}, line {number}: damaged: {error}") from None
         self._before, self._began = self.elapsed_s, time.monotonic()
         self._file = path.open("ab")
         if len(whole) < len(data):
@@ -138,7 +138,7 @@ class Journal:
         self._file.close()
         if self._copy and self._uploader:
             self._uploader.join()
-            self._place.write(self.path.read_bytes())
+            self._target.write(self.path.read_bytes())
             self._copy.cleanup()
 
     def _upload(self) -> None:
@@ -146,7 +146,7 @@ class Journal:
             self._changed.wait()
             self._changed.clear()
             with contextlib.suppress(StorageError):  # it is tried again with the next change, and at the end aloud
-                self._place.write(self.path.read_bytes())
+                self._target.write(self.path.read_bytes())
             time.sleep(UPLOAD_EVERY_S)
 
     def ranked(self, metric: str) -> list[TrialRecord]:

@@ -36,6 +36,7 @@ class SearchRuns:
         self.warn = warn
         self.parent = Run(store, warn)
         self._children: dict[int, Run] = {}  # of trials that are under way
+        self._begun_in_part: dict[int, Run] = {}  # of trials whose run's beginning failed
         self._endings: list[threading.Thread] = []
         self._retry_at = 0.0
 
@@ -58,7 +59,7 @@ class SearchRuns:
                 run = self._children.pop(record.number, None)
             else:
                 run = self._run_of(record)
-                if run and not run.is_open:
+                if run and not self._is_open(run, record):
                     continue
             if run:
                 run.complete(record.history, config.metric)
@@ -68,20 +69,22 @@ class SearchRuns:
         """The trial's run; where the server is away, it is tried again at later epochs, and at the end."""
         if record.number in self._children:
             return
-        run = self._children[record.number] = Run(self.store, self.warn)
+        number, half = record.number, self._begun_in_part.pop(record.number, None)
+        run = self._children[number] = half or Run(self.store, self.warn)
         try:
             params = self.config.trial(record.values).model_dump()
             run.begin(
                 f"{self.name}-{record.number:04d}", SCRIPT, params, run_id=record.run_id,
-                parent=self.parent.run_id, look_for=self.resume,
+                parent=self.parent.run_id, look_for=self.resume or half is not None,
             )  # fmt: skip
             if run.run_id != record.run_id:
-                self.journal.write(RunBegun(number=record.number, run_id=run.run_id))
+                self.journal.write(RunBegun(number=number, run_id=run.run_id))
             if record.history:
                 run.complete(record.history, self.config.metric)
         except Exception as error:
-            self.warn(f"MLflow takes no run for trial {record.number} yet: {self.store.reason(error)}")
-            self._children.pop(record.number)
+            reason = self.store.reason(error)
+            self.warn(f"could not create the MLflow run of trial {number}; will retry: {reason}")
+            self._begun_in_part[number] = self._children.pop(number)
             self._retry_at = time.monotonic() + PAUSE_S
 
     def log_epoch(self, record: TrialRecord, metrics: dict[str, Any], usd: float | None) -> None:
@@ -117,11 +120,21 @@ class SearchRuns:
         best: TrainConfig | None,
     ) -> None:
         """All runs, and what the search came to. status: FINISHED, FAILED or KILLED."""
-        self._end_children(status)
-        if status != "FINISHED":
+        begun = bool(self.parent.run_id)
+        if status == "FINISHED":
+            self._end_children(status)
+            if begun:
+                self._log_outcome(result, pictures, best)
+        else:  # in parallel: the process is to end soon, and the server may hang
             self.parent.patience_s = 0.0
-        if self.parent.run_id:
-            self._log_outcome(result, pictures, best)
+            outcome = threading.Thread(target=self._log_outcome, args=(result, pictures, best), daemon=True)
+            deadline = time.monotonic() + HURRIED_TIMEOUT_S
+            if begun:
+                outcome.start()
+            self._end_children(status)
+            if begun:
+                outcome.join(max(0.0, deadline - time.monotonic()))
+        if begun:
             self.parent.finish(status, error)
 
     def _run_of(self, record: TrialRecord) -> Run | None:
@@ -135,6 +148,13 @@ class SearchRuns:
         run = Run(self.store, self.warn)
         run.run_id = record.run_id
         return run
+
+    def _is_open(self, run: Run, record: TrialRecord) -> bool:
+        try:
+            return run.is_open
+        except Exception as error:  # it was there a moment ago
+            self.warn(f"MLflow does not answer about trial {record.number}: {self.store.reason(error)}")
+            return False
 
     def _end_children(self, status: str) -> None:
         """End the runs of unfinished trials, in parallel: the server may be away."""

@@ -7,6 +7,7 @@ from orchestrator.search.config import SearchConfig
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.journal import Journal
 from orchestrator.tracking.store import ui_command
+from orchestrator.train.run_folder import RESULT
 
 
 def summary(
@@ -23,7 +24,7 @@ def summary(
         ("importance", shares or "too few trials to say"),
         ("pictures", f"{', '.join(pictures)} in {folder.path}"),
         ("train the best", result["command"] + changed),
-        ("result", str(folder.path / "result.json")),
+        ("result", str(folder.path / RESULT)),
         ("MLflow run", result["mlflow_run_id"] or "none"),
         ("open the UI", ui_command(uri)),
     ]

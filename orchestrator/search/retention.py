@@ -7,11 +7,11 @@ from pathlib import PurePosixPath
 from orchestrator.base.storage import PARTIAL, StoragePath
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal
-from orchestrator.train.run_folder import KEPT
+from orchestrator.train.run_folder import CHECKPOINT_PREFIX, KEPT
 
 log = logging.getLogger(__name__)
 
-KEPT_NAME = re.compile(r"(\d+)(?:-(\d+)-from-\d+-at-\d+)?-checkpoint-epoch-(\d+)")
+KEPT_NAME = re.compile(r"(\d+)(?:-(\d+)-from-\d+-at-\d+)?-" + CHECKPOINT_PREFIX + r"(\d+)")
 KEPT_PER_TRIAL = 2
 
 
@@ -46,7 +46,7 @@ class Retention:
 
     def _remove_checkpoints(self, run: str) -> None:
         for name in (self.trials / run).children():
-            if name.startswith("checkpoint-epoch-"):
+            if name.startswith(CHECKPOINT_PREFIX):
                 (self.trials / run / name).remove()
                 log.debug("removed %s of %s", name, run)
 

@@ -4,6 +4,7 @@ Ray Tune runs the trials, applies its schedulers and holds the resources. Which 
 what happens after an interruption is decided here, from the journal alone.
 """
 
+import contextlib
 import enum
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any
 from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
+from orchestrator.base.redaction import redact
 from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -37,7 +39,7 @@ from orchestrator.search.plots import all_pictures
 from orchestrator.search.report import summary
 from orchestrator.search.retention import Retention
 from orchestrator.search.view import SearchView
-from orchestrator.tracking.store import Store, redact, tracking_uri
+from orchestrator.tracking.store import Store, tracking_uri
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import Logged, PlacementGroupMade, TrialEvent, TrialPayload, TrialStarted
 from orchestrator.train.run_folder import KEPT, RUN_LOG
@@ -121,9 +123,11 @@ class Search:
             self._wrap_up("FAILED", text)
             raise
         finally:
-            self.journal.close()
-            self.lock.release()
-            logs.close_run_log()
+            try:
+                self.journal.close()
+            finally:
+                logs.close_run_log()  # before another process may open it
+                self.lock.release()
         if self.stop is not None and self.stop.signum is not None:
             raise Interrupted(self.stop.signum)
 
@@ -224,6 +228,8 @@ class Search:
             tuner.fit()
         finally:
             catch_signals()
+            with contextlib.suppress(Exception):  # Ray itself may be gone
+                self._drain()  # what the trials said last
             self._keep_the_best(ended_before=time.monotonic())
             if all(record.ended for record in self.journal.trials.values()):
                 (trials / KEPT).remove()
@@ -266,8 +272,8 @@ class Search:
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
 
-        if room := self.placement_groups.pop(number, None):
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
+        if group := self.placement_groups.pop(number, None):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
     def on_turn(self) -> None:
         """Called ten times a second in Ray Tune's loop."""
@@ -276,7 +282,7 @@ class Search:
             self.stop = StopReason.TIME_BUDGET
         if self.stop is not None and not self._told:
             self._told = True
-            self.view.say("stopping: the trials save their checkpoints (again to end at once)")
+            self.view.say("stopping: the trials save their checkpoints (press Ctrl-C again to quit at once)")
             self.proposals.close()
             from orchestrator.search.trial import SEARCH
 

@@ -38,16 +38,17 @@ from orchestrator.train.messages import (
     TrialStarted,
     Warned,
 )
+from orchestrator.train.ray_train import KILL_TIMEOUT_S
 from orchestrator.train.run_folder import KEPT, RunFolder
-from orchestrator.train.training import Training, TrainingFailed
+from orchestrator.train.training import STOP_TIMEOUT_S, Training, TrainingFailed
 
 log = logging.getLogger(__name__)
 
 SEARCH = "search"  # the mailbox's topic for what the trials report to the driver, and for its request that they stop
 POLL_S = 0.5
 TELL_EVERY_S = 2.0  # of steps
-END_PATIENCE_S = 90.0  # longer than Training takes to save, or to kill its workers
-CHECKPOINT_PATIENCE_S = 120.0
+END_TIMEOUT_S = STOP_TIMEOUT_S + KILL_TIMEOUT_S + 15.0  # longer than Training takes to save, then to kill its workers
+CHECKPOINT_TIMEOUT_S = 120.0
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
@@ -87,7 +88,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 epoch = event.metrics["epoch"]
                 done = epoch >= self._run.train.epochs
                 if done:  # the last checkpoint is being stored
-                    self._run.thread.join(END_PATIENCE_S)
+                    self._run.thread.join(END_TIMEOUT_S)
                     if failure := self._run.failure_to_end():
                         return failure
                 elif event.live and self.payload.keep_every and epoch % self.payload.keep_every == 0:
@@ -111,9 +112,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _end(self, *, save: bool) -> None:
         """Raises RuntimeError if the workers do not end; Ray Tune then restarts this process."""
         self._run.cancel(save=save)
-        self._run.thread.join(END_PATIENCE_S)
+        self._run.thread.join(END_TIMEOUT_S)
         if self._run.thread.is_alive():
-            raise RuntimeError(f"the workers of trial {self._run.number} did not end in {END_PATIENCE_S:.0f} s")
+            raise RuntimeError(f"the workers of trial {self._run.number} did not end in {END_TIMEOUT_S:.0f} s")
         self._pool, self._run.pool = self._run.pool, None
 
 
@@ -152,9 +153,7 @@ class _Run:
         """After the last epoch: how training failed nevertheless, as where its checkpoint could not be stored. Raises
         what Ray Tune should try again."""
         if self.thread.is_alive():
-            raise RuntimeError(
-                f"trial {self.number}: storing the last checkpoint took more than {END_PATIENCE_S:.0f} s"
-            )
+            raise RuntimeError(f"trial {self.number}: storing the last checkpoint took more than {END_TIMEOUT_S:.0f} s")
         while not self.events.empty():
             event = self.events.get()
             if isinstance(event, Failed):
@@ -173,7 +172,7 @@ class _Run:
         target = kept_checkpoint(StoragePath(self.payload.output), self.folder, epoch)
         if (target / STATE).size() is not None:
             return
-        deadline, found = time.monotonic() + CHECKPOINT_PATIENCE_S, None
+        deadline, found = time.monotonic() + CHECKPOINT_TIMEOUT_S, None
         while found is None and self.thread.is_alive() and time.monotonic() < deadline:
             found = self._training.checkpoint_after(epoch) if self._training else None
             time.sleep(POLL_S / 5)

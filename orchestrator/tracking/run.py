@@ -1,6 +1,7 @@
 """One MLflow run, written by the driver alone."""
 
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 from orchestrator.base.environment import job_id
 from orchestrator.base.exits import JobError
+from orchestrator.base.redaction import redact
 from orchestrator.tracking.sender import Sender
-from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient, redact
+from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient
 
 JOB = "ray.job_id"  # the tag by which a run's log is found: ray job logs ID
 FINISH_TIMEOUT_S = 180.0  # with a server at a run's end
+LAST_CALL_S = 5.0  # at least, for the run's status
 HURRIED_TIMEOUT_S = 30.0  # where the process is to end soon: `ray job stop` waits 90 s
 
 
@@ -46,21 +49,26 @@ class Run:
     def _begin(
         self, name: str, script: str, params: dict[str, Any], run_id: str | None, parent: str | None, look_for: bool
     ) -> bool:
-        import mlflow
-
-        if not run_id and look_for and not self.run_id:
+        lost = None
+        if look_for and not run_id and not self.run_id:
             condition = f"attributes.run_name = '{name}' and tags.mlflow.source.name = '{script}'"
             if parent:
                 condition += f" and tags.mlflow.parentRunId = '{parent}'"
             found = self.client.search_runs([self.store.experiment_id], condition, max_results=1)
-            run_id = found[0].info.run_id if found else None
-        if run_id and self.store.exists(run_id):
-            self.run_id = run_id
-            self.client.update_run(run_id, "RUNNING")
-            if "error" in self.client.get_run(run_id).data.tags:
-                self.client.delete_tag(run_id, "error")
+            lost = found[0].info.run_id if found else None
+        if (earlier := run_id or lost) and self.store.exists(earlier):
+            self.run_id = earlier
+            self.client.update_run(earlier, "RUNNING")
+            if "error" in self.client.get_run(earlier).data.tags:
+                self.client.delete_tag(earlier, "error")
             if job := job_id():
-                self.client.set_tag(run_id, JOB, job)
+                self.client.set_tag(earlier, JOB, job)
+            if lost:  # it may have been made and not been told its settings
+                try:
+                    self._log_params(params)
+                except Exception as error:
+                    if not is_refusal(error):  # it has others, which cannot change
+                        raise
             return False
         tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL"}
         if commit := _git_commit():
@@ -71,9 +79,14 @@ class Run:
             tags[JOB] = job
         if not self.run_id:  # of an attempt that did not come to its end
             self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
+        self._log_params(params)
+        return True
+
+    def _log_params(self, params: dict[str, Any]) -> None:
+        import mlflow
+
         entities = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=entities)
-        return True
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Metrics at an update, to be sent in the background."""
@@ -94,10 +107,12 @@ class Run:
             try:
                 return call()
             except Exception as error:
-                if not is_transient(error) or self._is_gone():
+                if not is_transient(error):
                     raise
                 if time.monotonic() >= deadline:
                     self.patience_s, self.is_given_up = 0.0, True
+                    raise
+                if self._is_gone():
                     raise
                 if not said:
                     self.warn(f"MLflow does not answer; retrying: {self.store.reason(error)}")
@@ -113,28 +128,32 @@ class Run:
 
     def log_picture(self, figure: Any, name: str) -> None:
         """A matplotlib figure as an artifact."""
-        try:
-            self.patiently(lambda: self.client.log_figure(self.run_id, figure, name))
-        except Exception as error:
-            self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
+        self._attach(name, lambda: self.client.log_figure(self.run_id, figure, name))
 
     def log_text(self, text: str, name: str) -> None:
         """A small file as an artifact."""
+        self._attach(name, lambda: self.client.log_text(self.run_id, text, name))
+
+    def _attach(self, what: str, call: Callable[[], Any]) -> None:
+        """Nothing is tried of a server that was given up: each call could wait for it for a minute."""
+        if self.is_given_up:
+            self.warn(f"{what} did not reach MLflow, which does not answer")
+            return
         try:
-            self.patiently(lambda: self.client.log_text(self.run_id, text, name))
+            self.patiently(call)
         except Exception as error:
-            self.warn(f"{name} did not reach MLflow: {self.store.reason(error)}")
+            self.warn(f"{what} did not reach MLflow: {self.store.reason(error)}")
 
     @property
     def is_open(self) -> bool:
         return str(self.client.get_run(self.run_id).info.status) == "RUNNING"
 
     def tag(self, **tags: str) -> None:
-        try:
+        def set_all() -> None:
             for key, value in tags.items():
-                self.patiently(lambda key=key, value=value: self.client.set_tag(self.run_id, key, value[:5000]))  # type: ignore[misc]
-        except Exception as error:
-            self.warn(f"tags did not reach MLflow: {self.store.reason(error)}")
+                self.client.set_tag(self.run_id, key, value[:5000])
+
+        self._attach(f"the tag{'s' if len(tags) > 1 else ''} {', '.join(tags)}", set_all)
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         """status: FINISHED, FAILED or KILLED. Never raises: it may run while an error is on its way.
@@ -146,6 +165,11 @@ class Run:
         hurry = self.is_given_up or (status != "FINISHED" if hurry is None else hurry)
         deadline = time.monotonic() + (HURRIED_TIMEOUT_S if hurry else FINISH_TIMEOUT_S)
         self.sender.close(deadline - time.monotonic())
+        left = max(deadline - time.monotonic(), LAST_CALL_S)
+        if not within(left, lambda: self._mark(status, error, deadline)):
+            self.warn(f"MLflow run {self.run_id} could not be marked {status}: no answer")
+
+    def _mark(self, status: str, error: str | None, deadline: float) -> None:
         while True:
             try:
                 if error:
@@ -157,6 +181,15 @@ class Run:
                     self.warn(f"MLflow run {self.run_id} could not be marked {status}: {self.store.reason(trouble)}")
                     return
                 time.sleep(RETRY_S)
+
+
+def within(timeout_s: float, call: Callable[[], object]) -> bool:
+    """Call it in a thread; returns whether it has come to its end in so many seconds. If not, it is left behind: a
+    server that hangs must not hold up the end of a process."""
+    thread = threading.Thread(target=call, name="mlflow-end", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()
 
 
 def round_trip(uri: str) -> float:

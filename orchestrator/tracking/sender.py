@@ -50,7 +50,9 @@ class Sender:
         if self._thread is not None:
             self._thread.join(max(0.0, timeout_s))
         if self._is_pending():
-            self.warn(f"{len(self._unsent)} set(s) of metrics did not reach MLflow; they are in the run's folder")
+            history, _ = self._to_complete or ([], "")
+            count = len(self._unsent) + len(history)
+            self.warn(f"{count} set(s) of metrics did not reach MLflow; they are in the run's folder")
 
     def _is_pending(self) -> bool:
         return bool(self._unsent) or self._to_complete is not None

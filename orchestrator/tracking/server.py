@@ -28,7 +28,7 @@ PORT = 5000
 USER = "alexnet"
 CLIENT, SERVER, AUTH, KEY, LOG, PID = "client.env", "server.env", "auth.ini", "session.key", "server.log", "pid"
 DATABASE, ARTIFACTS = "TRACKING_DATABASE", "TRACKING_ARTIFACTS"  # lines of server.env
-START_PATIENCE_S = 120.0  # the first start makes the database
+START_TIMEOUT_S = 120.0  # the first start makes the database
 RESTART_PAUSE_S = 2.0
 PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 PROCESSES = 1  # of the server: where there are several, uvicorn kills those that take more than five seconds to import
@@ -64,7 +64,7 @@ class TrackingServer:
         )  # fmt: skip
         os.close(log)
         _write(self.folder / PID, f"{keeper.pid}\n")
-        deadline = time.monotonic() + START_PATIENCE_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not self.answers():
             if keeper.poll() is not None or time.monotonic() > deadline:
                 self.stop()

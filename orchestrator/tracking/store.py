@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line
+from orchestrator.base.redaction import credentials, redact
 
 EXPERIMENT = "alexnet"
 MLFLOW_ENV = {
@@ -36,8 +37,8 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
     if not uri.startswith(("http://", "https://")) or uri == redact(uri):
         return uri
-    parts = urllib.parse.urlsplit(uri)
-    found = {USER: parts.username, PASSWORD: parts.password, "MLFLOW_TRACKING_URI": redact(uri)}
+    user, password = credentials(uri) or ("", "")
+    found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": redact(uri)}
     os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
     return redact(uri)
 
@@ -51,13 +52,6 @@ def ui_command(uri: str) -> str:
     shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
     address = uri if uri == redact(uri) else '"$MLFLOW_TRACKING_URI"'
     return f"{shown} ui --host 127.0.0.1 --backend-store-uri {address}"
-
-
-def redact(uri: str) -> str:
-    """The address as it may be shown and stored."""
-    scheme, separator, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else uri
 
 
 class Store:
@@ -100,8 +94,8 @@ class Store:
         return self.client.get_experiment_by_name(name)
 
     def redacted(self, text: str) -> str:
-        """Without the password that the store's address may have."""
-        return text.replace(self.uri, redact(self.uri))
+        """Without the passwords of addresses, the store's above all."""
+        return redact(text.replace(self.uri, redact(self.uri)))
 
     def reason(self, error: BaseException) -> str:
         return self.redacted(last_line(error))

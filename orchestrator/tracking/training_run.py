@@ -11,8 +11,10 @@ from typing import Any
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
-from orchestrator.tracking.run import FINISH_TIMEOUT_S, Run
+from orchestrator.tracking.run import FINISH_TIMEOUT_S, Run, within
 from orchestrator.tracking.store import Store
+
+MONITOR_TIMEOUT_S = 10.0
 
 
 class Tracker:
@@ -39,6 +41,7 @@ class Tracker:
         From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
         """
         run, run.warn = self.run, warn
+        patience = run.patience_s
         if run.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
             try:
                 run.patiently(lambda: self._log_dataset(manifest, data))
@@ -46,7 +49,7 @@ class Tracker:
                 warn(f"the dataset did not reach MLflow: {run.store.reason(error)}")
         else:
             run.tag(**{"resumed.epochs": str(config.epochs)})
-        patience, run.patience_s = run.patience_s, 0.0  # the workers are at work already
+        run.patience_s = 0.0  # the workers are at work already
         run.log_text(config.to_yaml(), "config.yaml")
         run.log_text(manifest.model_dump_json(indent=1), "manifest.json")
         run.patience_s, run.is_given_up = patience, False
@@ -96,10 +99,13 @@ class Tracker:
                 run.warn(f"the model did not reach MLflow; its weights are in {weights}: {run.store.reason(error)}")
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
-        if self._monitor is not None:
-            with contextlib.suppress(Exception):  # the run's status is worth more
-                self._monitor.finish()
+        if self._monitor is not None:  # it sends its last values itself, to a server that may be away
+            within(MONITOR_TIMEOUT_S, self._end_monitor)
         self.run.finish(status, error, hurry=hurry)
+
+    def _end_monitor(self) -> None:
+        with contextlib.suppress(Exception):  # the run's status is worth more
+            self._monitor.finish()
 
     def _log_dataset(self, manifest: Manifest, data: StoragePath) -> None:
         from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource

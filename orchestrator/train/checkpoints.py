@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
 from orchestrator.base.schema import KEY, check_version
+from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
@@ -28,7 +29,7 @@ STATE_VERSION = 1  # of state.json; 0, without the key, is read too
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:
     """The folder's name for a checkpoint after whole epochs and, within the next, steps."""
-    return f"checkpoint-epoch-{epoch:04d}" + (f"-step-{step:06d}" if step else "")
+    return f"{CHECKPOINT_PREFIX}{epoch:04d}" + (f"-step-{step:06d}" if step else "")
 
 
 class State(BaseModel):

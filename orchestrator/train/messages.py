@@ -56,7 +56,7 @@ class EpochEnded:
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:
-    """All workers have stopped as they were asked to, and saved a checkpoint if that was wished."""
+    """All workers have stopped as they were asked to, and saved a checkpoint if they were asked for one."""
 
     epoch: int
     step: int

@@ -31,9 +31,9 @@ def rendezvous(config: TrainConfig, layout: Layout, node: str, device: torch.dev
         # gloo even where there are GPUs: NCCL would fail on the very faults that are looked for here
         gloo: Any = dist.new_group(backend="gloo")
         dist.all_gather_object(everyone, mine, group=gloo)
-    nodes, gpus, wishes = (list(column) for column in zip(*everyone, strict=True))
+    nodes, gpus, want_bf16 = (list(column) for column in zip(*everyone, strict=True))
     check_placement(layout, nodes, gpus, spread=config.spread)
-    return Agreement(nodes, all(wishes))
+    return Agreement(nodes, all(want_bf16))
 
 
 def check_placement(layout: Layout, nodes: Sequence[str], gpus: Sequence[str | None], *, spread: bool) -> None:

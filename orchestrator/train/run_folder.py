@@ -17,6 +17,7 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 RESULT_VERSION = 1
 RUN_LOG = "run.log"
+CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it
 KEPT = "kept"  # beside the runs of a population: checkpoints that other trials may continue from
 
 
@@ -73,21 +74,21 @@ class RunFolder:
 
     def latest_checkpoint(self) -> str | None:
         """The path of the newest checkpoint; None if there is none."""
-        found = [name for name in self.path.children() if name.startswith("checkpoint-epoch-")]
+        found = [name for name in self.path.children() if name.startswith(CHECKPOINT_PREFIX)]
         return str(self.path / found[-1]) if found else None
 
     def result(self) -> dict[str, Any]:
         """What `write_result` wrote last; empty if it never did. Raises ValueError for a damaged or a newer file."""
-        place = self.path / RESULT
-        if place.size() is None:
+        file = self.path / RESULT
+        if file.size() is None:
             return {}
         try:
-            found = json.loads(place.read())
+            found = json.loads(file.read())
         except ValueError as error:
-            raise ValueError(f"{place}: is not JSON ({error}); restore it, or remove it to resume without it") from None
+            raise ValueError(f"{file}: is not JSON ({error}); restore it, or remove it to resume without it") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{place}: is not a JSON object; restore it, or remove it to resume without it")
-        schema.check_version(found, RESULT_VERSION, place)
+            raise ValueError(f"{file}: is not a JSON object; restore it, or remove it to resume without it")
+        schema.check_version(found, RESULT_VERSION, file)
         found.pop(schema.KEY, None)
         return found
 

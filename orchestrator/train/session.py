@@ -12,6 +12,7 @@ from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
+from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
@@ -21,7 +22,7 @@ from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.tracking.store import redact, tracking_uri, ui_command
+from orchestrator.tracking.store import tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
 from orchestrator.train.messages import (
@@ -103,7 +104,8 @@ class Session:
         try:
             self._train()
         finally:
-            logs.close_run_log()
+            logs.close_run_log()  # before another process may open it
+            self.lock.release()
 
     def _train(self) -> None:
         try:
@@ -266,7 +268,6 @@ class Session:
             log.info("%s: %s", status, self.run.path / RESULT)
         finally:  # storage may be what failed
             self.tracker.finish(status, error)
-            self.lock.release()
 
     def _show_results(self) -> None:
         result: dict[str, Any] = self.result

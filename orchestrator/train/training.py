@@ -73,6 +73,7 @@ class Training:
         self._mailbox = mailbox or make_mailbox()
         self._topic = ""  # a new one for every fit, so that no event of an earlier one arrives
         self._cancelled: str | None = None
+        self._logged: NodeFacts | None = None
         self._worker_nodes: list[str] = []  # ids of the workers' nodes, once they have started
         try:
             self._plan = self.planner.plan()
@@ -152,10 +153,7 @@ class Training:
             reports = self._watch_fit(plan, on_event)
         finally:
             self.planner.release_capacity()
-        if reports is None:
-            return False
-        with signals_deferred():
-            return self._conclude_fit(reports, on_event)
+        return reports is not None and self._conclude_fit(reports, on_event)
 
     def _watch_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> "_Reports | None":
         """Wait for the fit's end; returns the reports that came last, or None if it was ended for lost nodes."""
@@ -204,7 +202,9 @@ class Training:
             could_grow=watch.needs_growth(started, lost) and self.planner.could_grow(plan),
             capacity=self.planner.capacity(plan) if watch.needs_capacity(now, started, lost) else "unavailable",
         )
-        log.debug("nodes: %s", nodes)
+        if nodes != self._logged:
+            self._logged = nodes
+            log.debug("nodes: %s", nodes)
         return Facts(now=now, nodes=nodes)
 
     def _ask_to_save(self, why: str, on_event: Callable[[Event], None]) -> None:
@@ -216,20 +216,27 @@ class Training:
         if reports.failed is not None:  # one worker reports why; the others may wait for it in a collective
             self._fit.wait(STOP_TIMEOUT_S / 10)
             raise TrainingFailed(reports.failed.text)
-        outcome = self._outcome()
+        self._fit.wait(STOP_TIMEOUT_S)
+        with signals_deferred():
+            outcome = self._outcome()
+            late = self._deliver(on_event)  # what came between the last look and the fit's end
+        if late.failed is not None:
+            raise TrainingFailed(late.failed.text)
         if isinstance(outcome, str):
             log.info("the fit failed: %s", outcome)
             deadline = time.monotonic() + LOST_TIMEOUT_S
             while time.monotonic() < deadline:  # was it a node? Ray may notice the loss of the workers first
-                if self.planner.untolerated_losses():
-                    self._end_for_lost_nodes(on_event)
-                    return False
+                with signals_deferred():
+                    if self.planner.untolerated_losses():
+                        self._end_for_lost_nodes(on_event)
+                        return False
                 time.sleep(POLL_S)
             raise JobError(outcome)
-        if reports.stopped is not None:
-            self.end()
-            return False
-        on_event(outcome)
+        with signals_deferred():
+            if reports.stopped is not None or late.stopped is not None:
+                self.end()
+                return False
+            on_event(outcome)
         return True
 
     def _deliver(self, on_event: Callable[[Event], None]) -> "_Reports":
@@ -252,7 +259,7 @@ class Training:
 
     def _outcome(self) -> Finished | str:
         """Where the checkpoints of a fit are that came to its end; or, in one line, why it failed."""
-        if not self._fit.wait(STOP_TIMEOUT_S):
+        if not self._fit.wait(0):
             return f"the workers did not end within {STOP_TIMEOUT_S:.0f} s"
         try:
             result = self._fit.result()
@@ -283,10 +290,11 @@ class Training:
         log.info("asking the workers to stop (%s)", how)
         with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is lost
             self._mailbox.ask_to_stop.remote(self._topic, how)
-            self._fit.wait(STOP_TIMEOUT_S if how == SAVE else DROP_TIMEOUT_S)
-            if how == SAVE and self._deliver(on_event).stopped is None:
-                text = f"the workers did not stop within {STOP_TIMEOUT_S:.0f} s; their work since the last checkpoint"
-                on_event(Warned(text=f"{text} is lost"))
+            over = self._fit.wait(STOP_TIMEOUT_S if how == SAVE else DROP_TIMEOUT_S)
+            stopped = self._deliver(on_event).stopped is not None
+            if how == SAVE and not stopped and isinstance(outcome := self._outcome(), str):
+                text = outcome if over else f"the workers did not stop within {STOP_TIMEOUT_S:.0f} s"
+                on_event(Warned(text=f"{text}; their work since the last checkpoint is lost"))
 
     def _raise_if_cancelled(self) -> None:
         if self._cancelled:

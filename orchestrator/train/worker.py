@@ -259,7 +259,7 @@ class Worker:
                 log=is_point,
             )
         )  # fmt: skip
-        if is_point and log.isEnabledFor(logging.DEBUG):
+        if is_point and self.link.rank == 0:  # all ranks have the same
             log.debug("epoch %d, step %d: loss %.6f", epoch + 1, step + 1, recent[-1])
 
     def _warn_if_stuck(self) -> None:

@@ -36,63 +36,64 @@ def global_batch(step, dtype):
 
 
 def make(rank, kind, workers, dtype, dropout):
-    placed = ShardedNet(build(dtype, dropout), Layout(kind, workers), rank)
-    return placed, alexnet.PaperSGD(placed.parameters(), lr=0.001)
+    sharded = ShardedNet(build(dtype, dropout), Layout(kind, workers), rank)
+    return sharded, alexnet.PaperSGD(sharded.parameters(), lr=0.001)
 
 
-def backward(placed, step, dtype):
+def backward(sharded, step, dtype):
     """A step's forward and backward pass, as the worker does it; returns the global batch's mean loss."""
     images, labels = global_batch(step, dtype)
-    size, workers = len(labels), placed.layout.workers
-    slices = [rank_slice(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
-    lo, hi = slices[placed.group_rank]
+    size, workers = len(labels), sharded.layout.workers
+    slices = [rank_slice(0, size, size, rank, workers) for rank in sharded.layout.group_of(sharded.rank)]
+    lo, hi = slices[sharded.group_rank]
     sizes = [last - first for first, last in slices]
-    own_labels = placed.share_labels(labels[lo:hi], sizes)
+    own_labels = sharded.share_labels(labels[lo:hi], sizes)
     where = BatchPosition(11, step, torch.arange(slices[0][0], slices[-1][1]))
-    placed.train()
-    scores = placed(placed.share_images(images[lo:hi], sizes), where, sizes)
+    sharded.train()
+    scores = sharded(sharded.share_images(images[lo:hi], sizes), where, sizes)
     loss = F.cross_entropy(scores, own_labels, reduction="sum") / size
     loss.backward()
-    total = loss.detach() * placed.is_group_leader
+    total = loss.detach() * sharded.is_group_leader
     if workers > 1:
         dist.all_reduce(total)
     return total
 
 
-def scores_of(placed, step, dtype):
+def scores_of(sharded, step, dtype):
     """Every image's scores in evaluation, on rank 0 in the order of the global batch."""
     images, _ = global_batch(step, dtype)
-    size, workers = len(images), placed.layout.workers
-    slices = [rank_slice(0, size, size, rank, workers) for rank in placed.layout.group_of(placed.rank)]
-    lo, hi = slices[placed.group_rank]
+    size, workers = len(images), sharded.layout.workers
+    slices = [rank_slice(0, size, size, rank, workers) for rank in sharded.layout.group_of(sharded.rank)]
+    lo, hi = slices[sharded.group_rank]
     sizes = [last - first for first, last in slices]
-    placed.eval()
+    sharded.eval()
     with torch.no_grad():
-        scores = placed(placed.share_images(images[lo:hi], sizes), None, sizes)
+        scores = sharded(sharded.share_images(images[lo:hi], sizes), None, sizes)
     everyone = [scores]
     if workers > 1:
         everyone = [None] * workers
-        dist.all_gather_object(everyone, scores if placed.is_group_leader else None)
+        dist.all_gather_object(everyone, scores if sharded.is_group_leader else None)
     return torch.cat([part for part in everyone if part is not None])
 
 
 def train(rank, kind, workers, dtype, dropout, steps=STEPS):
     """A run of some steps; canonical tensors of what came of it, on rank 0."""
-    placed, optimizer = make(rank, kind, workers, dtype, dropout)
-    found = {"scores before": scores_of(placed, 0, dtype)}
+    sharded, optimizer = make(rank, kind, workers, dtype, dropout)
+    found = {"scores before": scores_of(sharded, 0, dtype)}
     losses = []
     for step in range(steps):
-        losses.append(backward(placed, step, dtype))
+        losses.append(backward(sharded, step, dtype))
         if step in (0, 3):
-            found |= collected(placed, {name: p.grad for name, p in placed.part.named_parameters()}, f"gradient {step}")
+            gradients = {name: p.grad for name, p in sharded.part.named_parameters()}
+            found |= collected(sharded, gradients, f"gradient {step}")
         optimizer.step()
-        placed.zero_grad()
-    found |= {"losses": torch.stack(losses), "scores": scores_of(placed, 3, dtype)}
-    return found | collected(placed, dict(placed.part.named_parameters()), "weight")
+        sharded.zero_grad()
+    found |= {"losses": torch.stack(losses), "scores": scores_of(sharded, 3, dtype)}
+    return found | collected(sharded, dict(sharded.part.named_parameters()), "weight")
 
 
-def collected(placed, parts, what):
-    return {f"{what} {name}": whole.detach().clone() for name, whole in placed.gather_full(parts) if whole is not None}
+def collected(sharded, parts, what):
+    return {f"{what} {name}": whole.detach().clone() for name, whole in sharded.gather_full(parts) if whole is not None}
 
 
 @functools.cache
@@ -273,16 +274,16 @@ def count_bytes(rank, kind, workers):
     """Bytes that this worker's sockets send in one step of a layout, and the ledger's figure."""
     settings, size = {"input_size": 96, "width": 0.25}, 64
     layout = Layout(kind, workers)
-    placed = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
+    sharded = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
     images = size // workers
     sizes = [images] * layout.group_size
     pixels, info = torch.zeros(images, 96, 96, 3, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int32)
     for _ in range(2):  # the first step also sets up DDP's buckets
         dist.barrier()
         before = bytes_sent()
-        labels = placed.share_labels(info, sizes)[:, 0].long()
-        x = placed.share_images(pixels, sizes).permute(0, 3, 1, 2).float()
-        F.cross_entropy(placed(x, None, sizes), labels, reduction="sum").backward()
+        labels = sharded.share_labels(info, sizes)[:, 0].long()
+        x = sharded.share_images(pixels, sizes).permute(0, 3, 1, 2).float()
+        F.cross_entropy(sharded(x, None, sizes), labels, reduction="sum").backward()
         time.sleep(0.3)  # for the last acknowledgements
         sent = bytes_sent() - before
     said = communication(layout, num_classes=10, global_batch_size=size, **settings)
@@ -397,25 +398,25 @@ def test_units_that_cannot_be_shared_are_refused():
 
 
 def test_gradients_are_freed_or_zeroed_as_asked():
-    placed, _ = make(0, "single", 1, torch.float64, 0.0)
-    params = list(placed.part.parameters())
-    backward(placed, 0, torch.float64)
+    sharded, _ = make(0, "single", 1, torch.float64, 0.0)
+    params = list(sharded.part.parameters())
+    backward(sharded, 0, torch.float64)
     grads = [param.grad for param in params]
-    placed.zero_grad(set_to_none=False)
+    sharded.zero_grad(set_to_none=False)
     assert all(param.grad is grad and not grad.any() for param, grad in zip(params, grads, strict=True))
-    placed.zero_grad()
+    sharded.zero_grad()
     assert all(param.grad is None for param in params)
 
 
 def zero_grad_of_data_parallel(rank):
     """Whether each gradient is still the tensor that DDP reduces, and is zero."""
-    placed, _ = make(rank, "hybrid", 2, torch.float64, 0.0)
+    sharded, _ = make(rank, "hybrid", 2, torch.float64, 0.0)
     found = {}
     for set_to_none in (True, False):
-        backward(placed, 0, torch.float64)
-        before = {name: param.grad for name, param in placed.part.named_parameters()}
-        placed.zero_grad(set_to_none)
-        for name, param in placed.part.named_parameters():
+        backward(sharded, 0, torch.float64)
+        before = {name: param.grad for name, param in sharded.part.named_parameters()}
+        sharded.zero_grad(set_to_none)
+        for name, param in sharded.part.named_parameters():
             kept = param.grad is before[name] and not param.grad.any().item()
             found[f"{set_to_none} {name}"] = "zeroed" if kept else "freed" if param.grad is None else "wrong"
     return found

@@ -2,12 +2,15 @@
 
 import logging
 import sys
+import threading
+import time
 
 import pytest
 
 from orchestrator.base import logs
 from orchestrator.base.exits import JobError, run_job
 from orchestrator.base.storage import StoragePath
+from orchestrator.base.terminal import LiveLine
 
 log = logging.getLogger("orchestrator.somewhere")
 
@@ -66,10 +69,18 @@ def test_verbose_shows_lines_on_standard_error(capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["postgresql://user:hunter2@host/db", "token hunter2 was refused", "http://hunter2@host: no"]
+    "text",
+    [
+        "postgresql://user:hunter2@host/db",
+        "postgresql+psycopg2://user:a/b'c@hunter2@host/db",
+        "token hunter2 was refused",
+        "http://hunter2@host: no",
+        "cannot open mysql://u:two words hunter2@host",
+    ],
 )
 def test_passwords_and_tokens_do_not_get_into_the_log(tmp_path, monkeypatch, text):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql://u:two words hunter2@host")
     logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
     log.info("%s", text)
     logs.close_run_log()
@@ -84,6 +95,48 @@ def test_a_log_in_object_storage_is_there_at_the_end_and_goes_on_at_the_next_sta
         log.info(text)
         logs.close_run_log()
     assert [line.rpartition(" ")[2] for line in place.read().decode().splitlines()] == ["first", "second"]
+
+
+def test_an_upload_that_is_under_way_does_not_come_after_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "UPLOAD_EVERY_S", 0.01)
+    begun, go_on, written = threading.Event(), threading.Event(), []
+
+    def write(path, data):
+        if not begun.is_set():
+            begun.set()
+            go_on.wait(10)
+        written.append(data)
+
+    monkeypatch.setattr(StoragePath, "write", write)
+    monkeypatch.setattr(StoragePath, "size", lambda path: None)
+    logs.open_run_log(StoragePath("s3://bucket/run.log"))
+    log.info("first")
+    assert begun.wait(10)
+    log.info("last")
+    closing = threading.Thread(target=logs.close_run_log)
+    closing.start()
+    time.sleep(0.1)
+    go_on.set()
+    closing.join(10)
+    assert b"last" in written[-1]
+    assert b"last" not in written[0]
+    assert len(written) == 2
+
+
+def test_verbose_takes_nothing_from_the_log_and_says_nothing_twice(tmp_path, capsys):
+    logs.set_up(verbose=True)
+    logs.keep_off_terminal("mlflow")
+    logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    logging.getLogger("mlflow.store").debug("a detail of theirs")
+    logging.getLogger("mlflow.store").info("theirs")
+    logs.record(1, logging.DEBUG, "orchestrator.train.worker", "a worker's", 0.0)
+    LiveLine(sys.stdout).print("for everybody")
+    logs.close_run_log()
+    out, err = capsys.readouterr()
+    assert [line.partition(": ")[2] for line in err.splitlines()] == ["theirs", "a worker's"]
+    assert out == "for everybody\n"
+    texts = [line.partition(": ")[2] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert texts == ["a detail of theirs", "theirs", "a worker's", "for everybody"]
 
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path, capfd):

@@ -49,6 +49,14 @@ def test_a_write_that_cannot_begin_leaves_nothing_and_names_the_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_a_folder_of_objects_that_somebody_removes_meanwhile_is_missed_at_once(s3, monkeypatch):
+    source = s3[0] / "gone"
+    monkeypatch.setattr(StoragePath, "files", lambda path: ["a.bin"])
+    monkeypatch.setattr("orchestrator.base.storage.time.sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(FileNotFoundError, match=r"gone/a\.bin"):
+        source.copy_folder(s3[0] / "two", last="a.bin")
+
+
 def test_objects_are_copied_within_the_storage(s3, monkeypatch):
     source, target = s3[0] / "one", s3[0] / "two"
     (source / "below" / "a.bin").write(b"a" * 1000)

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.base.terminal import LiveBlock
 from orchestrator.config.recipes import digits
-from orchestrator.search import analysis as findings
+from orchestrator.search import analysis
 from orchestrator.search.config import make_search
 from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
@@ -41,7 +41,7 @@ def searched(tmp_path):
 
 
 def test_the_setting_that_matters_is_found(searched):
-    shares = findings.importance(*searched)
+    shares = analysis.importance(*searched)
     assert next(iter(shares)) == "lr"
     assert shares["lr"] > 0.7
     assert sum(shares.values()) == pytest.approx(1)
@@ -53,20 +53,20 @@ def test_few_trials_or_equal_ones_say_nothing_of_importance(tmp_path):
     for number in range(5):
         journal.write(TrialProposed(number=number, values=config.space.draw(0, number)))
         if number == 3:
-            assert findings.importance(config, journal) == {}
+            assert analysis.importance(config, journal) == {}
         journal.write(EpochEnded(number=number, metrics=metrics(1, 0.5)))
-    assert findings.importance(config, journal) == {}
+    assert analysis.importance(config, journal) == {}
 
 
 def test_the_best_is_held_against_the_paper_s_with_the_noise_of_the_validation_set(searched):
     config, journal = searched
-    found = findings.compare(config, journal, 360)
+    found = analysis.compare(config, journal, 360)
     papers = math.log10(2) / 3 + 0.1 / 9
     assert found.paper_baseline == pytest.approx(papers)
     assert found.best < papers
     assert found.margin == pytest.approx(math.sqrt((found.best * (1 - found.best) + papers * (1 - papers)) / 360))
     assert "more than twice the standard error" in str(found)
-    assert "within twice" in str(findings.compare(config, journal, 10))
+    assert "within twice" in str(analysis.compare(config, journal, 10))
 
 
 def test_what_failed_is_no_finding(tmp_path):
@@ -76,22 +76,22 @@ def test_what_failed_is_no_finding(tmp_path):
         journal.write(TrialProposed(number=number, values=config.paper_baseline))
         journal.write(EpochEnded(number=number, metrics=metrics(1, 0.1 * (number + 1))))
     journal.write(TrialEnded(number=0, status="FAILED", error="training diverged"))
-    assert findings.as_result(config, journal, 100)["best"] == 1, "though its error is larger"
-    assert findings.compare(config, journal, 100) is None
+    assert analysis.as_result(config, journal, 100)["best"] == 1, "though its error is larger"
+    assert analysis.compare(config, journal, 100) is None
     said = SearchView(config, journal).findings(100)
     assert said[-1] == "no comparison with the paper's constants, whose trial failed: training diverged"
     journal.write(TrialEnded(number=1, status="FAILED", error="training diverged"))
-    assert findings.as_result(config, journal, 100)["best"] is None
+    assert analysis.as_result(config, journal, 100)["best"] is None
 
 
 def test_epochs_used_and_expected(searched):
     config, journal = searched
-    assert findings.epochs_used(journal) == sum(record.epoch for record in journal.trials.values())
-    assert findings.rungs(config) == [1, 3]
+    assert analysis.epochs_used(journal) == sum(record.epoch for record in journal.trials.values())
+    assert analysis.rungs(config) == [1, 3]
     # the paper's 9; 29 others for one epoch, a third of them for two more, a ninth for six more
-    assert findings.expected_epochs(config) == round(9 + 29 + 29 / 3 * 2 + 29 / 9 * 6)
+    assert analysis.expected_epochs(config) == round(9 + 29 + 29 / 3 * 2 + 29 / 9 * 6)
     fifo = make_search(config.settings() | {"scheduler": "fifo"}, config.train, config.space.to_dict())
-    assert findings.expected_epochs(fifo) == 30 * 9
+    assert analysis.expected_epochs(fifo) == 30 * 9
 
 
 def test_every_picture_is_drawn_also_of_a_search_that_just_began(searched, tmp_path):
@@ -111,7 +111,7 @@ def test_every_picture_is_drawn_also_of_a_search_that_just_began(searched, tmp_p
     lengths = {len(line.get_xdata()) for line in drawn["learning_curves.png"].axes[0].lines if line.get_marker() == "."}
     assert lengths == {1, 3, 9}
     marks = sum(len(group.get_offsets()) for group in drawn["rungs.png"].axes[0].collections)
-    judged = [sum(record.epoch >= epoch for record in journal.trials.values()) for epoch in findings.rungs(config)]
+    judged = [sum(record.epoch >= epoch for record in journal.trials.values()) for epoch in analysis.rungs(config)]
     assert marks == sum(judged)  # a mark a trial and rung, the paper's too
 
     young = Journal(tmp_path / "young.jsonl")

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.search.entries import (
+    KINDS,
     CostSoFar,
     EpochEnded,
     Exploited,
+    Header,
     RunBegun,
     SearchBegun,
     TrialEnded,
@@ -128,9 +130,13 @@ def test_a_journal_from_before_there_were_versions_is_read_and_continued(tmp_pat
 
 
 def test_every_entry_of_an_earlier_journal_is_written_again_byte_for_byte():
-    for line in SAMPLE.read_text().splitlines():
-        entry, at_s = from_json(json.loads(line))
-        assert json.dumps(to_json(entry, at_s)) == line
+    kinds = set()
+    for name in ("journal.jsonl", "journal-pbt.jsonl"):
+        for line in SAMPLE.with_name(name).read_text().splitlines():
+            entry, at_s = from_json(json.loads(line))
+            assert json.dumps(to_json(entry, at_s)) == line
+            kinds.add(type(entry))
+    assert kinds == set(KINDS.values()) - {Header}, "the samples have every kind that version 0.1 wrote"
 
 
 def test_the_settings_of_a_search_of_0_1_are_read(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.base.exits import JobError
 from orchestrator.search import trial as module
 from orchestrator.search.trial import Trial, _Broken, _Epoch, _Run
+from orchestrator.train import ray_train, training
 from orchestrator.train.messages import Failed
 
 EPOCH = _Epoch({"epoch": 3, "val/loss": 0.5}, live=True)
@@ -46,9 +47,14 @@ def test_a_trial_that_fails_for_good_after_its_last_epoch_is_failed(monkeypatch)
 
 
 def test_a_trial_that_is_still_storing_when_its_time_is_up_is_not_done(monkeypatch):
-    monkeypatch.setattr(module, "END_PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "END_TIMEOUT_S", 0.1)
     stored = threading.Event()
     trial = trial_after_its_last_epoch(monkeypatch, stored.wait)
     with pytest.raises(RuntimeError, match="trial 7: storing the last checkpoint took more than"):
         trial.step()
     stored.set()
+
+
+def test_a_trial_waits_longer_for_its_workers_than_training_does():
+    """For a last checkpoint, and then to kill them."""
+    assert training.STOP_TIMEOUT_S + ray_train.KILL_TIMEOUT_S < module.END_TIMEOUT_S

@@ -13,10 +13,11 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from safetensors.torch import save_file
 
 import alexnet
+from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.tracking import run as tracking
-from orchestrator.tracking.store import Store, redact, tracking_uri, ui_command
+from orchestrator.tracking.store import Store, tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
@@ -45,7 +46,9 @@ def test_an_unreachable_server_is_one_line_without_its_password():
 
 def test_no_password_is_shown_or_stored():
     assert redact("https://user:secret@host:1/path") == "https://host:1/path"
+    assert redact("postgresql://user:a/b@secret@host:1/path") == "postgresql://host:1/path"
     assert redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert redact("http://host:5000/path") == "http://host:5000/path"
     assert "secret" not in ui_command("https://user:secret@host")
     assert ui_command("postgresql://user:secret@host/db").endswith('--backend-store-uri "$MLFLOW_TRACKING_URI"')
 

@@ -1,5 +1,6 @@
 """Metrics that a server takes late, refuses, or takes for a run that is gone."""
 
+import threading
 import time
 
 import mlflow
@@ -90,6 +91,77 @@ def test_nothing_is_retried_for_a_run_that_was_deleted(run):
     with pytest.raises(mlflow.exceptions.MlflowException):
         run.patiently(call)
     assert (len(calls), run.said) == (1, [])
+
+
+def test_a_server_that_hangs_at_the_end_holds_nobody_up(run, monkeypatch):
+    monkeypatch.setattr("orchestrator.tracking.run.HURRIED_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orchestrator.tracking.run.LAST_CALL_S", 0.2)
+    hangs = threading.Event()
+    for call in ("log_batch", "set_tag", "set_terminated"):
+        monkeypatch.setattr(run.client, call, lambda *args, **kwargs: hangs.wait(30))
+    begin = time.monotonic()
+    run.log({"train/loss": 3.0}, step=1)
+    run.finish("FAILED", "why")
+    assert time.monotonic() - begin < 5
+    assert run.said == [
+        "1 set(s) of metrics did not reach MLflow; they are in the run's folder",
+        f"MLflow run {run.run_id} could not be marked FAILED: no answer",
+    ]
+    hangs.set()
+
+
+def test_once_a_server_is_given_up_nothing_more_is_tried(run, monkeypatch):
+    tried = []
+
+    def away(*args, **kwargs):
+        tried.append(1)
+        raise requests.ConnectionError("away")
+
+    for call in ("log_text", "set_tag", "log_figure"):
+        monkeypatch.setattr(run.client, call, away)
+    run.log_text("a", "a.txt")
+    run.log_picture(None, "b.png")
+    run.tag(best="true")
+    assert len(tried) == 1
+    assert run.said == [
+        "a.txt did not reach MLflow: away",
+        "b.png did not reach MLflow, which does not answer",
+        "the tag best did not reach MLflow, which does not answer",
+    ]
+
+
+def test_what_was_to_be_completed_counts_among_what_did_not_arrive(run, monkeypatch):
+    def away(*args, **kwargs):
+        raise requests.ConnectionError("away")
+
+    monkeypatch.setattr(run.client, "get_metric_history", away)
+    run.complete([{"step": 1, "val/loss": 1.0}, {"step": 2, "val/loss": 0.5}], "val/loss")
+    run.sender.close(0.1)
+    assert run.said[-1].startswith("2 set(s) of metrics did not reach MLflow")
+
+
+def test_a_run_that_was_made_and_not_told_its_settings_is_found_and_told_them(run):
+    made = run.client.create_run(run.store.experiment_id, tags={"mlflow.runName": "two", "mlflow.source.name": "x.py"})
+    again = Run(run.store)
+    assert not again.begin("two", "x.py", {"lr": 0.1}, look_for=True)
+    assert again.run_id == made.info.run_id
+    assert run.client.get_run(made.info.run_id).data.params == {"lr": "0.1"}
+
+
+@pytest.mark.ray
+def test_a_server_that_is_slow_once_at_the_start_is_waited_for_at_the_end(tmp_path, monkeypatch, digit_shards):
+    monkeypatch.setattr("orchestrator.tracking.run.RETRY_S", 0.01)
+    monkeypatch.setattr(training_run, "FINISH_TIMEOUT_S", 0.1)
+    folder, manifest = digit_shards
+    tracker = training_run.Tracker(f"sqlite:///{tmp_path}/mlflow.db")
+
+    def away(*args, **kwargs):
+        raise requests.ConnectionError("away")
+
+    monkeypatch.setattr(tracker.run.client, "log_inputs", away)
+    tracker.start("one", digits(), manifest, StoragePath.of(folder))
+    tracker.finish("FINISHED")
+    assert (tracker.run.patience_s, tracker.run.is_given_up) == (0.1, False)
 
 
 def test_one_value_that_is_refused_costs_no_other(run):

@@ -19,19 +19,19 @@ from orchestrator.train import checkpoints
 from orchestrator.train.model import build_net
 
 
-def trained(steps, placed, optimizer):
+def trained(steps, net, optimizer):
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
         images, where = torch.randn(4, 3, 64, 64, generator=generator), BatchPosition(0, step, torch.arange(4))
-        placed(images, where, [4]).square().mean().backward()
+        net(images, where, [4]).square().mean().backward()
         optimizer.step()
 
 
 def pieces():
-    placed = ShardedNet(build_net(digits(), 10), Layout("single", 1))
-    optimizer = alexnet.PaperSGD(placed.parameters(), lr=0.01)
-    return placed, optimizer, alexnet.plateau_schedule(optimizer, patience=1)
+    net = ShardedNet(build_net(digits(), 10), Layout("single", 1))
+    optimizer = alexnet.PaperSGD(net.parameters(), lr=0.01)
+    return net, optimizer, alexnet.plateau_schedule(optimizer, patience=1)
 
 
 def test_six_steps_equal_three_saved_and_loaded_and_three_bit_for_bit(tmp_path):
@@ -95,26 +95,26 @@ def save_and_resume(rank, root, workers, dtype):
     found = {}
     for first, then in CHANGES:
         folder, state = root / first, checkpoints.State(step=3)
-        placed, optimizer = test_layouts.make(rank, first, workers, dtype, 0.5)
-        run(placed, optimizer, range(3), dtype)
-        if rank in placed.layout.group_of(0):
+        net, optimizer = test_layouts.make(rank, first, workers, dtype, 0.5)
+        run(net, optimizer, range(3), dtype)
+        if rank in net.layout.group_of(0):
             own = folder if rank == 0 else None
-            checkpoints.save(own, placed, optimizer, alexnet.plateau_schedule(optimizer), state)
+            checkpoints.save(own, net, optimizer, alexnet.plateau_schedule(optimizer), state)
         torch.distributed.barrier()
-        placed, optimizer = test_layouts.make(rank, then, workers, dtype, 0.5)
-        assert checkpoints.load(folder, placed, optimizer, alexnet.plateau_schedule(optimizer)) == state
-        loaded = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
-        run(placed, optimizer, range(3, 6), dtype)
-        later = test_layouts.collected(placed, dict(placed.part.named_parameters()), "weight")
+        net, optimizer = test_layouts.make(rank, then, workers, dtype, 0.5)
+        assert checkpoints.load(folder, net, optimizer, alexnet.plateau_schedule(optimizer)) == state
+        loaded = test_layouts.collected(net, dict(net.part.named_parameters()), "weight")
+        run(net, optimizer, range(3, 6), dtype)
+        later = test_layouts.collected(net, dict(net.part.named_parameters()), "weight")
         found[first] = {"loaded": loaded, "later": later}
     return found
 
 
-def run(placed, optimizer, steps, dtype):
+def run(net, optimizer, steps, dtype):
     for step in steps:
-        test_layouts.backward(placed, step, dtype)
+        test_layouts.backward(net, step, dtype)
         optimizer.step()
-        placed.zero_grad()
+        net.zero_grad()
 
 
 @pytest.mark.slow
@@ -136,10 +136,10 @@ def test_any_layout_resumes_from_any_other_s_checkpoint(tmp_path):
 
 def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
     """The parts that each worker reads are those of the whole: no process group is needed to see it."""
-    placed, optimizer, schedule = pieces()
-    trained(1, placed, optimizer)
-    checkpoints.save(tmp_path, placed, optimizer, schedule, checkpoints.State())
-    whole = dict(placed.part.named_parameters())
+    net, optimizer, schedule = pieces()
+    trained(1, net, optimizer)
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    whole = dict(net.part.named_parameters())
     for kind, workers in (("columns", 2), ("hybrid", 4)):
         for rank in range(workers):
             part = ShardedNet.__new__(ShardedNet)
@@ -153,18 +153,18 @@ def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
 
 
 def test_a_checkpoint_of_another_net_is_refused(tmp_path):
-    placed, optimizer, schedule = pieces()
-    checkpoints.save(tmp_path, placed, optimizer, schedule, checkpoints.State())
-    del placed.part.conv5
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    del net.part.conv5
     with pytest.raises(ValueError, match=r"conv5\.bias is in the checkpoint or in the net, but not in both"):
-        checkpoints.load(tmp_path, placed, optimizer, schedule)
+        checkpoints.load(tmp_path, net, optimizer, schedule)
 
 
 def test_a_run_stopped_within_an_epoch_keeps_its_losses(tmp_path):
-    placed, optimizer, schedule = pieces()
+    net, optimizer, schedule = pieces()
     state = checkpoints.State(epoch=2, step=49, losses=[0.5, 0.25, 1 / 3])
-    checkpoints.save(tmp_path, placed, optimizer, schedule, state)
-    assert checkpoints.load(tmp_path, placed, optimizer, schedule) == state
+    checkpoints.save(tmp_path, net, optimizer, schedule, state)
+    assert checkpoints.load(tmp_path, net, optimizer, schedule) == state
     assert json.loads((tmp_path / "state.json").read_text())["state"]["losses"][2] == 1 / 3
 
 

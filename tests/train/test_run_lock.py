@@ -13,7 +13,7 @@ HOLDS = """
 import sys
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.run_folder import RunFolder
-claim = RunLock(RunFolder(sys.argv[1], "run"))
+lock = RunLock(RunFolder(sys.argv[1], "run"))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -27,11 +27,11 @@ def run(tmp_path):
 
 
 def test_a_run_has_one_driver_until_it_lets_go(run):
-    claim = RunLock(run)
+    lock = RunLock(run)
     with pytest.raises(ValueError, match="--resume run: another process is working on it; wait for its end"):
         RunLock(run)
-    claim.release()
-    claim.release()
+    lock.release()
+    lock.release()
     RunLock(run).release()
 
 

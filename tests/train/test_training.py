@@ -1,6 +1,7 @@
 """A run under way, with a fit and a cluster that are played; its folder, its settings, its progress lines."""
 
 import io
+import signal
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from orchestrator.base.exits import JobError
+from orchestrator.base.exits import Interrupted, JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine, duration
 from orchestrator.cluster.nodes import Node
@@ -287,3 +288,44 @@ def test_a_cancelled_run_whose_workers_are_to_be_kept_lets_them_end(run):
     run.training._worker_nodes = ["a"]
     run.follow()
     assert run.asked == [DROP]
+
+
+def test_what_workers_say_between_the_last_look_and_the_end_of_their_fit_is_heard(run):
+    line = Logged(rank=0, level=10, name="x", text="the last line", at=1.0)
+    run.begin([[STARTED], "over", [line, Failed(text="loss is nan at step 7")]])
+    with pytest.raises(TrainingFailed, match=r"^loss is nan at step 7$"):
+        run.follow()
+    assert run.events[-2:] == [line, Failed(text="loss is nan at step 7")]
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "warning"),
+    [
+        (["over", []], None, None),  # it came to its end by itself, at that moment
+        (["over", [STOPPED]], None, None),
+        ([[], [], []], None, "the workers did not stop within 60 s; their work since the last checkpoint is lost"),
+        (
+            ["over", []],
+            SimpleNamespace(worker_failures={0: OSError("no space left")}),
+            "worker 0: no space left; their work since the last checkpoint is lost",
+        ),
+    ],
+)
+def test_a_run_that_is_interrupted_says_that_work_is_lost_where_it_is(run, monkeypatch, script, error, warning):
+    run.begin([[STARTED], *script])
+    if error is not None:
+        run.set(error=error)
+    fit, deliver = run.fits[0], run.training._deliver
+
+    def interrupt(on_event):
+        reports = deliver(on_event)
+        if len(fit.script) == len(script) and not run.asked:
+            raise Interrupted(signal.SIGINT)
+        return reports
+
+    fit.wait = lambda timeout_s: bool(timeout_s and run.asked and PlayedFit.wait(fit, timeout_s)) or fit.over
+    monkeypatch.setattr(run.training, "_deliver", interrupt)
+    with pytest.raises(Interrupted):
+        run.follow()
+    assert run.asked == [SAVE]
+    assert [event.text for event in run.events if isinstance(event, Warned)] == ([warning] if warning else [])
