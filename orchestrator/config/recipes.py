@@ -10,9 +10,9 @@ def digits() -> TrainConfig:
 
     Source: the paper's net at a quarter of its width, on 64 pixels; no published result to compare with.
     Command: python jobs/train.py
-    Cost: 1:20 on two cores of a Sapphire Rapids Xeon (2026-11-22), about half of it start-up.
-    Result: 1.94 % top-1 error on the 360 digits of val at the end, 0.83 % at best, on
-    that Xeon; the seed is fixed, so it repeats there. On an AMD EPYC the same run ends at 1.11 %.
+    Cost: 0:57 on two cores of a Sapphire Rapids Xeon (2026-11-26), about half of it start-up.
+    Result: 1.94 % top-1 error on the 360 digits of val at the end, 0.83 % at best, on that Xeon, where it repeats: the
+    seed is fixed. On an AMD EPYC the same run ends at 1.11 % (2026-11-25).
 
     Differs from the paper: initialisation and pixel scale as in `imagenette`; less dropout for the slimmer layers; no
     mirroring, which would change the characters; no colour augmentation of grey images.

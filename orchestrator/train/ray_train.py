@@ -4,7 +4,7 @@
 this process: it spends its life waiting for its workers, and another process would import for seconds at every start.
 The parts that serve Ray Train's datasets, which the feed does not use, are left out for the same reason.
 
-This is the only file that relies on private names of Ray Train. They are checked before it imports them.
+This is the only file that calls private names of Ray Train. ray_train_internals.py checks them before it imports them.
 """
 
 import asyncio
