@@ -41,7 +41,9 @@ def parser() -> Parser:
         "--format", choices=("auto", *FORMATS), default="auto", help="of --source (default: auto, which detects it)"
     )
     flags.add_argument(
-        "--verify", action="store_true", help="first check archives against the MD5 sums that ImageNet and CIFAR-10 publish"
+        "--verify",
+        action="store_true",
+        help="first check archives against the published MD5 sums",
     )
     flags.add_argument("--output", metavar="DIR", help="folder or URI for the shards; must not contain a data set yet")
     flags.add_argument("--check", metavar="DIR", help="check the shards in this folder instead")

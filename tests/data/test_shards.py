@@ -218,7 +218,7 @@ def test_a_manifest_of_another_form_is_refused(tmp_path, text):
     [
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
         ({"format": 2}, "format: Input should be 1"),
-        ({"schema_version": "1"}, "schema_version is '1', which is no version"),
+        ({"schema_version": "1"}, "schema_version is '1', which is not a version number"),
         ({"rows": {"train": "many"}}, "rows.train: Input should be a valid integer"),
     ],
 )
