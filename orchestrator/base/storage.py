@@ -87,6 +87,14 @@ class StoragePath:
         return None if "://" in self.text else Path(self.text)
 
     @property
+    def parent(self) -> "StoragePath":
+        """The folder that it is in."""
+        if self.local is not None:
+            return StoragePath(str(self.local.parent))
+        base, mark, query = self.text.partition("?")
+        return StoragePath(f"{base.rpartition('/')[0]}{mark}{query}")
+
+    @property
     def name(self) -> str:
         """The last part."""
         if self.local is not None:

@@ -145,6 +145,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
+    return value
+
+
 def _reading(name: str, field: FieldInfo) -> dict[str, Any]:
     """How argparse reads a field's value; ranges are left to the model, whose messages say what would work."""
     kind = field.annotation

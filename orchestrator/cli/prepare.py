@@ -3,14 +3,18 @@
     python jobs/prepare.py --source PHOTOS --output SHARDS
     python jobs/prepare.py --check SHARDS
 
-PHOTOS is a folder, or a URI such as s3://BUCKET/FOLDER, with one of
-    imagefolder  train/CLASS/IMAGE and val/CLASS/IMAGE, or a flat val/ with ImageNet's devkit or LOC_val_solution.csv
+PHOTOS is a folder, a URI such as s3://BUCKET/FOLDER, or a zip or tar, with one of
+    imagefolder  CLASS/IMAGE; or train/CLASS/IMAGE and val/CLASS/IMAGE, by any usual names of these folders, or a flat
+                 val/ with ImageNet's devkit, LOC_val_solution.csv or val_annotations.txt
+    table        images, and a table of their labels: labels.csv, metadata.csv or another (--labels)
+    caffe        images, and train.txt and val.txt with lines PATH LABEL
+    parquet      Parquet or Arrow files with columns of image bytes and labels, such as Hugging Face's
+    webdataset   tars of KEY.jpg and KEY.cls
     ilsvrc       ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, as downloaded
-    parquet      train*.parquet and val*, validation* or test*.parquet, with columns of image bytes and labels
     cifar10      cifar-10-python.tar.gz, or its folder
-The format is detected and printed. Every image is converted to RGB, resized to a shorter side of 256 pixels, cropped to
-its central 256x256 and stored as a JPEG in a Parquet shard. `--source digits` takes the 1,797 digits that ship with
-scikit-learn instead.
+The format is detected and printed; --dry-run prints what is there and stops. Without a val part, a fifth of every class
+is drawn for validation. Every image is converted to RGB, resized to a shorter side of 256 pixels, cropped to its
+central 256x256 and stored as a JPEG in a Parquet shard. `--source digits` takes scikit-learn's 1,797 digits instead.
 
 Run an interrupted preparation again to resume it; the result is identical to the last byte.
 
@@ -19,16 +23,20 @@ training would, prints images/s, and draws a contact sheet of augmented images.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
+from orchestrator.base.environment import command
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
-from orchestrator.cli.flags import Parser, fraction, natural, positive_int, run
+from orchestrator.cli.flags import DEFAULT_RECIPE, Parser, fraction, natural, part, positive_int, run
 from orchestrator.cluster.connection import connect
+from orchestrator.config.recipes import RECIPES
 from orchestrator.data import check as checking
 from orchestrator.data import shards
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, prepare
-from orchestrator.data.sources import FORMATS, open_source
+from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView
 
 SMALLEST = 64  # pixels
@@ -44,6 +52,24 @@ def parser() -> Parser:
         "--verify",
         action="store_true",
         help="first check archives against the published MD5 sums",
+    )
+    flags.add_argument(
+        "--dry-run", action="store_true", help="print what is in --source and how it would be read; write nothing"
+    )
+    flags.add_argument("--labels", metavar="FILE", help="table of labels in --source: CSV, TSV or JSON lines")
+    flags.add_argument("--image-column", metavar="NAME", help="of the table, or of Parquet files: the images")
+    flags.add_argument("--label-column", metavar="NAME", help="of the table, or of Parquet files: the labels")
+    flags.add_argument(
+        "--label-pattern",
+        metavar="REGEX",
+        help="take the class from file names: the first group, as in '^(cat|dog)'",
+    )
+    flags.add_argument("--config", metavar="NAME", help="which of several sets in a folder of Parquet files")
+    flags.add_argument(
+        "--val-fraction",
+        type=part,
+        metavar="FRACTION",
+        help="draw this part of every class for validation (default: 0.2 where there is no val part)",
     )
     flags.add_argument("--output", metavar="DIR", help="folder or URI for the shards; must not contain a data set yet")
     flags.add_argument("--check", metavar="DIR", help="check the shards in this folder instead")
@@ -94,7 +120,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         return check(flags, args)
     if args.picture:
         flags.error("--picture: only --check draws one")
-    missing = [f"--{name}" for name in ("source", "output") if getattr(args, name) is None]
+    wanted = ("source",) if args.dry_run else ("source", "output")
+    missing = [f"--{name}" for name in wanted if getattr(args, name) is None]
     if missing:
         flags.error(f"the following arguments are required: {', '.join(missing)} (or --check DIR)")
     if args.image_size is not None and args.image_size < SMALLEST:
@@ -103,11 +130,19 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         flags.error(f"--jpeg-quality {args.jpeg_quality}: must be between 1 and 100")
     line = LiveLine()
     try:
-        output = StoragePath.of(args.output)
-        if (output / shards.MANIFEST).size() is not None and not args.overwrite:
+        output = StoragePath.of(args.output or "shards")
+        if not args.dry_run and (output / shards.MANIFEST).size() is not None and not args.overwrite:
             flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
-        source = open_source(args.source, as_format=args.format, verify=args.verify, say=line.print)
+        options = Options(
+            format=args.format, verify=args.verify, labels=args.labels, image_column=args.image_column,
+            label_column=args.label_column, label_pattern=args.label_pattern, config=args.config,
+            val_fraction=args.val_fraction, seed=args.seed,
+        )  # fmt: skip
+        source = open_source(args.source, options, say=line.print)
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
+        if args.dry_run:
+            PrepareView(source, output)
+            return 0
         check_apart(args.source, output)
         check_space(source, output, args.image_size or source.image_size, quality, args.rows_per_shard)
     except ValueError as error:
@@ -126,8 +161,21 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         parallelism=args.parallelism,
         on_progress=view.progress,
     )
-    view.finished(manifest)
+    view.finished(manifest, training_command(manifest, output))
     return 0
+
+
+def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
+    """A command that trains on these shards: the settings are checked as a run would check them."""
+    recipe = "imagenette" if manifest.image_size >= 224 else DEFAULT_RECIPE
+    config, flags = RECIPES[recipe]().changed(data=str(output)), [] if recipe == DEFAULT_RECIPE else [recipe]
+    flags += ["--data", shlex.quote(str(output))]
+    rows = manifest.rows["train"]
+    if config.global_batch_size > rows:
+        config = config.changed(global_batch_size=2 ** (rows.bit_length() - 1))
+        flags += ["--global-batch-size", str(config.global_batch_size)]
+    Dataset(config, output, verify=False)
+    return " ".join([command("train"), *flags])
 
 
 def check(flags: Parser, args: argparse.Namespace) -> int:

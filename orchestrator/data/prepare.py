@@ -101,7 +101,8 @@ def prepare(
         on_progress(Progress(**counts, guessed=tuple(sorted(guessed)), elapsed_s=elapsed))
     shards.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     rejected.sort(key=lambda row: row["name"])
-    (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in rejected).encode())
+    left_out = [{"name": name, "reason": rule, "kind": "left out"} for name, rule in source.left_out]
+    (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in [*rejected, *left_out]).encode())
     rows = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
     considered = total + len(source.misplaced)
     if empty := [split for split, count in rows.items() if not count]:
@@ -239,6 +240,7 @@ def _describe(
     (output / MEAN_IMAGE).write(mean_image.getvalue())
     return Manifest(
         source=source.name,
+        warnings=tuple(source.warnings),
         classes=source.classes,
         class_names=source.class_names,
         image_size=size,

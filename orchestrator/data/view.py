@@ -1,6 +1,7 @@
 """What a preparation and a check print: their progress and their outcome."""
 
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from orchestrator.data.sources import Source
 
 
+SHOWN = 5  # names in a line
+
+
 class PrepareView:
     """A preparation."""
 
@@ -23,7 +27,19 @@ class PrepareView:
         self.line, self.output = LiveLine(), output
         self.last: Progress | None = None
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
-        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")
+        shown = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
+        self.line.print(f"{source.name}: {len(source.classes)} classes ({shown}), {counts} images")
+        if source.left_out:
+            rules = Counter(rule for _, rule in source.left_out)
+            kinds = ", ".join(f"{count} {rule}" for rule, count in rules.most_common(SHOWN))
+            self.line.print(
+                f"left out: {len(source.left_out)} files or folders ({kinds}), such as {source.left_out[0][0]}"
+            )
+        if source.misplaced:
+            name, reason = source.misplaced[0]
+            self.line.print(f"rejected: {len(source.misplaced)} files without a class, such as {name}: {reason}")
+        for warning in source.warnings:
+            self.line.print(f"warning: {warning}")
 
     def progress(self, progress: "Progress") -> None:
         new = progress.images_done - progress.images_kept
@@ -36,18 +52,22 @@ class PrepareView:
         )
         self.last = progress
 
-    def finished(self, manifest: "Manifest") -> None:
+    def finished(self, manifest: "Manifest", training: str) -> None:
+        """training: a command that trains on the shards."""
         size = sum(shard.size_bytes for shard in manifest.shards)
         rows = manifest.rows
-        recipe = "imagenette " if manifest.image_size >= 224 else ""
         if self.last and self.last.images_kept:
             self.line.print(f"{self.last.images_kept} images were kept from an earlier attempt")
         if self.last and self.last.guessed:
             self.line.print(f"{len(self.last.guessed)} image(s) were scaled by a guess; first {self.last.guessed[0]}")
         self.line.print(
-            f"wrote {len(manifest.shards)} shards ({size / 1e6:.1f} MB, digest {manifest.digest}) to {self.output}; "
-            f"train with: {command('train')} {recipe}--data {shlex.quote(str(self.output))}"
+            f"wrote {len(manifest.shards)} shards ({size / 1e6:.1f} MB, digest {manifest.digest}) to {self.output}"
         )
+        counted = sorted(zip(manifest.class_rows["train"], manifest.classes, strict=True))
+        (least, smallest), (most, largest) = counted[0], counted[-1]
+        self.line.print(f"training images by class: from {least} ({smallest}) to {most} ({largest})")
+        self.line.print(f"look at them with: {command('prepare')} --check {shlex.quote(str(self.output))}")
+        self.line.print(f"train with: {training}")
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
             + (f", listed in {self.output / REJECTED}" if manifest.rejected else "")
@@ -71,6 +91,8 @@ class CheckView:
         self.line.print(
             f"counts     {rows['train']} train and {rows['val']} val rows of {len(classes)} classes match the manifest"
         )
+        for warning in report.manifest.warnings:
+            self.line.print(f"warning    {warning}")
         self.line.print(f"decoding   all {report.images} images decoded")
         names = report.manifest.class_names or classes
         captions = [names[label].split(",")[0] for label in report.labels]

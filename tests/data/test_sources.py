@@ -21,8 +21,8 @@ from conftest import picture
 
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data import images
+from orchestrator.data.sources import Options, listing, open_source, read
 from orchestrator.data.sources import ilsvrc as archives
-from orchestrator.data.sources import listing, open_source, read
 
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684")
 NUMBERS = {"n01440764": 3, "n02102040": 1, "n02979186": 4, "n03000684": 2}  # the devkit has an order of its own
@@ -88,7 +88,7 @@ def ilsvrc(tmp_path) -> Path:
 
 def refused(root: object, words: str, **options: object) -> str:
     with pytest.raises(ValueError, match=words) as error:
-        open_source(str(root), **options)  # type: ignore[arg-type]
+        open_source(str(root), Options(**options))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -200,7 +200,7 @@ def test_checksums_of_the_official_archives_are_verified(ilsvrc, monkeypatch):
     right = {name: hashlib.md5((ilsvrc / name).read_bytes()).hexdigest() for name in os.listdir(ilsvrc)}
     monkeypatch.setattr(archives, "MD5", right)
     said: list[str] = []
-    open_source(str(ilsvrc), verify=True, say=said.append)
+    open_source(str(ilsvrc), Options(verify=True), say=said.append)
     assert sum("checking the MD5" in line for line in said) == 3
 
 
@@ -263,7 +263,9 @@ def test_a_row_group_is_read_once_for_all_its_rows_even_if_it_is_larger_than_the
     assert size_of(types.SimpleNamespace(nbytes=2**40)) == listing._recent.maxsize == 2**28
     reads: list[int] = []
     read_column = listing._read_column
-    monkeypatch.setattr(listing, "_read_column", lambda place, group: reads.append(group) or read_column(place, group))
+    monkeypatch.setattr(
+        listing, "_read_column", lambda place, group, name: reads.append(group) or read_column(place, group, name)
+    )
     for size, expected in ((2**28, [0, 1]), (10, [0, 1, 0])):
         cache = cachetools.LRUCache(size, getsizeof=lambda column, size=size: min(column.nbytes, size))
         monkeypatch.setattr(listing, "_recent", cache)
@@ -274,7 +276,7 @@ def test_a_row_group_is_read_once_for_all_its_rows_even_if_it_is_larger_than_the
 
 def test_parquet_that_holds_no_images_is_refused(tmp_path):
     pq.write_table(pa.table({"x": [1.0], "label": [0]}), tmp_path / "train.parquet")
-    refused(tmp_path, "has no Parquet file of val")
+    refused(tmp_path, r"has no column of image bytes; .*; name one with --image-column")
     pq.write_table(pa.table({"x": [1.0], "label": [0]}), tmp_path / "val.parquet")
     refused(tmp_path, r"has no column of image bytes; its columns are x \(double\), label \(int64\)")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 nonsense")
@@ -335,7 +337,7 @@ def test_shards_are_no_source(tmp_path):
 
 
 def test_a_format_that_is_given_is_not_detected(ilsvrc):
-    refused(ilsvrc, "has no folder train/", as_format="imagefolder")
+    refused(ilsvrc, r"has no images: 3 files \(2 .tar, 1 .gz\); expected folders CLASS/IMAGE", format="imagefolder")
 
 
 def test_a_class_may_be_a_link_to_a_folder(tmp_path, photographs):
@@ -371,14 +373,19 @@ def test_a_fault_of_the_disk_is_no_fault_of_the_image(photographs, monkeypatch):
         read(entry)
 
 
-def test_links_to_folders_are_listed_not_followed(tmp_path, photographs):
+def test_links_to_folders_below_a_class_are_left_out_not_followed(tmp_path, photographs):
+    (tmp_path / "elsewhere").mkdir()
     (photographs / "train" / "apple" / "loop").symlink_to(photographs)
+    (photographs / "train" / "apple" / "more").symlink_to(tmp_path / "elsewhere")
+    (photographs / "train" / "all").symlink_to(photographs / "train")  # a class that holds everything
     source = open_source(str(photographs))
-    assert "train/apple/loop" in [entry.name for entry in source.splits["train"]]
-    assert len(source.splits["train"]) == 25
-    entry = next(entry for entry in source.splits["train"] if entry.name.endswith("loop"))
-    with pytest.raises(images.NotAnImage, match="not a regular file"):
-        read(entry)
+    assert source.classes == ("apple", "pear")
+    assert len(source.splits["train"]) == 24
+    assert source.left_out == [
+        ("train/all/", "a link to a folder that holds it"),
+        ("train/apple/loop/", "a link to a folder that holds it"),
+        ("train/apple/more/", "a link to a folder"),
+    ]
 
 
 def test_paths_join_and_refuse_secrets():

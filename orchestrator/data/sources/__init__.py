@@ -1,75 +1,174 @@
 """Sources of images. `open_source` lists the images of train and val, each with its label; `read` gets one's bytes.
 
-The format of a folder or URI is detected from the names in it, unless the user states it.
+What a source is, is detected from the names in it, unless the user states it.
 """
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from dataclasses import dataclass
 
 from orchestrator.base.environment import command
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
-from orchestrator.data.sources import cifar, ilsvrc, parquet
+from orchestrator.data.sources import cifar, ilsvrc, parquet, tables, webdataset
 from orchestrator.data.sources.cifar import open_cifar10
 from orchestrator.data.sources.digits import DIGITS, open_digits
 from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
-from orchestrator.data.sources.imagefolder import base_of, open_imagefolder
-from orchestrator.data.sources.listing import SPLITS, Entry, Say, Source, check_usable, read, versions
-from orchestrator.data.sources.parquet import open_parquet
+from orchestrator.data.sources.imagefolder import find_layout, open_imagefolder
+from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
+from orchestrator.data.sources.parquet import Columns, open_parquet
+from orchestrator.data.sources.splits import in_both
+from orchestrator.data.sources.tree import PACKED_TARS, TARS, ZIP, Tree, may_be_image, tree_of, unpacked
 
-__all__ = ["DIGITS", "FORMATS", "SPLITS", "Entry", "Say", "Source", "open_source", "read", "versions"]
+__all__ = [
+    "DIGITS", "FORMATS", "SPLITS", "Entry", "Options", "Say", "Source", "open_source", "read", "versions",
+]  # fmt: skip
 
-FORMATS: dict[str, Callable[[StoragePath, Say], Source]] = {
-    "imagefolder": open_imagefolder,
-    "ilsvrc": open_ilsvrc,
-    "parquet": open_parquet,
-    "cifar10": open_cifar10,
-}
+FORMATS = ("imagefolder", "ilsvrc", "parquet", "cifar10", "table", "caffe", "webdataset")
+DEVKIT_LIST = re.compile(r"(^|/)ILSVRC2012_img_(train|val)\.tar$")
+SHOWN = 3
 
 
-def open_source(
-    source: str,
-    *,
-    as_format: str = "auto",
-    verify: bool = False,
-    say: Say = lambda line: None,
-) -> Source:
-    """The listing of `digits`, or of a folder or URI in one of FORMATS. Raises ValueError of one line.
+@dataclass(frozen=True)
+class Options:
+    """What a user states about a source; None or auto: it is found."""
 
-    `verify` checks archives against their published MD5 sums first. `say` gets lines for the user: the format that was
-    detected, and what was taken as what.
+    format: str = "auto"
+    verify: bool = False  # check archives against their published MD5 sums first
+    labels: str | None = None  # a table of labels, by its path below the source
+    image_column: str | None = None
+    label_column: str | None = None
+    label_pattern: str | None = None  # a regular expression whose first group is the class, in files' names
+    config: str | None = None  # the one of several sets in a folder of Parquet files
+    val_fraction: float | None = None  # of every class, drawn for validation
+    seed: int = 0  # of that draw
+
+
+def open_source(source: str, options: Options = Options(), *, say: Say = lambda line: None) -> Source:
+    """The listing of `digits`, or of a folder, a URI or an archive. Raises ValueError of one line.
+
+    `say` gets lines for the user: what was detected and why, and what was taken as what.
     """
     if source == DIGITS:
-        if verify:
+        if options.verify:
             raise ValueError(f"--verify: {DIGITS} has no archives to verify; leave it out")
         return open_digits()
     root = StoragePath.of(source)
-    if not root.is_folder() and root.name != cifar.ARCHIVE:
-        raise ValueError(f"--source {root}: no such folder; give a folder or URI of images, or {DIGITS}")
+    if not root.is_folder() and root.size() is None:
+        raise ValueError(
+            f"--source {root}: no such folder or file; give a folder, archive or URI of images, or {DIGITS}"
+        )
     if (root / MANIFEST).size() is not None:
         raise ValueError(f"--source {root}: holds shards already; train with: {command('train')} --data {root}")
-    name, why = detect(root) if as_format == "auto" else (as_format, "as given by --format")
+    name, why, tree = detect(root, options)
     say(f"format {name}: {why}")
-    if verify:
+    if options.verify:
         verify_md5(root, say)
-    found = FORMATS[name](root, say)
+    found = _open(name, root, tree, options, say)
     check_usable(found)
+    found.warnings.extend(inspect(found))
     return found
 
 
-def detect(root: StoragePath) -> tuple[str, str]:
-    """The format of a folder, and the name in it by which it is known."""
-    names = root.children()
-    if ilsvrc.TRAIN in names:
-        return "ilsvrc", f"it has {ilsvrc.TRAIN}"
+def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
+    """The format, what it is known by, and what is there unless the format looks for itself."""
+    if options.format != "auto":
+        why = "as given by --format"
+        return options.format, why, None if options.format in ("ilsvrc", "cifar10") else _tree(root)
     if root.name == cifar.ARCHIVE:
-        return "cifar10", f"it is {cifar.ARCHIVE}"
-    known = next((name for name in names if name in (cifar.ARCHIVE, cifar.FOLDER, cifar.TRAIN[0])), None)
-    if known:
-        return "cifar10", f"it has {known}"
-    for folder in ("", "data", "train"):
-        inside = names if not folder else (root / folder).children() if names.get(folder) else {}
-        known = next((name for name in inside if name.endswith(parquet.SUFFIX)), None)
+        return "cifar10", f"it is {cifar.ARCHIVE}", None
+    if root.is_folder():
+        names = root.children()
+        if ilsvrc.TRAIN in names:
+            return "ilsvrc", f"it has {ilsvrc.TRAIN}", None
+        known = next((name for name in names if name in (cifar.ARCHIVE, cifar.FOLDER, cifar.TRAIN[0])), None)
         if known:
-            return "parquet", f"it has {folder + '/' if folder else ''}{known}"
-    base = base_of(root)
-    return "imagefolder", "it has " + ("train/" if base == root else "train/ in Data/CLS-LOC")
+            return "cifar10", f"it has {known}", None
+    elif root.name.endswith((parquet.SUFFIX, ARROW)):
+        return "parquet", f"it is {root.name}", _tree(root)
+    elif root.name.lower().endswith(TARS) and webdataset.is_webdataset(root):
+        return "webdataset", "its members are images and their labels", None
+    tree = _tree(root)
+    images = sum(may_be_image(name) for name in tree.files)
+    tabled = next((name for name in tree.files if name.endswith((parquet.SUFFIX, ARROW))), None)
+    if options.labels is not None:
+        return "table", f"labels come from {options.labels}", tree
+    if options.label_pattern is not None:
+        return "imagefolder", "labels come from the names of its files", tree
+    if tabled is not None and (tree.root is not None) and not _is_folders(tree):
+        return "parquet", f"it has {tabled}", tree
+    if tree.root is not None and not images:
+        archives = [name for name in tree.files if name.lower().endswith((*ZIP, *TARS))]
+        tars = [name for name in archives if name.lower().endswith(TARS)]
+        if tars and webdataset.is_webdataset(tree.root / tars[0]):
+            return "webdataset", f"{tars[0]} has images and their labels", tree
+        if archives:
+            tree = unpacked(tree, archives)
+    if set(tables.CAFFE) <= tree.files.keys() and not _is_folders(tree):
+        return "caffe", "it has train.txt and val.txt", tree
+    if not _is_folders(tree) and (table := tables.find_table(tree)):
+        return "table", f"it has {table}, and no folders of classes", tree
+    return "imagefolder", tree.summary(), tree
+
+
+def inspect(source: Source) -> list[str]:
+    """What looks wrong with a listing, a line each."""
+    lines = []
+    rows = {split: Counter(entry.label for entry in source.splits[split]) for split in SPLITS}
+    for split, what in (("train", "training"), ("val", "validation")):
+        empty = [source.classes[label] for label in range(len(source.classes)) if not rows[split][label]]
+        if empty:
+            more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+            lines.append(f"no {what} images of {', '.join(empty[:SHOWN])}{more}")
+    if both := in_both(source.splits):
+        first, second = both[0]
+        lines.append(
+            f"{len(both)} validation image(s) are training images, too: {second.name} is {first.name}; errors on them "
+            "say nothing about new images"
+        )
+    return lines
+
+
+def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, say: Say) -> Source:
+    drawn = {"val_fraction": options.val_fraction, "seed": options.seed}
+    if name == "ilsvrc":
+        return open_ilsvrc(root, say)
+    if name == "cifar10":
+        return open_cifar10(root, say)
+    if name == "webdataset":
+        tars = {t: root / t for t in webdataset.tars_of(tree)} if tree is not None and tree.root else {root.name: root}
+        return webdataset.open_webdataset(tars, root.name, say, **drawn)  # type: ignore[arg-type]
+    assert tree is not None
+    if name == "parquet":
+        columns = Columns(options.image_column, options.label_column)
+        return open_parquet(tree, say, columns=columns, config=options.config, **drawn)  # type: ignore[arg-type]
+    if name == "caffe":
+        return tables.open_caffe(tree, say, **drawn)  # type: ignore[arg-type]
+    if options.label_pattern is not None:
+        return tables.open_pattern(tree, say, pattern=options.label_pattern, **drawn)  # type: ignore[arg-type]
+    if name == "table":
+        labels = options.labels or tables.find_table(tree)
+        if labels is None:
+            raise ValueError(f"--source {tree.shown}: name its table of labels with --labels: {tree.summary()}")
+        return tables.open_table(
+            tree, say, labels=labels, image_column=options.image_column, label_column=options.label_column,
+            **drawn,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return open_imagefolder(tree, say, **drawn)  # type: ignore[arg-type]
+
+
+def _tree(root: StoragePath) -> Tree:
+    if root.is_folder() or root.name.lower().endswith((*ZIP, *TARS, *PACKED_TARS)):
+        return tree_of(root)
+    if root.name.endswith((parquet.SUFFIX, ARROW)):
+        return parquet.single(root)
+    raise ValueError(f"--source {root}: is neither a folder nor a zip, tar, Parquet or Arrow file")
+
+
+def _is_folders(tree: Tree) -> bool:
+    """Whether its folders are like classes of images."""
+    try:
+        find_layout(tree)
+    except ValueError:
+        return False
+    return True

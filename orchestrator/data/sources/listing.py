@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
 }  # fmt: skip
 SAMPLE = 16  # images whose size is looked at
 SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
+ARROW = ".arrow"
 RECENT_BYTES = 2**28  # of row groups that a process caches
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
 
@@ -42,6 +44,8 @@ class Entry:
     row_group: int | None = None  # in a Parquet file
     row: int | None = None  # of the row group
     data: bytes | None = None
+    packed: int | None = None  # in a zip: deflated to so many bytes from `start`
+    column: str | None = None  # of the Parquet file; None: the one that image_column finds
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Source:
     image_size: int = 256  # pixels: the side at which its images are best stored
     class_names: tuple[str, ...] = ()  # in words, if the source has them
     misplaced: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of files without a class
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, rule) of files that are no one's data
+    warnings: list[str] = field(default_factory=list)  # what looks wrong, a line each
     runs: dict[str, list[int]] | None = None  # numbers of consecutive entries of a split that are best read together
 
 
@@ -64,7 +70,8 @@ def check_usable(source: Source) -> None:
         raise ValueError(f"--source {source.name}: has {len(source.classes)} class; a classifier needs at least 2")
     for split in SPLITS:
         if not source.splits[split]:
-            raise ValueError(f"--source {source.name}: its {split} part holds no images")
+            why = f": {source.misplaced[0][1]}" if source.misplaced else ""
+            raise ValueError(f"--source {source.name}: its {split} part holds no image with a label{why}")
 
 
 def read(entry: Entry) -> bytes:
@@ -75,10 +82,12 @@ def read(entry: Entry) -> bytes:
     place = StoragePath(entry.path)
     try:
         if entry.row is not None:
-            data = _column(place, entry.row_group)[entry.row].as_py()
+            data = _column(place, entry.row_group, entry.column)[entry.row].as_py()
             if data is None:
                 raise NotAnImage("the row has no bytes")
             return bytes(data)
+        if entry.packed is not None and entry.start is not None:
+            return _inflated(place.read_at(entry.start, entry.packed), entry.length or 0)
         if entry.start is not None and entry.length is not None:
             return place.read_at(entry.start, entry.length)
         if place.local is not None:
@@ -120,32 +129,58 @@ def _version(path: str | None) -> tuple[int, int] | None:
 
 
 # one that is larger than the cache counts as all of it: the rows of a task come from few groups, often from one
-_recent: MutableMapping[tuple[StoragePath, int | None], Any] = cachetools.LRUCache(
+_recent: MutableMapping[tuple[StoragePath, int | None, str | None], Any] = cachetools.LRUCache(
     RECENT_BYTES, getsizeof=lambda column: min(column.nbytes, RECENT_BYTES)
 )
 
 
-def _column(place: StoragePath, row_group: int | None) -> Any:
+def _column(place: StoragePath, row_group: int | None, name: str | None = None) -> Any:
     """The images of a row group, from the cache or from the file. Raises StorageError."""
-    found = _recent.get((place, row_group))
+    found = _recent.get((place, row_group, name))
     if found is None:
-        found = _recent[place, row_group] = _read_column(place, row_group)
+        found = _recent[place, row_group, name] = _read_column(place, row_group, name)
     return found
 
 
-def _read_column(place: StoragePath, row_group: int | None) -> Any:
+def _read_column(place: StoragePath, row_group: int | None, name: str | None = None) -> Any:
     def read_group() -> Any:
         with place.open() as file:
+            if place.name.endswith(ARROW):
+                batch = arrow_batches(file)[row_group or 0]
+                column = name or image_column(batch.schema)
+                assert column is not None
+                return pa.Table.from_batches([batch]).flatten()[column].combine_chunks()
             parquet = pq.ParquetFile(file)
-            column = image_column(parquet.schema_arrow)
+            column = name or image_column(parquet.schema_arrow)
             assert column is not None
-            return parquet.read_row_group(row_group, columns=[column]).flatten().column(0)
+            return parquet.read_row_group(row_group, columns=[column]).flatten()[column]
 
     try:
         return place.with_retries(read_group, "read")
     except (pa.ArrowException, OSError) as error:
         text = str(error).splitlines()[0]
         raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
+
+
+def arrow_batches(file: Any) -> list[pa.RecordBatch]:
+    """Of a file in Arrow's stream form, as Hugging Face's save_to_disk writes it, or its file form."""
+    try:
+        return list(pa.ipc.open_stream(file))
+    except pa.ArrowInvalid:
+        file.seek(0)
+        reader = pa.ipc.open_file(file)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _inflated(data: bytes, length: int) -> bytes:
+    """A deflated member of a zip, which unpacks to no more than it says."""
+    try:
+        found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length + 1)
+    except zlib.error as error:
+        raise NotAnImage(f"damaged in the archive: {error}") from None
+    if len(found) != length:
+        raise NotAnImage(f"damaged in the archive: unpacks to {len(found)} bytes instead of {length}")
+    return found
 
 
 def image_column(schema: Any) -> str | None:

@@ -1,6 +1,12 @@
-"""Parquet files with a column of image bytes and a column of labels, such as Hugging Face's data sets."""
+"""Tables with a column of image bytes and a column of labels: Parquet files, and Arrow files.
 
+Hugging Face's data sets are read as they lie on its hub, and as save_to_disk writes them.
+"""
+
+import itertools
 import json
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -11,43 +17,97 @@ import pyarrow.parquet as pq
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, UNFINISHED
-from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, image_column, stored_size
+from orchestrator.data.sources.listing import (
+    ARROW,
+    SAMPLE,
+    SPLITS,
+    Entry,
+    Say,
+    Source,
+    arrow_batches,
+    image_column,
+    stored_size,
+)
+from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_name
+from orchestrator.data.sources.tree import Tree, Where, may_be_image
 
 SUFFIX = ".parquet"
-# names of columns, the first that is there counts
-LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
-NAMES = ("name", "path", "file_name", "filename")
+# names of columns in any case, the first that is there counts
+LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name", "species", "breed")
+NAMES = ("name", "path", "file_name", "filename", "image_file_path")
 
 
-def open_parquet(root: StoragePath, say: Say = lambda line: None) -> Source:
-    """Files, or folders of files, named train* and val*, validation* or test*, anywhere below the root.
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read: the user's, or None for those that are found."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+def open_parquet(
+    tree: Tree,
+    say: Say,
+    *,
+    columns: Columns = Columns(),
+    config: str | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+) -> Source:
+    """Files, or folders of files, of train and val, anywhere below the root; of one part alone, val is drawn.
 
     Raises ValueError naming the file and what it lacks.
     """
-    files = split_files(root, say)
-    groups = {split: [group for name in files[split] for group in _row_groups(root, name)] for split in SPLITS}
-    classes, label_of = _classes(root, groups["train"])
-    splits: dict[str, list[Entry]] = {}
+    files = split_files(tree, config, say)
+    root = tree.root
+    assert root is not None
+    groups = {split: [group for name in files[split] for group in _row_groups(root, name, columns)] for split in files}
+    classes = _Classes(root, groups["train"])
+    splits: dict[str, list[Entry]] = {"train": [], "val": []}
     runs: dict[str, list[int]] = {}
     misplaced: list[tuple[str, str]] = []
     next_id = 0
     for split in SPLITS:
-        entries = splits[split] = []
+        entries = splits[split]
         runs[split] = []
-        for group in groups[split]:
+        for group in groups.get(split, ()):
             before = len(entries)
             for row, (value, text) in enumerate(zip(group.labels, group.names, strict=True)):
                 name = f"{split}/" + (text or f"{group.file}, row group {group.index}, row {row}")
-                label = label_of.get(value)
+                label, why = classes.label(value, group)
+                where: dict[str, Any] = {"path": (root / group.file).text, "row_group": group.index, "row": row}
+                if label is not None and group.has_no_bytes:
+                    followed, why = _followed(tree, group.file, text)
+                    label, where = (label, followed) if followed else (None, where)
                 if label is None:
-                    misplaced.append((name, f"its label {value!r} is not one of the {len(classes)} classes"))
+                    misplaced.append((name, why))
                 else:
-                    place = (root / group.file).text
-                    entries.append(Entry(next_id, label, name, path=place, row_group=group.index, row=row))
+                    entries.append(Entry(next_id, label, name, column=group.image, **where))
                 next_id += 1
             runs[split].append(len(entries) - before)
+    if "val" not in files or val_fraction is not None:
+        drawn = val_fraction or VAL_FRACTION
+        said = "as --val-fraction says" if val_fraction else "there is no val part; --val-fraction changes that"
+        say(f"{drawn:g} of every class is for validation, by seed {seed}: {said}")
+        splits = renumbered(draw_val(splits["train"], drawn, seed))
+        runs = {split: [len(list(same)) for _, same in itertools.groupby(splits[split], _group_of)] for split in SPLITS}
+    if classes.said:
+        say(classes.said)
     size = stored_size(splits["train"][:SAMPLE], say)
-    return Source(root.name, "parquet", classes, splits, image_size=size, misplaced=misplaced, runs=runs)
+    followed_any = any(entry.row is None for entries in splits.values() for entry in entries)
+    return Source(
+        root.name, "parquet", classes.names, splits, image_size=size, misplaced=misplaced, left_out=tree.left_out,
+        runs=None if followed_any else runs,
+    )  # fmt: skip
+
+
+def single(file: StoragePath) -> Tree:
+    """A tree of one file."""
+    return Tree(PurePosixPath(file.name).stem, file.text, {file.name: Where(file.text)}, root=file.parent)
+
+
+def _group_of(entry: Entry) -> tuple[str | None, int | None]:
+    return entry.path, entry.row_group
 
 
 @dataclass(frozen=True)
@@ -58,117 +118,226 @@ class _RowGroup:
     index: int
     labels: list[Any]  # as in the file
     names: list[str | None]
-    schema: Any
+    class_names: tuple[str, ...]  # of the file
+    image: str | None  # the column, if the user named it
+    has_no_bytes: bool  # the images are files that `names` names
 
 
-def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
-    place = root / name
+def _row_groups(root: StoragePath, name: str, columns: Columns) -> Iterator[_RowGroup]:
+    place = root / name if name else root
     try:
         with place.open() as file:
-            table = pq.ParquetFile(file)
-            label, path = _columns(place, table.schema_arrow)
-            for index in range(table.num_row_groups):
-                rows = table.read_row_group(index, columns=[label, *([path] if path else [])]).flatten()
-                labels = rows[label].to_pylist()
-                if any(isinstance(value, float) and not value.is_integer() for value in labels):
-                    raise ValueError(
-                        f"{place}: column {label} has numbers that are not whole; expected classes' numbers"
-                    )
-                names = rows[path].to_pylist() if path else [None] * len(labels)
-                yield _RowGroup(name, index, labels, names, table.schema_arrow)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            if place.name.endswith(ARROW):
+                batches = arrow_batches(file)
+                schema = batches[0].schema if batches else pa.schema([])
+                found = _columns(place, schema, columns)
+                for index, batch in enumerate(batches):
+                    table = pa.Table.from_batches([batch])
+                    missing = table.flatten()[found.image].null_count == table.num_rows
+                    yield _group(name, index, table, found, columns, schema, missing)
+                return
+            parquet = pq.ParquetFile(file)
+            found = _columns(place, parquet.schema_arrow, columns)
+            leaf = parquet.schema.names.index(found.image.rpartition(".")[2]) if "." not in found.image else next(
+                i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == found.image
+            )  # fmt: skip
+            for index in range(parquet.num_row_groups):
+                wanted = [found.label, *([found.name] if found.name else [])]
+                table = parquet.read_row_group(index, columns=wanted)
+                statistics = parquet.metadata.row_group(index).column(leaf).statistics
+                missing = bool(
+                    statistics is not None and statistics.has_null_count and statistics.null_count == table.num_rows
+                )
+                yield _group(name, index, table, found, columns, parquet.schema_arrow, missing)
+    except (pa.ArrowException, OSError, IndexError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{place}: cannot be read as {'Arrow' if name.endswith(ARROW) else 'Parquet'}: {text}"
+        ) from None
 
 
-def split_files(root: StoragePath, say: Say = lambda line: None) -> dict[str, list[str]]:
-    """The Parquet files of train and val. Raises ValueError if either has none."""
-    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    others: list[str] = []
-    for name in _without_shards(root.files()):
-        if not name.endswith(SUFFIX):
-            continue
-        split = _split_of(name)
-        (found[split] if split else others).append(name)
-    if not found["val"]:
-        found["val"], found["test"] = found["test"], []
-        if found["val"]:
-            say(f"the test part ({len(found['val'])} file(s)) is used as val: there is no other")
-    for name in (*others, *found["test"]):
-        say(f"{name}: left out, belongs to neither train nor val")
-    for split in SPLITS:
-        if not found[split]:
-            raise ValueError(f"--source {root}: has no Parquet file of {split}; expected {split}*.parquet or {split}/")
-    return found
+def _group(
+    name: str, index: int, table: Any, found: "_Found", columns: Columns, schema: Any, missing: bool
+) -> _RowGroup:
+    rows = table.flatten()
+    labels = [None if isinstance(v, float) and math.isnan(v) else v for v in rows[found.label].to_pylist()]
+    if any(isinstance(value, float) and not value.is_integer() for value in labels):
+        raise ValueError(f"{name}: column {found.label} has numbers that are not whole; expected classes' numbers")
+    names = rows[found.name].to_pylist() if found.name else [None] * len(labels)
+    image = found.image if columns.image else None
+    return _RowGroup(
+        name, index, labels, names, _named_classes(schema, found.label), image, missing and found.name is not None
+    )
 
 
-def _without_shards(files: list[str]) -> list[str]:
+def split_files(tree: Tree, config: str | None, say: Say) -> dict[str, list[str]]:
+    """The files of train and, if there is one, val. Raises ValueError if there are several sets of them."""
+    names = _without_shards([name for name in tree.files if name.endswith((SUFFIX, ARROW))], list(tree.files))
+    if not names:
+        raise ValueError(f"--source {tree.shown}: has no Parquet or Arrow file but shards")
+    sets: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        folder, split = _set_of(name)
+        sets[folder][split or ""].append(name)
+    if config is not None:
+        fitting = [folder for folder in sets if config in (folder, folder.rpartition("/")[2])]
+        if len(fitting) != 1:
+            raise ValueError(f"--config {config}: is none of the sets in {tree.shown}: {_shown(sets)}")
+        sets = {fitting[0]: sets[fitting[0]]}  # type: ignore[assignment]
+    trained = [folder for folder, parts in sets.items() if parts.get("train")]
+    if len(trained) > 1:
+        raise ValueError(f"--source {tree.shown}: holds several sets: {_shown(sets)}; choose one with --config")
+    chosen = dict(sets[trained[0]]) if trained else {}
+    if not trained or not (chosen.get("val") or chosen.get("test")):  # its parts may lie in folders of their own
+        chosen = defaultdict(list)
+        for parts in sets.values():
+            for split, found in parts.items():
+                chosen[split] += found
+    train, val, test, others = (list(chosen.get(split, ())) for split in ("train", "val", "test", ""))
+    if not train:
+        train, others = others, []
+    if not train:
+        raise ValueError(f"--source {tree.shown}: has no file of train; there are {', '.join(names[:5])}")
+    if not val and test:
+        say(f"the test part ({len(test)} file(s)) is used as val: there is no other")
+        val, test = test, []
+    used = {*train, *val}
+    for name in names:
+        if name not in used:
+            say(f"{name}: left out, belongs to neither train nor val")
+    return {"train": train} | ({"val": val} if val else {})
+
+
+def _shown(sets: Any) -> str:
+    return ", ".join(folder or "." for folder in sorted(sets))
+
+
+def _set_of(name: str) -> tuple[str, str | None]:
+    """The folder of the set that a file belongs to, and its split: data/train-0.parquet, plain_text/test/0.parquet."""
+    parts = PurePosixPath(name).parts
+    for i in reversed(range(len(parts))):
+        if split := split_of_name(parts[i]):
+            return "/".join(parts[:i]), split
+    return "/".join(parts[:-1]), None
+
+
+def _without_shards(names: list[str], files: list[str]) -> list[str]:
     """Without the shards that a preparation has written, or is writing, into a folder below."""
     paths = [PurePosixPath(name) for name in files]
     ours = {path.parent for path in paths if path.name == MANIFEST}
     ours |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
     ours.discard(PurePosixPath("."))  # shards may be the source themselves, to be stored at another size
-    return [str(path) for path in paths if not ours & {*path.parents}]
+    return [name for name in names if not ours & {*PurePosixPath(name).parents}]
 
 
-def _split_of(name: str) -> str | None:
-    for part in reversed(PurePosixPath(name).parts):
-        for word, split in (("train", "train"), ("val", "val"), ("test", "test")):
-            if part.lower().startswith(word):
-                return split
-    return None
+def _followed(tree: Tree, file: str, text: str | None) -> tuple[dict[str, Any] | None, str]:
+    """Where the image is that a row names by its path, which must be one of the source's files."""
+    path = (text or "").replace("\\", "/").removeprefix("./")
+    for candidate in (str(PurePosixPath(file).parent / path), path):
+        if candidate in tree.files and may_be_image(candidate):
+            return tree.files[candidate].at(), ""
+    return None, f"the row has no bytes, and its path {path!r} is not a file of the source"
 
 
-def _columns(place: StoragePath, schema: Any) -> tuple[str, str | None]:
-    """The columns of labels and, if any, of names. Raises ValueError for none or no fitting one, images included."""
-    names = set(schema.names)
-    image = image_column(schema)
-    label = next((name for name in LABELS if name in names), None)
-    for what, column in (("image bytes", image), ("labels", label)):
+@dataclass(frozen=True)
+class _Found:
+    image: str
+    label: str
+    name: str | None
+
+
+def _columns(place: StoragePath, schema: Any, columns: Columns) -> _Found:
+    """The columns of images, labels and, if any, names. Raises ValueError for none or no fitting one."""
+    by_name = {name.lower(): name for name in reversed(schema.names)}
+    shown = ", ".join(f"{column.name} ({column.type})" for column in schema)
+    for flag, given in (("--image-column", columns.image), ("--label-column", columns.label)):
+        if given is not None and given.split(".")[0] not in schema.names:
+            raise ValueError(f"{flag} {given}: is not a column of {place}; its columns are {shown}")
+    image = columns.image or image_column(schema)
+    if image is not None and "." not in image:
+        kind = schema.field(image).type
+        image = f"{image}.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else image
+    label = columns.label or next((by_name[name] for name in LABELS if name in by_name), None)
+    for what, flag, column in (("image bytes", "--image-column", image), ("labels", "--label-column", label)):
         if column is None:
-            shown = ", ".join(f"{column.name} ({column.type})" for column in schema)
-            raise ValueError(f"{place}: has no column of {what}; its columns are {shown}")
+            raise ValueError(f"{place}: has no column of {what}; its columns are {shown}; name one with {flag}")
     assert image is not None and label is not None  # noqa: PT018
     kind = schema.field(label).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    known = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+    known = (
+        pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean,
+    )  # fmt: skip
     if schema.names.count(label) > 1 or not any(is_it(kind) for is_it in known):
         raise ValueError(f"{place}: column {label} ({kind}) is not one column of numbers or words")
     texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    path = next((name for name in NAMES if name in texts and name != label), None)
     outer = image.split(".")[0]
-    if path is None and "." in image and schema.field(outer).type.get_field_index("path") >= 0:
-        path = f"{outer}.path"
-    return label, path
+    path = next((by_name[name] for name in NAMES if by_name.get(name) in texts and by_name[name] != label), None)
+    if "." in image and schema.field(outer).type.get_field_index("path") >= 0:
+        path = path or f"{outer}.path"
+    return _Found(image, label, path)
 
 
-def _classes(root: StoragePath, train: list[_RowGroup]) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """The names of the classes, and the label of each value in the label column. Raises ValueError."""
-    of_train = {value for group in train for value in group.labels if value is not None}
-    if any(isinstance(value, str) for value in of_train):
-        names = tuple(sorted(map(str, of_train)))
-        return names, {name: label for label, name in enumerate(names)}
-    numbers = sorted(int(value) for value in of_train if value >= 0 and value == int(value))
-    rows = sum(len(group.labels) for group in train)
-    if numbers and numbers[-1] >= rows:
-        raise ValueError(
-            f"--source {root}: has the label {numbers[-1]} among {rows} rows of train; expected classes' numbers"
-        )
-    if len(numbers) < 2:
-        raise ValueError(f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2")
-    count = numbers[-1] + 1
-    named = _named_classes(train[0].schema)
-    if len(named) < count:
-        named = tuple(str(label) for label in range(count))
-    return named, {label: label for label in range(len(named))}
+class _Classes:
+    """The classes that the training part names, and which one a value means."""
+
+    def __init__(self, root: StoragePath, train: list[_RowGroup]) -> None:
+        """Raises ValueError."""
+        self.said = ""
+        values = {value for group in train for value in group.labels if value is not None}
+        self.named = next((group.class_names for group in train if group.class_names), ())
+        if any(isinstance(value, str | bool) for value in values):
+            self.named, self.names = (), tuple(sorted(map(str, values)))
+        else:
+            numbers = sorted(int(value) for value in values if value >= 0 and value == int(value))
+            rows = sum(len(group.labels) for group in train)
+            if numbers and numbers[-1] >= max(rows, len(self.named)):
+                raise ValueError(
+                    f"--source {root}: has the label {numbers[-1]} among {rows} rows of train; expected the numbers of "
+                    "classes"
+                )
+            if not numbers:
+                raise ValueError(f"--source {root}: no row of its train part has a label: {_missing(train)}")
+            if len(numbers) < 2:
+                raise ValueError(
+                    f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2"
+                )
+            if len(self.named) > numbers[-1]:
+                self.names = self.named
+            else:
+                self.named, self.names = (), tuple(map(str, numbers))
+                if numbers != list(range(len(numbers))):
+                    self.said = f"its labels are {', '.join(self.names[:5])}{', ...' * (len(numbers) > 5)}: " + (
+                        f"{len(numbers)} classes, named by their numbers"
+                    )
+        self.label_of = {name: label for label, name in enumerate(self.names)}
+
+    def label(self, value: Any, group: _RowGroup) -> tuple[int | None, str]:
+        """The class of a value, by the names of its own part where they have names; else None and why."""
+        if value is None:
+            return None, "the row has no label"
+        named = group.class_names if self.named and group.class_names else self.named
+        is_number = not isinstance(value, str | bool)
+        if named and is_number:
+            name = named[int(value)] if 0 <= value < len(named) else None
+        else:
+            name = str(int(value)) if is_number else str(value)
+        label = self.label_of.get(name) if name is not None else None
+        shown = value if name is None or not named else name
+        return label, "" if label is not None else f"its label {shown!r} is not one of the {len(self.names)} classes"
 
 
-def _named_classes(schema: Any) -> tuple[str, ...]:
+def _missing(groups: list[_RowGroup]) -> str:
+    """What stands where labels should."""
+    found = sorted({str(value) for group in groups for value in group.labels})
+    return f"they are {', '.join(found[:3])}"
+
+
+def _named_classes(schema: Any, label: str) -> tuple[str, ...]:
     """The names in the schema's metadata: Hugging Face's features, or a list with commas. Empty if none."""
     metadata = schema.metadata or {}
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        label = next(features[name] for name in LABELS if name in features)
-        return tuple(map(str, label["names"]))
-    except (KeyError, ValueError, TypeError, StopIteration):
+        return tuple(map(str, features[label]["names"]))
+    except (KeyError, ValueError, TypeError, RecursionError):
         text = metadata.get(b"classes", b"").decode("utf-8", "replace")
         return tuple(text.split(",")) if text else ()

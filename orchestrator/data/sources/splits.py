@@ -1,0 +1,106 @@
+"""Which part of a source is for training and which for validation: by the names of folders and files, or by lot."""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from orchestrator.data.sources.listing import Entry, Say
+
+VAL_FRACTION = 0.2
+WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+# a word by itself: train, Training, train2017, seg_train, training_set, imagenet-val-0001.tar; not values or trainers
+IN_NAME = {
+    split: re.compile(rf"(?:^|[^a-z])(?:{'|'.join(words)})(?![a-z])", re.IGNORECASE) for split, words in WORDS.items()
+}
+HASHED_BYTES = 2**31  # of files whose sizes are equal; more are not compared
+
+
+def split_of_name(name: str) -> str | None:
+    """train, val or test, by one part of a path; None if it says nothing."""
+    return next((split for split, pattern in IN_NAME.items() if pattern.search(name)), None)
+
+
+def split_of_path(path: str) -> str | None:
+    """By the last part of a path that says one."""
+    return next((split for part in reversed(PurePosixPath(path).parts) if (split := split_of_name(part))), None)
+
+
+def draw_val(entries: list[Entry], fraction: float, seed: int) -> dict[str, list[Entry]]:
+    """Of every class this fraction for validation, at least one of two or more; the same ones whenever seed, fraction
+    and files are the same. Files of the same content stay together. Where every class has one image, by lot among all
+    of them: the classes that are drawn then have no training images."""
+    twins = same_content(entries)
+    by_class: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_class[entry.label].append(entry)
+    chosen: set[int] = set()
+    for label, members in sorted(by_class.items()):
+        groups: dict[str, list[Entry]] = defaultdict(list)
+        for entry in members:
+            groups[twins.get(entry.id, f"alone {entry.id}")].append(entry)
+        order = np.random.default_rng([seed, label]).permutation(len(groups))
+        wanted = max(1, round(fraction * len(members))) if len(groups) > 1 else 0
+        listed = list(groups.values())
+        count = 0
+        for i, number in enumerate(order):
+            if count >= wanted or i + 1 == len(listed):  # one group at least is for training
+                break
+            chosen |= {entry.id for entry in listed[number]}
+            count += len(listed[number])
+    if not chosen and len(entries) > 1:
+        wanted = max(1, round(fraction * len(entries)))
+        order = np.random.default_rng(seed).permutation(len(entries))[:wanted]
+        chosen = {entries[number].id for number in order}
+    return {
+        "train": [entry for entry in entries if entry.id not in chosen],
+        "val": [entry for entry in entries if entry.id in chosen],
+    }
+
+
+def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]]:
+    """Pairs of a training and a validation image of the same content."""
+    twins = same_content([*splits["train"], *splits["val"]])
+    of_train = {twins[entry.id]: entry for entry in splits["train"] if entry.id in twins}
+    return [(of_train[twins[entry.id]], entry) for entry in splits["val"] if twins.get(entry.id) in of_train]
+
+
+def same_content(entries: Iterable[Entry], say: Say = lambda line: None) -> dict[int, str]:
+    """For entries that are not the only ones of their content: a name of it. Files of this machine are compared by
+    size, then by hash; ranges of archives, rows and remote files are not."""
+    by_size: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.path is None or entry.start is not None or entry.row is not None or "://" in entry.path:
+            continue
+        try:
+            by_size[os.stat(entry.path).st_size].append(entry)
+        except OSError:
+            continue  # it is named when it is read
+    alike = {size: found for size, found in by_size.items() if len(found) > 1}
+    if sum(size * len(found) for size, found in alike.items()) > HASHED_BYTES:
+        return {}
+    by_hash: dict[str, list[Entry]] = defaultdict(list)
+    for found in alike.values():
+        for entry in found:
+            assert entry.path is not None
+            try:
+                with open(entry.path, "rb") as file:
+                    by_hash[hashlib.file_digest(file, "sha256").hexdigest()].append(entry)
+            except OSError:
+                continue
+    return {entry.id: name for name, found in by_hash.items() if len(found) > 1 for entry in found}
+
+
+def renumbered(splits: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """With ids from 0 on, train first."""
+    numbers = iter(range(sum(map(len, splits.values()))))
+    return {split: [replace(entry, id=next(numbers)) for entry in splits[split]] for split in ("train", "val")}

@@ -1,0 +1,257 @@
+"""Labels that are listed: in a table (CSV, TSV, JSON lines), in Caffe's lists, or in the names of the files."""
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from orchestrator.data.sources.imagefolder import is_utf8, near_equal
+from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
+from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_name, split_of_path
+from orchestrator.data.sources.tree import Tree, extension, may_be_image
+
+TABLES = ("csv", "tsv", "jsonl", "txt")
+IMAGE_COLUMNS = (
+    "file_name", "filename", "file", "image", "image_path", "img", "img_path", "path", "image_id", "image_name", "name",
+    "id",
+)  # fmt: skip
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "category",
+    "target",
+    "cls",
+    "species",
+    "breed",
+    "label_name",
+)
+SPLIT_COLUMNS = ("split", "subset", "partition", "set", "fold_name")
+CAFFE = ("train.txt", "val.txt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a list."""
+
+    image: str
+    label: str
+    split: str | None
+
+
+def open_table(
+    tree: Tree,
+    say: Say,
+    *,
+    labels: str,
+    image_column: str | None,
+    label_column: str | None,
+    val_fraction: float | None,
+    seed: int,
+) -> Source:
+    """Images whose labels a table names. `labels`: its path below the source. Raises ValueError of one line."""
+    if labels not in tree.files:
+        tables = sorted(name for name in tree.files if extension(name) in TABLES)
+        raise ValueError(f"--labels {labels}: is not in {tree.shown}; there are {', '.join(tables[:8]) or 'no tables'}")
+    rows = list(read_rows(tree, labels, image_column, label_column, say))
+    return _listed(tree, "table", {labels: rows}, say, val_fraction, seed)
+
+
+def open_caffe(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -> Source:
+    """train.txt and val.txt with lines `path label`."""
+    found = {}
+    for name in CAFFE:
+        rows = []
+        for number, line in enumerate(tree.read(name).decode("utf-8", "replace").splitlines(), 1):
+            parts = line.rsplit(None, 1)
+            if not parts:
+                continue
+            if len(parts) != 2:
+                raise ValueError(f"--source {tree.shown}: {name}, line {number}: {line!r} is not `PATH LABEL`")
+            rows.append(Row(parts[0], parts[1], name.removesuffix(".txt")))
+        found[name] = rows
+    say("labels come from train.txt and val.txt")
+    return _listed(tree, "caffe", found, say, val_fraction, seed)
+
+
+def open_pattern(tree: Tree, say: Say, *, pattern: str, val_fraction: float | None, seed: int) -> Source:
+    """Images whose class is the first group of a pattern that is found in their names."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--label-pattern {pattern!r}: is not a regular expression: {error}") from None
+    if compiled.groups < 1:
+        raise ValueError(f"--label-pattern {pattern!r}: has no group; put the class in brackets, as in '^(cat|dog)'")
+    rows, without = [], []
+    for name in tree.files:
+        if may_be_image(name) and is_utf8(name):
+            found = compiled.search(name.rpartition("/")[2])
+            if found and found[1]:
+                rows.append(Row(name, found[1], split_of_path(name.rpartition("/")[0])))
+            else:
+                without.append((name, f"its name does not match {pattern}"))
+    if not rows:
+        raise ValueError(f"--label-pattern {pattern!r}: matches none of {len(without)} names, such as {without[:1]}")
+    say(f"labels are the part of the files' names that {pattern} finds")
+    return _listed(tree, "pattern", {"": rows}, say, val_fraction, seed, without)
+
+
+def read_rows(tree: Tree, table: str, image_column: str | None, label_column: str | None, say: Say) -> Iterator[Row]:
+    """The rows of a table with a line of names at its top. Raises ValueError naming its columns."""
+    text = tree.read(table).decode("utf-8-sig", "replace")
+    rows: list[dict[str, str]]
+    if extension(table) == "jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                found = json.loads(line)
+                rows.append({str(key): "" if value is None else str(value) for key, value in found.items()})
+            except (ValueError, AttributeError, RecursionError):
+                raise ValueError(f"--labels {table}, line {number}: is not a JSON object") from None
+    else:
+        first = text.partition("\n")[0]
+        delimiter = max("\t;,", key=first.count)
+        rows = [
+            {key: value or "" for key, value in row.items() if isinstance(key, str) and isinstance(value, str | None)}
+            for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        ]
+    columns = list(rows[0]) if rows else []
+    image = _column(columns, image_column, IMAGE_COLUMNS, "--image-column", table)
+    label = _column(columns, label_column, LABEL_COLUMNS, "--label-column", table)
+    by_name = {column.lower(): column for column in columns}
+    split = next((by_name[name] for name in SPLIT_COLUMNS if name in by_name), None)
+    say(
+        f"labels come from {table}: column {label} of the images in column {image}" + (f", by {split}" if split else "")
+    )
+    for row in rows:
+        yield Row(row.get(image, ""), row.get(label, "").strip(), split_of_name(row.get(split, "")) if split else None)
+
+
+def find_table(tree: Tree) -> str | None:
+    """The one table that has columns of images and of labels; None if there is none, or several."""
+    found = []
+    for name in tree.files:
+        if extension(name) in ("csv", "tsv", "jsonl") and name.count("/") < 3:
+            try:
+                list(read_rows(tree, name, None, None, lambda line: None))
+            except ValueError:
+                continue
+            found.append(name)
+    return found[0] if len(found) == 1 else None
+
+
+def _column(columns: list[str], given: str | None, known: tuple[str, ...], flag: str, table: str) -> str:
+    shown = ", ".join(columns[:12]) or "none"
+    if given is not None:
+        if given not in columns:
+            raise ValueError(f"{flag} {given}: is not a column of {table}; its columns are {shown}")
+        return given
+    by_name = {column.lower().strip(): column for column in columns}
+    found = next((by_name[name] for name in known if name in by_name), None)
+    if found is None:
+        raise ValueError(f"--labels {table}: name the column with {flag}; its columns are {shown}")
+    return found
+
+
+def _listed(
+    tree: Tree,
+    form: str,
+    lists: dict[str, list[Row]],
+    say: Say,
+    val_fraction: float | None,
+    seed: int,
+    misplaced: list[tuple[str, str]] | None = None,
+) -> Source:
+    """A source of the images that lists name; the others are misplaced."""
+    misplaced = list(misplaced or ())
+    names = {row.label for rows in lists.values() for row in rows if row.label}
+    classes = tuple(sorted(names, key=_in_order(names)))
+    if len(classes) < 2:
+        raise ValueError(
+            f"--source {tree.shown}: its labels name {len(classes)} class(es); a classifier needs at least 2"
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
+    seen: set[str] = {name for name, _ in misplaced}
+    for source, rows in lists.items():
+        find = _finder(tree, source)
+        for row in rows:
+            name = find(row.image)
+            if name is None:
+                misplaced.append((row.image or "a row", f"{source} lists it, and it is not there"))
+            elif not row.label:
+                misplaced.append((name, f"has no label in {source}"))
+                seen.add(name)
+            elif name in seen:
+                misplaced.append((name, f"{source} lists it a second time"))
+            else:
+                seen.add(name)
+                split = row.split or split_of_path(name.rpartition("/")[0]) or ""
+                splits[split].append(Entry(len(seen), label_of[row.label], name, **tree.files[name].at()))
+    left_out = list(tree.left_out)
+    for name in tree.files:
+        if name not in seen and may_be_image(name):
+            misplaced.append((name, "has no label in " + " or ".join(filter(None, lists))))
+        elif name not in seen and name not in lists:
+            left_out.append((name, f"not an image by its name: .{extension(name)}"))
+    made = _into_two(splits, say, val_fraction, seed)
+    for split in made:
+        made[split].sort(key=lambda entry: entry.name.split("/"))
+    made = renumbered(made)
+    train = made["train"]
+    size = stored_size(train[:: -(-len(train) // SAMPLE)], say) if train else 256
+    return Source(
+        tree.name, form, classes, made, image_size=size, misplaced=misplaced, left_out=left_out,
+        warnings=near_equal(list(classes)),
+    )  # fmt: skip
+
+
+def _into_two(
+    splits: dict[str, list[Entry]], say: Say, val_fraction: float | None, seed: int
+) -> dict[str, list[Entry]]:
+    train = [*splits["train"], *splits[""]]
+    val = splits["val"] or splits["test"]
+    if splits["test"]:
+        used = "is used as val: there is no other" if val is splits["test"] else "is left out: there is a val part"
+        say(f"the test part ({len(splits['test'])} images) {used}")
+    if val and val_fraction is None:
+        return {"train": train, "val": val}
+    drawn = val_fraction or VAL_FRACTION
+    said = "as --val-fraction says" if val_fraction else "there is no val part; --val-fraction changes that"
+    say(f"{drawn:g} of every class is for validation, by seed {seed}: {said}")
+    return draw_val(train, drawn, seed)
+
+
+def _in_order(names: set[str]) -> Callable[[str], tuple[int, str]]:
+    """Numbers by their value, words by the alphabet."""
+    if all(re.fullmatch(r"-?\d{1,9}", name) for name in names):
+        return lambda name: (int(name), name)
+    return lambda name: (0, name)
+
+
+def _finder(tree: Tree, table: str) -> Callable[[str], str | None]:
+    """From an image as a list names it to a file of the tree: a path from the list's folder or the top, or a name or
+    stem that only one file has."""
+    images = [name for name in tree.files if may_be_image(name)]
+    folder = table.rpartition("/")[0]
+    by_name, by_stem = defaultdict(list), defaultdict(list)
+    for name in images:
+        by_name[PurePosixPath(name).name].append(name)
+        by_stem[PurePosixPath(name).stem].append(name)
+    known = set(images)
+
+    def find(text: str) -> str | None:
+        path = text.strip().replace("\\", "/").removeprefix("./").lstrip("/")
+        for candidate in (f"{folder}/{path}" if folder else path, path):
+            if candidate in known:
+                return candidate
+        last = PurePosixPath(path).name
+        found = by_name.get(last) or by_stem.get(last) or []
+        return found[0] if len(found) == 1 else None
+
+    return find

@@ -1,0 +1,105 @@
+"""Tars of WebDataset: members KEY.jpg and KEY.cls, one after the other; an image is a byte range of a tar."""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from orchestrator.base.storage import StoragePath
+from orchestrator.data.sources.ilsvrc import members
+from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
+from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_path
+from orchestrator.data.sources.tables import LABEL_COLUMNS
+from orchestrator.data.sources.tree import IMAGES, TARS, Tree
+
+LABELS = ("cls", "cls.txt", "label", "label.txt", "class", "json")
+MAX_LABEL_BYTES = 2**16
+
+
+def tars_of(tree: Tree) -> list[str]:
+    return [name for name in tree.files if name.lower().endswith(TARS)]
+
+
+def is_webdataset(archive: StoragePath) -> bool:
+    """Whether one of the first members of a tar is a label."""
+    for number, (member, _) in enumerate(members(archive)):
+        if _kind(member.name)[1] in LABELS[:-1]:
+            return True
+        if number > 8:
+            break
+    return False
+
+
+def open_webdataset(
+    archives: dict[str, StoragePath], name: str, say: Say, *, val_fraction: float | None, seed: int
+) -> Source:
+    """archives: by the path that may say their split. Raises ValueError of one line."""
+    found: list[tuple[str, str, str, StoragePath, int, int]] = []  # split, label, name, archive, start, length
+    misplaced: list[tuple[str, str]] = []
+    left_out: list[tuple[str, str]] = []
+    for path, archive in archives.items():
+        split = split_of_path(path) or ""
+        for key, image, label in _samples(archive, path, left_out):
+            if image is None or label is None:
+                misplaced.append((f"{path}/{key}", "has no image" if image is None else "has no label"))
+                continue
+            found.append((split, label, f"{path}/{key}", archive, *image))
+    names = {label for _, label, *_ in found}
+    numbers = all(text.isascii() and text.isdigit() and len(text) < 10 for text in names)
+    classes = tuple(sorted(names, key=(lambda text: (int(text), text)) if numbers else lambda text: (0, text)))
+    if len(classes) < 2:
+        raise ValueError(f"--source {name}: its labels name {len(classes)} class(es); a classifier needs at least 2")
+    label_of = {text: label for label, text in enumerate(classes)}
+    splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
+    for number, (split, label, shown, archive, start, length) in enumerate(found):
+        entry = Entry(number, label_of[label], shown, path=archive.text, start=start, length=length)
+        splits[split].append(entry)
+    train, val = [*splits["train"], *splits[""]], splits["val"] or splits["test"]
+    if splits["test"] and val is splits["test"]:
+        say(f"the test part ({len(val)} images) is used as val: there is no other")
+    made = {"train": train, "val": val}
+    if not val or val_fraction is not None:
+        drawn = val_fraction or VAL_FRACTION
+        say(f"{drawn:g} of every class is for validation, by seed {seed}; --val-fraction changes that")
+        made = draw_val(train, drawn, seed)
+    made = renumbered(made)
+    size = stored_size(made["train"][:: -(-len(made["train"]) // SAMPLE)], say) if made["train"] else 256
+    return Source(name, "webdataset", classes, made, image_size=size, misplaced=misplaced, left_out=left_out)
+
+
+def _samples(
+    archive: StoragePath, path: str, left_out: list[tuple[str, str]]
+) -> Iterator[tuple[str, tuple[int, int] | None, str | None]]:
+    """Key, byte range of the image and label of each sample: neighbours of one key."""
+    last, image, label = None, None, None
+    for member, start in members(archive):
+        key, kind = _kind(member.name)
+        if last is not None and key != last:
+            yield last, image, label
+            image = label = None
+        last = key
+        if kind.rpartition(".")[2] in IMAGES:
+            image = start, member.size
+        elif kind in LABELS and member.size <= MAX_LABEL_BYTES:
+            label = _label(archive.read_at(start, member.size), kind) or label
+        else:
+            left_out.append((f"{path}/{member.name}", f"neither an image nor a label by its name: .{kind}"))
+    if last is not None:
+        yield last, image, label
+
+
+def _label(data: bytes, kind: str) -> str | None:
+    text = data.decode("utf-8", "replace").strip()
+    if kind != "json":
+        return text or None
+    try:
+        found = json.loads(text)
+        return next((str(found[name]) for name in LABEL_COLUMNS if name in found), None)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """A member's key and the rest of its name, which begins after the first dot."""
+    path = PurePosixPath(name)
+    stem, _, kind = path.name.partition(".")
+    return str(path.parent / stem), kind.lower()

@@ -1,0 +1,550 @@
+"""What people have in their folders: junk beside the images, other names, other forms of labels, no validation part."""
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+
+from orchestrator.data.sources import Options, open_source, read
+
+CLASSES = ("bird", "cat", "dog")
+
+
+def jpeg(number: int) -> bytes:
+    """A picture of its own for every number."""
+    return picture(np.random.default_rng(number), number % 2, (70, 80))
+
+
+def write(root, files: dict[str, bytes | str]):
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return root
+
+
+def folders(train="train/", val: str | None = "val/", counts=(6, 3)) -> dict[str, bytes]:
+    """Images of three classes, all different."""
+    files = {}
+    for part, (prefix, count) in enumerate(zip((train, val), counts, strict=True)):
+        if prefix is not None:
+            for label, name in enumerate(CLASSES):
+                for i in range(count):
+                    files[f"{prefix}{name}/{i}.jpg"] = jpeg(1000 * part + 100 * label + i)
+    return files
+
+
+def listed(source) -> dict[str, list[tuple[str, bytes]]]:
+    """Class and bytes of every image, by split."""
+    return {
+        split: sorted((source.classes[entry.label], read(entry)) for entry in entries)
+        for split, entries in source.splits.items()
+    }
+
+
+def expected(files: dict[str, bytes], train="train/", val="val/") -> dict[str, list[tuple[str, bytes]]]:
+    found = {}
+    for split, prefix in (("train", train), ("val", val)):
+        found[split] = sorted(
+            (name.removeprefix(prefix).split("/")[0], data) for name, data in files.items() if name.startswith(prefix)
+        )
+    return found
+
+
+def said_of(root, options=None):
+    lines: list[str] = []
+    return open_source(str(root), options or Options(), say=lines.append), "\n".join(lines)
+
+
+JUNK = {
+    "train/.ipynb_checkpoints/x.jpg": "hidden",
+    "train/__MACOSX/cat/x.jpg": "made by a file manager",
+    "train/cat/@eaDir/x.jpg/SYNOPHOTO_THUMB_S.jpg": "made by a file manager",
+    "train/cat/.thumbnails/x.jpg": "hidden",
+    "train/cat/._x.jpg": "hidden",
+    "train/cat/x.jpg~": "made by a file manager or a download",
+    "train/cat/x.jpg.part": "made by a file manager or a download",
+    "train/cat/Thumbs.db": "made by a file manager or a download",
+    "val/dog/.DS_Store": "hidden",
+    "val/dog/desktop.ini": "made by a file manager or a download",
+    "train/cat/0.xml": "not an image by its name: .xml",
+    "README.md": "not an image by its name: .md",
+}
+
+
+def test_what_is_no_data_is_left_out_by_rule_and_named(tmp_path):
+    files = folders()
+    write(tmp_path, files | dict.fromkeys(JUNK, jpeg(9)))
+    source = open_source(str(tmp_path))
+    assert source.classes == CLASSES
+    assert listed(source) == expected(files)
+    assert source.misplaced == []
+    rules = {name.rstrip("/"): rule for name, rule in source.left_out}
+    for name, rule in JUNK.items():  # a folder of junk is named once
+        shown = next(n for n in rules if name == n or name.startswith(n + "/"))
+        assert rules[shown] == rule
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        ("train/", "valid/", ""),
+        ("Train/", "Val/", ""),
+        ("training/", "validation/", ""),
+        ("Training/", "Testing/", "Testing/ is used for validation"),
+        ("train/", "test/", "test/ is used for validation"),
+        ("pets/train/", "pets/val/", ""),
+        ("a/b/train2017/", "a/b/val2017/", ""),
+        ("seg_train/seg_train/", "seg_test/seg_test/", "is used for validation"),
+        ("train/animals/", "val/animals/", ""),
+    ],
+)
+def test_the_usual_names_of_the_parts(tmp_path, train, val, words):
+    files = folders(train, val)
+    source, said = said_of(write(tmp_path, files))
+    assert source.classes == CLASSES
+    assert listed(source) == expected(files, train, val)
+    assert words in said
+
+
+def test_a_test_part_beside_a_val_part_is_left_out_and_said(tmp_path):
+    files = folders()
+    source, said = said_of(write(tmp_path, files | {"test/0.jpg": jpeg(5), "test/1.jpg": jpeg(6)}))
+    assert listed(source) == expected(files)
+    assert ("test/", "a part that is neither for training nor for validation") in source.left_out
+    assert "test/ is left out" in said
+
+
+@pytest.mark.parametrize("prefix", ["", "pets/", "train/"])
+def test_without_a_val_part_a_fifth_of_every_class_is_drawn(tmp_path, prefix):
+    files = folders(prefix, None, counts=(20, 0))
+    source, said = said_of(write(tmp_path, files))
+    assert {s: Counter(e.label for e in es) for s, es in source.splits.items()} == {
+        "train": {0: 16, 1: 16, 2: 16}, "val": {0: 4, 1: 4, 2: 4},
+    }  # fmt: skip
+    together = listed(source)
+    assert sorted(together["train"] + together["val"]) == expected(files, prefix, "nowhere/")["train"]
+    assert "0.2 of every class is for validation, by seed 0" in said
+    again = open_source(str(tmp_path))
+    assert listed(again) == together
+    other = open_source(str(tmp_path), Options(seed=1))
+    assert listed(other) != together
+    half = open_source(str(tmp_path), Options(val_fraction=0.5))
+    assert Counter(entry.label for entry in half.splits["val"]) == {0: 10, 1: 10, 2: 10}
+
+
+def test_copies_of_one_photograph_are_on_one_side_of_the_draw(tmp_path):
+    files = {f"{name}/{i}-{copy}.jpg": jpeg(100 * label + i) for label, name in enumerate(CLASSES)
+             for i in range(6) for copy in range(3)}  # fmt: skip
+    source = open_source(str(write(tmp_path, files)))
+    sides = listed(source)
+    assert not {data for _, data in sides["train"]} & {data for _, data in sides["val"]}
+    assert len(sides["val"]) >= 9
+
+
+def test_of_classes_of_one_image_some_are_for_validation_alone(tmp_path):
+    source = open_source(str(write(tmp_path, {f"class{i:02d}/0.jpg": jpeg(i) for i in range(20)})))
+    assert {split: len(entries) for split, entries in source.splits.items()} == {"train": 16, "val": 4}
+    assert source.warnings[0].startswith("no training images of class")
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path):
+    files = {f"{name}/{i}.jpg": jpeg(10 * label + i) for label, name in enumerate(("bus", "car", "train"))
+             for i in range(5)}  # fmt: skip
+    source = open_source(str(write(tmp_path, files)))
+    assert source.classes == ("bus", "car", "train")
+
+
+def test_what_looks_wrong_is_said(tmp_path):
+    files = folders() | {"train/Cat/0.jpg": jpeg(70), "train/wolf/0.jpg": jpeg(71)}
+    files["train/dog/twin.jpg"] = files["val/dog/0.jpg"]
+    files |= {f"train/dog/{breed}/{i}.jpg": jpeg(80 + 3 * i + n) for n, breed in enumerate(("pug", "corgi"))
+              for i in range(2)}  # fmt: skip
+    (tmp_path / "train/fish").mkdir(parents=True)
+    source = open_source(str(write(tmp_path, files)))
+    assert source.classes == ("Cat", "bird", "cat", "dog", "wolf")
+    text = "\n".join(source.warnings)
+    assert "the classes 'Cat' and 'cat' differ in their spelling alone" in text
+    assert "train/fish/ holds no images, and is no class" in text
+    assert "the class dog holds folders, whose images are all of it: corgi, pug" in text
+    assert "no validation images of Cat, wolf" in text
+    assert "1 validation image(s) are training images, too: val/dog/0.jpg is train/dog/twin.jpg" in text
+
+
+def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
+    assert open_source(str(write(tmp_path, folders()))).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.txt": "x"}, r"has no images: 1 files \(1 .txt\); expected folders CLASS/IMAGE"),
+        ({"0.jpg": b"", "1.jpg": b""}, r"it has 0 class folder\(s\) of images; .* there are 2 files \(2 .jpg\)"),
+        ({f"{c}.{i}.jpg": b"" for c in ("cat", "dog") for i in range(5)}, r"is read with --label-pattern '\^\("),
+        ({"0.jpg": b"", "notes.csv": "a,b\n1,2\n"}, "labels in a table are read with --labels notes.csv"),
+        ({"only/0.jpg": b"", "only/1.jpg": b""}, r"has 1 class folder\(s\)"),
+        ({"x/train/a/0.jpg": b"", "y/train/a/0.jpg": b""}, "holds several data sets, in x/, y/"),
+        ({"a.tar.gz": b""}, "has no images"),
+    ],
+)
+def test_what_cannot_be_read_says_what_is_there_and_what_would_work(tmp_path, files, words):
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(str(write(tmp_path, files)))
+    assert "\n" not in str(error.value)
+
+
+# labels that are listed
+
+
+def flat(prefix="images/", count=6) -> dict[str, bytes]:
+    return {f"{prefix}{label}-{i}.jpg": jpeg(10 * label + i) for label in range(3) for i in range(count)}
+
+
+def class_of(name: str) -> str:
+    return CLASSES[int(name.rpartition("/")[2].split("-")[0])]
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "options"),
+    [
+        ("labels.csv", "{name},{label}", {}),
+        ("labels.csv", "{stem},{label}", {}),
+        ("images/metadata.csv", "{last},{label}", {}),
+        ("labels.tsv", "{name}\t{label}", {}),
+        ("labels.csv", "{name};{label}", {}),
+        ("odd.csv", "{name},{label}", {"labels": "odd.csv", "image_column": "where", "label_column": "what"}),
+        ("images/metadata.jsonl", '{{"file_name": "{last}", "label": "{label}"}}', {}),
+    ],
+)
+def test_a_table_beside_the_images(tmp_path, table, line, options):
+    files = flat()
+    separator = next(c for c in ",\t;" if c in line)
+    header = separator.join(("where", "what") if options else ("file_name", "label")) + "\n"
+    rows = [
+        line.format(name=n, last=n.split("/")[1], stem=n.split("/")[1].removesuffix(".jpg"), label=class_of(n))
+        for n in files
+    ]
+    text = ("" if table.endswith("jsonl") else header) + "\n".join(rows)
+    source, said = said_of(write(tmp_path, files | {table: text}), Options(**options))
+    assert source.format == "table"
+    assert source.classes == CLASSES
+    together = listed(source)
+    assert sorted(together["train"] + together["val"]) == sorted((class_of(n), d) for n, d in files.items())
+    assert f"labels come from {table}" in said
+
+
+def test_a_table_s_rows_and_images_without_each_other_are_named_and_its_parts_are_kept(tmp_path):
+    files = flat()
+    rows = [f"{name},{class_of(name)},{'valid' if name.endswith('-0.jpg') else 'train'}" for name in list(files)[1:]]
+    rows += ["images/gone.jpg,cat,train", f"{list(files)[1]},dog,train"]
+    text = "image,class,split\n" + "\n".join(rows)
+    source = open_source(str(write(tmp_path, files | {"labels.csv": text})))
+    assert sorted(entry.name for entry in source.splits["val"]) == ["images/1-0.jpg", "images/2-0.jpg"]
+    assert sorted(source.misplaced) == [
+        ("images/0-0.jpg", "has no label in labels.csv"),
+        ("images/0-1.jpg", "labels.csv lists it a second time"),
+        ("images/gone.jpg", "labels.csv lists it, and it is not there"),
+    ]
+
+
+def test_numbers_for_labels_are_in_the_order_of_numbers(tmp_path):
+    files = {f"{i}.jpg": jpeg(i) for i in range(24)}
+    text = "id,label\n" + "\n".join(f"{i},{i % 12}" for i in range(24))
+    source = open_source(str(write(tmp_path, files | {"train.csv": text})))
+    assert source.classes == tuple(map(str, range(12)))
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    write(tmp_path, flat() | {"labels.csv": "file_name,what\na,b\n"})
+    for options, words in (
+        ({"labels": "labels.csv"}, "name the column with --label-column; its columns are file_name, what"),
+        ({"labels": "labels.csv", "label_column": "x"}, "--label-column x: is not a column of labels.csv"),
+        ({"labels": "nowhere.csv"}, "--labels nowhere.csv: is not in .*; there are labels.csv"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_source(str(tmp_path), Options(**options))
+
+
+def test_classes_in_the_names_of_files(tmp_path):
+    files = {f"{name}.{i}.jpg": jpeg(10 * label + i) for label, name in enumerate(CLASSES) for i in range(5)}
+    source, _ = said_of(write(tmp_path, files | {"other.jpg": jpeg(99)}), Options(label_pattern=r"^([a-z]+)\.\d"))
+    assert source.classes == CLASSES
+    together = listed(source)
+    assert sorted(together["train"] + together["val"]) == sorted((n.split(".")[0], d) for n, d in files.items())
+    assert source.misplaced == [("other.jpg", r"its name does not match ^([a-z]+)\.\d")]
+    for pattern, words in (("cat", "has no group"), ("(", "is not a regular expression"), ("(zebra)", "matches none")):
+        with pytest.raises(ValueError, match=words):
+            open_source(str(tmp_path), Options(label_pattern=pattern))
+
+
+def test_tiny_imagenet(tmp_path):
+    wnids = ("n01443537", "n02124075")
+    files: dict[str, bytes | str] = {f"train/{w}/images/{w}_{i}.JPEG": jpeg(10 * k + i) for k, w in enumerate(wnids)
+                                     for i in range(4)}  # fmt: skip
+    files |= {f"train/{w}/{w}_boxes.txt": "x" for w in wnids}
+    files |= {f"val/images/val_{i}.JPEG": jpeg(100 + i) for i in range(4)}
+    files["val/val_annotations.txt"] = "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4))
+    files |= {"words.txt": "n01443537\tgoldfish\nn02124075\tEgyptian cat\n", "test/images/test_0.JPEG": jpeg(200)}
+    source, said = said_of(write(tmp_path, files))
+    assert source.classes == wnids
+    assert source.class_names == ("goldfish", "Egyptian cat")
+    assert [(entry.name, entry.label) for entry in source.splits["val"]] == [
+        (f"val/images/val_{i}.JPEG", i % 2) for i in range(4)
+    ]
+    assert len(source.splits["train"]) == 8
+    assert source.warnings == []
+    assert "its labels come from val/val_annotations.txt" in said
+
+
+def test_caffe_s_lists(tmp_path):
+    files: dict[str, bytes | str] = dict(flat())
+    names = list(files)
+    for part, chosen in (("train", names[3:]), ("val", names[:3])):
+        files[f"{part}.txt"] = "".join(f"{name} {name.split('/')[1][0]}\n" for name in chosen)
+    source, _ = said_of(write(tmp_path, files))
+    assert (source.format, source.classes) == ("caffe", ("0", "1", "2"))
+    assert sorted(entry.name for entry in source.splits["val"]) == names[:3]
+    assert all(entry.name.split("/")[1][0] == source.classes[entry.label] for entry in source.splits["train"])
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_tars_of_webdataset(tmp_path, kind):
+    def shard(first: int, count: int) -> bytes:
+        members = {}
+        for i in range(first, first + count):
+            label = str(i % 3) if kind == "cls" else json.dumps({"label": i % 3})
+            members |= {f"s{i:04d}.jpg": jpeg(i), f"s{i:04d}.{kind}": label.encode()}
+        if kind == "json":
+            members |= {"s9999.jpg": jpeg(9999), "s9999.cls": b"0"}
+        return tar(members)
+
+    write(
+        tmp_path, {f"set-train-{n:06d}.tar": shard(6 * n, 6) for n in range(2)} | {"set-val-000000.tar": shard(50, 3)}
+    )
+    source = open_source(str(tmp_path), Options(format="webdataset"))
+    assert source.classes == ("0", "1", "2")
+    assert listed(source)["val"][:1] == [("0", jpeg(51))]
+    found = {(source.classes[e.label], read(e)) for e in source.splits["train"]}
+    assert {(str(i % 3), jpeg(i)) for i in range(12)} <= found
+    if kind == "cls":
+        assert open_source(str(tmp_path)).format == "webdataset"
+        single, _ = said_of(tmp_path / "set-train-000000.tar")
+        assert sum(map(len, single.splits.values())) == 6
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_of_folders_is_read_in_place(tmp_path, packing):
+    files = folders("photos/train/", "photos/val/")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w", packing) as archive:
+        for name, data in (files | {"__MACOSX/photos/train/cat/._0.jpg": b"x", "photos/.DS_Store": b"x"}).items():
+            archive.writestr(name, data)
+    source = open_source(str(tmp_path / "photos.zip"))
+    assert listed(source) == expected(files, "photos/train/", "photos/val/")
+    assert dict(source.left_out) == {"__MACOSX/": "made by a file manager", "photos/.DS_Store": "hidden"}
+    assert os.listdir(tmp_path) == ["photos.zip"]
+
+
+def test_archives_of_each_part_and_a_tar(tmp_path):
+    files = folders("", None)
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    (tmp_path / "val.tar").write_bytes(tar({f"val/{name}/x.jpg": jpeg(500 + i) for i, name in enumerate(CLASSES)}))
+    source = open_source(str(tmp_path))
+    assert listed(source)["val"] == [(name, jpeg(500 + i)) for i, name in enumerate(CLASSES)]
+    assert len(source.splits["train"]) == 18
+    whole = open_source(str(write(tmp_path / "t", {"all.tar": tar(folders())}) / "all.tar"))
+    assert listed(whole) == expected(folders())
+
+
+def bad_zip(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../evil/0.jpg" if kind == "parent" else "cat/0.jpg", b"x" * 1000)
+        archive.writestr("dog/0.jpg", b"y" * 1000)
+    data = bytearray(buffer.getvalue())
+    if kind == "encrypted":
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    if kind == "cut":
+        del data[len(data) // 2 :]
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("parent", "has an absolute or parent path"), ("encrypted", "is encrypted"), ("cut", "cannot be read as a zip")],
+)
+def test_bad_zips_are_refused_in_one_line(tmp_path, kind, words):
+    (tmp_path / "x.zip").write_bytes(bad_zip(kind))
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(str(tmp_path / "x.zip"))
+    assert "\n" not in str(error.value)
+
+
+# Parquet as it lies on Hugging Face's hub
+
+
+def hub(path, rows: list[tuple[int, int]], *, image="image", label="label", names=None, more=None, bytes_=True):
+    """A file of (number of the picture, label), with ClassLabel's names in the metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [{"bytes": jpeg(n) if bytes_ else None, "path": f"{n}.jpg"} for n, _ in rows]
+    columns = {image: pa.array(pictures, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
+    columns |= {name: pa.array([value] * len(rows)) for name, value in (more or {}).items()}
+    columns[label] = pa.array([value for _, value in rows])
+    table = pa.table(columns)
+    if names:
+        features = {label: {"names": list(names), "_type": "ClassLabel"}, image: {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+
+
+TRAIN, VAL = [(i, i % 3) for i in range(9)], [(100 + i, i % 3) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "form"),
+    [
+        ("mnist/train-00000-of-00001.parquet", "mnist/test-00000-of-00001.parquet", {}),
+        ("plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet", {"image": "img"}),
+        (
+            "cifar100/train-00000-of-00001.parquet", "cifar100/test-00000-of-00001.parquet",
+            {"image": "img", "label": "fine_label", "more": {"coarse_label": 0}},
+        ),
+        (
+            "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet",
+            {"label": "labels", "more": {"image_file_path": "/home/x/a.jpg"}},
+        ),
+        ("data/train-00000-of-00008.parquet", "data/validation-00000-of-00003.parquet", {}),
+        ("full_size/train/0000.parquet", "full_size/validation/0000.parquet", {}),
+        ("default/train/0000.parquet", "default/test/0000.parquet", {}),
+        ("train/values-0.parquet", "val/values-0.parquet", {}),
+    ],
+)  # fmt: skip
+def test_the_layouts_of_the_hub(tmp_path, train, val, form):
+    hub(tmp_path / train, TRAIN, names=CLASSES, **form)
+    hub(tmp_path / val, VAL, names=CLASSES, **form)
+    source = open_source(str(tmp_path))
+    assert (source.format, source.classes) == ("parquet", CLASSES)
+    assert listed(source) == {
+        "train": sorted((CLASSES[label], jpeg(n)) for n, label in TRAIN),
+        "val": sorted((CLASSES[label], jpeg(n)) for n, label in VAL),
+    }
+
+
+def test_names_of_each_part_are_mapped_by_name(tmp_path):
+    hub(tmp_path / "train.parquet", TRAIN, names=CLASSES)
+    hub(tmp_path / "val.parquet", VAL, names=("dog", "bird", "cat"))  # 0 is a dog here
+    source = open_source(str(tmp_path))
+    assert [(source.classes[e.label], read(e)) for e in source.splits["val"]] == [
+        ("dog", jpeg(100)), ("bird", jpeg(101)), ("cat", jpeg(102)),
+    ]  # fmt: skip
+
+
+def test_several_sets_in_one_folder_are_not_merged(tmp_path):
+    for config in ("full_size", "160px"):
+        for part in ("train", "validation"):
+            hub(tmp_path / config / part / "0000.parquet", TRAIN if part == "train" else VAL, names=CLASSES)
+    with pytest.raises(ValueError, match="holds several sets: 160px, full_size; choose one with --config"):
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), Options(config="160px"))
+    assert {split: len(entries) for split, entries in source.splits.items()} == {"train": 9, "val": 3}
+    assert all("160px" in entry.path for entry in source.splits["train"])
+    with pytest.raises(ValueError, match="--config x: is none of the sets"):
+        open_source(str(tmp_path), Options(config="x"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([1, 2, 3] * 4, ("1", "2", "3")),
+        ([0, 5, 11] * 4, ("0", "5", "11")),
+        ([True, False] * 6, ("False", "True")),
+        (["b", "a"] * 6, ("a", "b")),
+        ([0.0, 1.0, float("nan")] * 4, ("0", "1")),
+    ],
+)
+def test_labels_of_any_kind_are_classes_of_their_own_and_none_is_empty(tmp_path, labels, classes):
+    for part in ("train", "val"):
+        rows = pa.table({"image": [jpeg(i) for i in range(12)], "Label": labels})
+        pq.write_table(rows, tmp_path / f"{part}.parquet")
+    source = open_source(str(tmp_path))
+    assert source.classes == classes
+    for entry in source.splits["train"]:
+        value = labels[entry.row]
+        assert source.classes[entry.label] == (str(int(value)) if isinstance(value, float) else str(value))
+    assert all(reason == "the row has no label" for _, reason in source.misplaced)
+    assert len(source.misplaced) == 2 * sum(value != value for value in labels)
+
+
+def test_labels_that_are_none_are_the_reason_given(tmp_path):
+    hub(tmp_path / "train.parquet", TRAIN, names=CLASSES)
+    hub(tmp_path / "test.parquet", [(n, -1) for n, _ in VAL], names=CLASSES)
+    with pytest.raises(ValueError, match="its val part holds no image with a label: its label -1 is not one of"):
+        open_source(str(tmp_path))
+
+
+def test_columns_are_named_by_the_user(tmp_path):
+    for part in ("train", "val"):
+        rows = pa.table({"thumb": [b"x"] * 6, "photo": [jpeg(i) for i in range(6)], "kind": [0, 1] * 3})
+        pq.write_table(rows, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"has no column of labels; .*; name one with --label-column"):
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), Options(image_column="photo", label_column="kind"))
+    assert [read(entry) for entry in source.splits["train"]] == [jpeg(i) for i in range(6)]
+    with pytest.raises(ValueError, match="--image-column x: is not a column"):
+        open_source(str(tmp_path), Options(image_column="x", label_column="kind"))
+
+
+def test_rows_that_name_a_file_instead_of_its_bytes(tmp_path):
+    write(tmp_path, {f"{n}.jpg": jpeg(n) for n, _ in [*TRAIN, *VAL[1:]]})
+    hub(tmp_path / "train.parquet", TRAIN, names=CLASSES, bytes_=False)
+    hub(tmp_path / "val.parquet", VAL, names=CLASSES, bytes_=False)
+    source = open_source(str(tmp_path))
+    assert [read(entry) for entry in source.splits["train"]] == [jpeg(n) for n, _ in TRAIN]
+    assert source.misplaced == [
+        ("val/100.jpg", "the row has no bytes, and its path '100.jpg' is not a file of the source")
+    ]
+
+
+def test_one_file_of_one_part(tmp_path):
+    hub(tmp_path / "all.parquet", [(i, i % 3) for i in range(30)], names=CLASSES)
+    for place in (tmp_path, tmp_path / "all.parquet"):
+        source = open_source(str(place))
+        assert {s: Counter(e.label for e in es) for s, es in source.splits.items()} == {
+            "train": {0: 8, 1: 8, 2: 8}, "val": {0: 2, 1: 2, 2: 2},
+        }  # fmt: skip
+        assert sorted(read(e) for es in source.splits.values() for e in es) == sorted(jpeg(i) for i in range(30))
+        assert sum(source.runs["train"]) == 24
+
+
+def test_what_save_to_disk_writes(tmp_path):
+    for part, rows in (("train", TRAIN), ("test", VAL)):
+        hub(tmp_path / "x.parquet", rows, names=CLASSES)
+        table = pq.read_table(tmp_path / "x.parquet")
+        (tmp_path / "d" / part).mkdir(parents=True)
+        with pa.ipc.new_stream(tmp_path / "d" / part / "data-00000-of-00001.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=4)
+        write(tmp_path / "d" / part, {"state.json": "{}", "dataset_info.json": "{}"})
+    write(tmp_path / "d", {"dataset_dict.json": "{}"})
+    source = open_source(str(tmp_path / "d"))
+    assert source.classes == CLASSES
+    assert [(e.label, read(e)) for e in source.splits["train"]] == [(label, jpeg(n)) for n, label in TRAIN]
+    assert [(e.label, read(e)) for e in source.splits["val"]] == [(label, jpeg(n)) for n, label in VAL]
