@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .allocator import keep_freed_memory, release_freed_memory
     from .augment import MeanSubtraction
-    from .evaluate import count_errors, topk_wrong
+    from .evaluate import count_errors, errors_by_class, topk_wrong
     from .lrn import LocalResponseNorm, local_response_norm
     from .net import LRN, PRESETS, AlexNet, build, num_parameters
     from .optim import PaperSGD, plateau_schedule
@@ -23,7 +23,7 @@ __version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestra
 _HOMES = {
     "allocator": ("keep_freed_memory", "release_freed_memory"),
     "augment": ("MeanSubtraction",),
-    "evaluate": ("count_errors", "topk_wrong"),
+    "evaluate": ("count_errors", "errors_by_class", "topk_wrong"),
     "lrn": ("LocalResponseNorm", "local_response_norm"),
     "net": ("LRN", "PRESETS", "AlexNet", "build", "num_parameters"),
     "optim": ("PaperSGD", "plateau_schedule"),
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "build",
     "count_errors",
+    "errors_by_class",
     "keep_freed_memory",
     "local_response_norm",
     "num_parameters",

@@ -6,6 +6,7 @@ N images, C maps, H rows, W columns of pixels; P = N*H*W pixels, each a row of C
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def local_response_norm(
@@ -31,6 +32,8 @@ def local_response_norm(
     Raises ValueError if n is not odd and positive, or C is not a multiple of columns.
     """
     check_constants(k=k, n=n, alpha=alpha, beta=beta)
+    if is_traced():
+        return traceable_forward(a_NCHW, columns, k, n, alpha, beta, relu)
     if a_NCHW.shape[1] % columns:
         raise ValueError(f"{a_NCHW.shape[1]} maps cannot be split into {columns} columns")
     result: Tensor = _LocalResponseNorm.apply(a_NCHW, columns, k, n, alpha, beta, relu)
@@ -114,6 +117,25 @@ def tensor_backward(
     if relu:
         dense = dense * (a != 0)
     return dense.flatten(1, 2).to(a_NCHW.dtype)
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded, by torch.export, torch.compile, torch.jit.trace or, through one of them,
+    torch.onnx, rather than only computed: compiled loops and autograd.Functions cannot be."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def traceable_forward(a_NCHW: Tensor, columns: int, k: float, n: int, alpha: float, beta: float, relu: bool) -> Tensor:
+    """The layer in operations that a tracer can record for any number of images, and autograd differentiate: no size
+    is read, nothing is changed in place. Equal to `tensor_forward` but for the order of its sums."""
+    a = a_NCHW.relu() if relu else a_NCHW
+    a = torch.unflatten(a if a.dtype == torch.float64 else a.float(), 1, (columns, -1))
+    padded = F.pad(a * a, (0, 0, 0, 0, n // 2, n // 2))  # zeros beyond the first and the last map of a column
+    total = padded[:, :, : 1 - n or None]
+    for first in range(1, n):
+        total = total + padded[:, :, first : first + 1 - n or None]
+    result: Tensor = (a * (k + alpha * total).pow(-beta)).flatten(1, 2).to(a_NCHW.dtype)
+    return result
 
 
 def _by_column(a_NCHW: Tensor, columns: int) -> Tensor:

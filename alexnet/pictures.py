@@ -31,7 +31,8 @@ def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
     for name, label in (("train/loss", "train"), ("val/loss", "validation")):
         losses.plot(epochs, [entry[name] for entry in history], marker=".", label=label)
     for name, label in (("val/top1_error", "top-1"), ("val/top5_error", "top-5")):
-        errors.plot(epochs, [100 * entry[name] for entry in history], marker=".", label=label)
+        if all(name in entry for entry in history):
+            errors.plot(epochs, [100 * entry[name] for entry in history], marker=".", label=label)
     drops = [b["epoch"] for a, b in pairwise(history) if b["train/lr"] < a["train/lr"]]
     for axes in (losses, errors):
         for epoch in drops:  # the rate was divided before this epoch

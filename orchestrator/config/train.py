@@ -55,6 +55,11 @@ class OptimizerSettings(BaseModel):
     weight_decay: float = Field(
         0.0005, ge=0, description="weight decay of all weights and biases, multiplied by the learning rate"
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="weights of the classes in the training loss; balanced: inversely to their training images, 1 on "
+        "average over the images",
+    )
     lr_drops: int = Field(
         3, ge=0, description="how many times the learning rate is divided by 10 when validation stops improving"
     )

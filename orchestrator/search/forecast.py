@@ -11,6 +11,7 @@ from orchestrator.cluster.placement import make_plan, room_for
 from orchestrator.data.dataset import Dataset
 from orchestrator.search.analysis import expected_epochs, rungs
 from orchestrator.search.config import SearchConfig
+from orchestrator.train.classes import has_top5
 
 
 def describe(config: SearchConfig, output: StoragePath, images_per_s: float | None) -> str:
@@ -52,13 +53,23 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
 def check_all(config: SearchConfig, data: Dataset) -> None:
     """Check the settings of the trials against the data, at the ends of every dimension. Raises ValueError."""
     data.check(config.train)
+    _check_metric(config, data.num_classes(config.train))
     worker_counts(config.train)
     config.trial(config.paper_baseline)
     for dimension in config.space.dimensions:
         for value in dimension.values:
             trial = config.trial(config.valid_values_with(dimension.name, value))
             data.check(trial)
+            _check_metric(config, data.num_classes(trial))
             worker_counts(trial)
+
+
+def _check_metric(config: SearchConfig, num_classes: int) -> None:
+    if config.metric == "val/top5_error" and not has_top5(num_classes):
+        raise ValueError(
+            f"metric = {config.metric}: always 0 of {num_classes} classes, each of which is among the first five; "
+            "choose val/top1_error or val/loss"
+        )
 
 
 def check_plans(config: SearchConfig, data: Dataset, nodes: list[Node], at_once: int) -> None:

@@ -5,13 +5,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
+from orchestrator.data.dataset import Dataset
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.entries import RunBegun, SearchBegun
 from orchestrator.search.folder import BEST_YAML, SEARCH_YAML
 from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.tracking.run import FINISH_TIMEOUT_S, HURRIED_TIMEOUT_S, Run
 from orchestrator.tracking.store import Store
+from orchestrator.tracking.training_run import Tracker
+from orchestrator.train.checkpoints import WEIGHTS, checkpoint_name
+from orchestrator.train.model_log import EPOCH_TAG, log_model
 
 PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each
 MLFLOW_STATUS = {"FINISHED": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}  # of a trial, in MLflow's words
@@ -137,6 +142,26 @@ class SearchRuns:
         if begun:
             self.parent.finish(status, error)
 
+    def log_best_model(self, record: TrialRecord, data: Dataset, trials: StoragePath) -> None:
+        """The model of the best trial, whose run has ended. trials: the folder of the trials' runs."""
+        run = self._run_of(record)
+        if run is None or self.parent.is_given_up:
+            return
+        try:
+            found = _best_checkpoint(record, trials, self.config.metric)
+            if found is None:
+                self.warn(f"the checkpoint of the best trial, {record.number}, is gone: no model is logged to MLflow")
+                return
+            known = self.store.client.get_run(run.run_id)
+            if known.data.tags.get(EPOCH_TAG) == str(found[1]):
+                return  # by an earlier session
+            try:
+                log_model(Tracker(self.store.uri, run), self.config.trial(record.values), data, *found)
+            finally:  # MLflow ends a run a second time when it is given a model
+                self.store.client.set_terminated(run.run_id, known.info.status, known.info.end_time)
+        except Exception as error:  # whatever the storage or the server answers: the search is over
+            self.warn(f"the model of the best trial did not reach MLflow: {self.store.reason(error)}")
+
     def _run_of(self, record: TrialRecord) -> Run | None:
         """A trial's run, if it has one that is still there."""
         try:
@@ -191,3 +216,16 @@ class SearchRuns:
             is_best = record.number == result["best"]
             if (is_best or self.resume) and (run := self._run_of(record)):  # another may have been, before
                 run.tag(best="true" if is_best else "false")
+
+
+def _best_checkpoint(record: TrialRecord, trials: StoragePath, metric: str) -> tuple[StoragePath, int] | None:
+    """The checkpoint of a trial's best epoch, or else of the best of those that are there, and its epoch. Ray Train
+    keeps the one of the lowest top-1 error, which need not be the best by another metric, and the last."""
+    since = record.start["epoch"] if record.start else 0  # what came before was trained with other settings
+    history = [entry for entry in record.history if entry["epoch"] > since] or record.history
+    for entry in sorted(history, key=lambda entry: (entry[metric], entry["val/loss"])):
+        for folder in (record.folder, *reversed(record.earlier_folders)):
+            checkpoint = trials / folder / checkpoint_name(entry["epoch"])
+            if (checkpoint / WEIGHTS).size() is not None:
+                return checkpoint, entry["epoch"]
+    return None

@@ -333,6 +333,8 @@ class Search:
             self.folder.write_result(result)
         finally:  # storage may be what failed
             self.runs.end(status, error, result, pictures, best)
+        if status == "FINISHED" and result["best"] is not None:
+            self.runs.log_best_model(self.journal.trials[result["best"]], self.data, self.folder.path / TRIALS)
         if result["best"] is not None:
             lines = summary(result, self.config, self.journal, self.folder, list(pictures), self.store.uri)
             self.view.say("\n".join(["", *self.view.findings(self.data.rows["val"]), "", lines]))

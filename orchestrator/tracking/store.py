@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -50,8 +51,8 @@ def ui_command(uri: str) -> str:
         return f"open {redact(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
     shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-    address = uri if uri == redact(uri) else '"$MLFLOW_TRACKING_URI"'
-    return f"{shown} ui --host 127.0.0.1 --backend-store-uri {address}"
+    address = shlex.quote(uri) if uri == redact(uri) else '"$MLFLOW_TRACKING_URI"'
+    return f"{shlex.quote(str(shown))} ui --host 127.0.0.1 --backend-store-uri {address}"
 
 
 class Store:

@@ -20,9 +20,12 @@ MONITOR_TIMEOUT_S = 10.0
 class Tracker:
     """The MLflow run of a training run."""
 
-    def __init__(self, uri: str) -> None:
-        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
-        self.run = Run(Store(uri))
+    def __init__(self, uri: str, run: Run | None = None) -> None:
+        """Connect, creating a new store where there is none. Raises ValueError of one line where that fails.
+
+        run: one that is there already, in a store that is connected.
+        """
+        self.run = run or Run(Store(uri))
         self.run.patience_s = FINISH_TIMEOUT_S
         self._monitor: Any = None
 

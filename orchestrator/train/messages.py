@@ -51,6 +51,7 @@ class EpochEnded:
     epochs: int
     metrics: Metrics
     history: Sequence[Metrics]
+    wrong: Sequence[int] = ()  # of each class the validation images that are wrong at top 1
     kind: Literal["epoch"] = "epoch"
 
 

@@ -2,10 +2,8 @@
 
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from alexnet import pictures
@@ -25,6 +23,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.tracking.store import tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
+from orchestrator.train.classes import ClassErrors, warn_if_unequal
 from orchestrator.train.messages import (
     EpochEnded,
     Event,
@@ -37,6 +36,7 @@ from orchestrator.train.messages import (
     Stopped,
     Warned,
 )
+from orchestrator.train.model_log import log_model
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
@@ -136,6 +136,9 @@ class Session:
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
+        if text := warn_if_unequal(self.config, manifest):
+            say(text)
+        self.class_errors = ClassErrors(manifest, self.result)
         # the workers start while MLflow does; if that fails, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
@@ -173,6 +176,7 @@ class Session:
             case EpochEnded():
                 log.info("epoch %d of %d: %s", event.metrics["epoch"], event.epochs, event.metrics)
                 self.tracker.run.log_epoch(event.metrics, {} if usd is None else {"cost/usd": usd})
+                self.class_errors.add(event.metrics["epoch"], event.wrong)
                 self._keep(event.history)
             case Stopped():
                 where = f"{event.epoch} epochs and {event.step} steps"
@@ -196,7 +200,12 @@ class Session:
             "history": list(history),
             "images_per_s": history[-1]["train/images_per_s"],
         }
+        self._keep_classes()
         self.run.write_result(self.result)
+
+    def _keep_classes(self) -> None:
+        last, best = self.result["metrics"]["epoch"], self.result["best"]["epoch"]
+        self.result["per_class"] = self.class_errors.table(last, best)
 
     def _on_start(self, event: Started) -> None:
         first = not self.under_way
@@ -222,6 +231,7 @@ class Session:
         for entry in self.result.get("history", []):  # an entry may be another run's, without a checkpoint here
             if event.best_checkpoint == str(self.run.path / checkpoints.checkpoint_name(entry["epoch"])):
                 self.result["best"] = entry
+                self._keep_classes()
 
     def _log_outcome(self) -> None:
         """The learning curves, and the best model, to the run's folder and MLflow."""
@@ -231,33 +241,11 @@ class Session:
         figure = pictures.learning_curves(history, self.run.name)
         self.run.write_picture("learning_curves.png", figure, dpi=120)
         self.tracker.run.log_picture(figure, "learning_curves.png")
-        config, manifest = self.config, self.data.manifest
-        num_classes = self.data.num_classes(config)
-        build = {
-            "preset": config.preset,
-            "num_classes": num_classes,
-            "input_size": config.input_size,
-            "width": config.width,
-            "dropout": config.dropout,
-            "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
-        }
         if not self.result["best_checkpoint"]:
             self.view.event(Warned(text="the best epoch's checkpoint is not stored: no model is logged to MLflow"))
             return
-        best, epoch = StoragePath.of(self.result["best_checkpoint"]), self.result["best"]["epoch"]
-        description = {
-            "build": build,
-            "pixel_scale": config.pixel_scale,
-            "classes": manifest.classes,
-            "epoch": epoch,
-        }
-        log.info("logging the model of epoch %d to MLflow, from %s", epoch, best)
-        with best.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
-            weights = folder / checkpoints.WEIGHTS
-            mean_image = Path(temporary, manifest.mean_image_file)
-            mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
-            self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
-        self.tracker.run.tag(**{"model.epoch": str(epoch)})
+        best = StoragePath.of(self.result["best_checkpoint"])
+        log_model(self.tracker, self.config, self.data, best, self.result["best"]["epoch"])
 
     def _end(self, status: str, error: str | None = None) -> None:
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
@@ -277,7 +265,7 @@ class Session:
                 "top-1 error",
                 f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
             ),
-            ("top-5 error", percent(last["val/top5_error"])),
+            *([("top-5 error", percent(last["val/top5_error"]))] if "val/top5_error" in last else []),
             ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
             ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
             ("time", duration(result["elapsed_s"])),

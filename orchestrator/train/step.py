@@ -39,9 +39,12 @@ class WorkerStep:
         rows: Mapping[str, int],
         *,
         bf16: bool,
+        class_weights: Tensor | None = None,
     ) -> None:
-        """mean_HWC: the mean image, on the net's device. rows: images of each split."""
+        """mean_HWC: the mean image, on the net's device. rows: images of each split. class_weights: of the training
+        loss, (num_classes,), on the net's device in its type."""
         self.net, self.optimizer, self.config, self.rows, self.bf16 = net, optimizer, config, rows, bf16
+        self.class_weights = class_weights
         weight = next(net.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.input_size, config.pixel_scale)
@@ -51,11 +54,15 @@ class WorkerStep:
     def update(self, batch: Batch, step: int, total_step: int) -> tuple[Tensor, int]:
         """One update on the global batch's mean loss; total_step: updates made before this one.
 
+        With class_weights the loss of each image is multiplied by its class's weight. The sum is divided by the number
+        of images all the same, and not by the sum of their weights, which is another in every batch: every image then
+        counts alike in every batch, and no layout has anything to exchange for it.
+
         Returns the loss summed over the images of this worker's group, a float64 scalar on the device, and their
         number; zeros from all workers of a group but its leader, so that the sums over all workers are right.
         """
         scores, labels = self.scores("train", step, batch, total_step)
-        loss_sum = F.cross_entropy(scores, labels, reduction="sum")
+        loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
         torch.autograd.backward(loss_sum / self.size_of("train", step))
         self.optimizer.step()
         self.net.zero_grad()
@@ -63,13 +70,15 @@ class WorkerStep:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, step: int) -> Tensor:
-        """(4,) on the device: loss sum, wrong at top 1, wrong at top 5, images; zeros but from a group's leader."""
+        """(4 + num_classes,) on the device: loss sum, without class_weights, wrong at top 1, wrong at top 5, images,
+        and of each class those wrong at top 1; zeros but from a group's leader."""
         scores, labels = self.scores("val", step, batch, 0)
         if not self.net.is_group_leader:
-            return torch.zeros(4, dtype=torch.float64, device=self.device)
+            return torch.zeros(4 + scores.shape[1], dtype=torch.float64, device=self.device)
         loss_sum = F.cross_entropy(scores, labels, reduction="sum")
         images = torch.tensor([len(labels)], device=self.device)
-        return torch.cat([loss_sum[None], alexnet.count_errors(scores, labels), images])
+        wrong = alexnet.count_errors(scores, labels), images, alexnet.errors_by_class(scores, labels)
+        return torch.cat([loss_sum[None], *wrong])
 
     def scores(self, split: str, step: int, batch: Batch, total_step: int) -> tuple[Tensor, Tensor]:
         """Class scores and labels of the images of this worker's group, in the order of the global batch.

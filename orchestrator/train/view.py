@@ -42,9 +42,10 @@ class TrainView:
 
 def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     """The line of an epoch. metrics: an entry of a history (docs/formats.md)."""
+    top5 = f"top-5 error {percent(metrics['val/top5_error'])}  " if "val/top5_error" in metrics else ""
     return (
         f"epoch {metrics['epoch']}/{epochs}  "
         f"train loss {metrics['train/loss']:.4f}  val loss {metrics['val/loss']:.4f}  "
-        f"top-1 error {percent(metrics['val/top1_error'])}  top-5 error {percent(metrics['val/top5_error'])}  "
+        f"top-1 error {percent(metrics['val/top1_error'])}  {top5}"
         f"lr {metrics['train/lr']:g}  {metrics['train/images_per_s']:.0f} images/s"
     )

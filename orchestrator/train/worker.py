@@ -21,6 +21,7 @@ from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
 from orchestrator.data.shards import DamagedData, Manifest, read_manifest, read_mean_image
 from orchestrator.train import checkpoints
+from orchestrator.train.classes import has_top5, loss_weights
 from orchestrator.train.driver_link import STOP_CODES, DriverLink
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import EpochEnded, Failed, Started, StartFrom, Step, Stopped, Warned, WorkerPayload
@@ -108,7 +109,13 @@ class Worker:
         self.optimizer = alexnet.PaperSGD(self.net.parameters(), config.lr, config.momentum, config.weight_decay)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
         mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
-        self.step = WorkerStep(self.net, self.optimizer, mean, config, self.manifest.rows, bf16=self.agreed.bf16)
+        weights = loss_weights(config, self.manifest, num_classes)
+        self.step = WorkerStep(
+            self.net, self.optimizer, mean, config, self.manifest.rows, bf16=self.agreed.bf16,
+            class_weights=None if weights is None else torch.tensor(weights, dtype=dtype, device=self.device),
+        )  # fmt: skip
+        self.num_classes = num_classes
+        self.wrong_by_class: list[int] = []  # at top 1, in the last validation
         self.stuck = StuckWatch(num_classes, config.init)
         self.state = self._load(payload.start)
         if self.state.losses and self.state.digest != self.manifest.digest:
@@ -148,7 +155,11 @@ class Worker:
             state.epoch, state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": state.step} | metrics
             state.history.append(metrics)
-            self.link.report_event(EpochEnded(epochs=self.config.epochs, metrics=metrics, history=state.history))
+            self.link.report_event(
+                EpochEnded(
+                    epochs=self.config.epochs, metrics=metrics, history=state.history, wrong=self.wrong_by_class
+                )
+            )  # fmt: skip
             self.save(metrics)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -184,24 +195,27 @@ class Worker:
 
     @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
-        """Every row of val exactly once, centre crops; returns val/loss, val/top1_error, val/top5_error.
+        """Every row of val exactly once, centre crops; returns val/loss, val/top1_error and, of more than five classes,
+        val/top5_error. Sets wrong_by_class.
 
         Raises StopRequested or Diverged.
         """
         self.net.eval()
-        total = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss sum, top-1 wrong, top-5 wrong, images
+        total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)  # of WorkerStep.evaluate
         for step, batch in enumerate(self.feed.batches("val", epoch)):
             if step % LOG_EVERY_STEPS == 0:
                 self.stop_if(self.link.all_reduce_stop(self.device, self.layout.workers))
             total += self.step.evaluate(batch, step)
-        loss, top1, top5, count = self.step.all_reduce_total(total)
+        loss, top1, top5, count, *by_class = self.step.all_reduce_total(total)
         if not math.isfinite(loss):  # from the last update, which no training loss has seen; nothing of it is saved
             raise Diverged(
                 f"validation loss is {loss / count} after step {self.state.step} (epoch {epoch + 1}): {self._advice()}"
             )
         if count != self.manifest.rows["val"]:
             raise RuntimeError(f"validated {count:.0f} images where the manifest says {self.manifest.rows['val']}")
-        return {"val/loss": loss / count, "val/top1_error": top1 / count, "val/top5_error": top5 / count}
+        self.wrong_by_class = [int(wrong) for wrong in by_class]
+        top5_error = {"val/top5_error": top5 / count} if has_top5(self.num_classes) else {}
+        return {"val/loss": loss / count, "val/top1_error": top1 / count, **top5_error}
 
     def save(self, metrics: dict[str, float]) -> None:
         """Report to Ray Train, with a checkpoint from rank 0, to which its group contributes."""

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from alexnet import count_errors, topk_wrong
+from alexnet import count_errors, errors_by_class, topk_wrong
 
 
 def test_the_rank_of_the_label_decides():
@@ -35,3 +35,9 @@ def test_without_ties_it_agrees_with_topk():
     for k in (1, 5):
         right = (scores.topk(k).indices == labels[:, None]).any(1)
         assert torch.equal(topk_wrong(scores, labels, k), ~right)
+
+
+def test_errors_of_a_class_are_those_of_its_own_images():
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.1, 0.8], [0.0, 0.9, 0.1]])
+    assert errors_by_class(scores, torch.tensor([0, 1, 1, 1], dtype=torch.int32)).tolist() == [0, 2, 0]
+    assert errors_by_class(scores[:0], torch.empty(0, dtype=torch.long)).tolist() == [0, 0, 0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alexnet import local_response_norm
-from alexnet.lrn import tensor_backward, tensor_forward
+from alexnet.lrn import tensor_backward, tensor_forward, traceable_forward
 
 
 def naive(a: torch.Tensor, k: float, n: int, alpha: float, beta: float, columns: int, relu: bool) -> torch.Tensor:
@@ -29,6 +29,10 @@ def fused(a, k, n, alpha, beta, columns, relu):
     return local_response_norm(a, k=k, n=n, alpha=alpha, beta=beta, columns=columns, relu=relu)
 
 
+def traceable(a, k, n, alpha, beta, columns, relu):
+    return traceable_forward(a, columns, k, n, alpha, beta, relu)
+
+
 class TensorOperations(torch.autograd.Function):
     """What runs on devices other than the CPU, here on the CPU."""
 
@@ -44,7 +48,9 @@ class TensorOperations(torch.autograd.Function):
         return tensor_backward(*ctx.saved_tensors, grad, columns, k, n, alpha, beta, relu), *[None] * 6
 
 
-implementations = pytest.mark.parametrize("lrn", [fused, TensorOperations.apply], ids=["fused", "tensor"])
+implementations = pytest.mark.parametrize(
+    "lrn", [fused, TensorOperations.apply, traceable], ids=["fused", "tensor", "traceable"]
+)
 cases = pytest.mark.parametrize(
     ("shape", "k", "n", "alpha", "beta", "columns", "relu"),
     [

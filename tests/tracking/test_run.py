@@ -1,6 +1,7 @@
 """MLflow: one run, its statuses, a model that can be used."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -50,6 +51,8 @@ def test_no_password_is_shown_or_stored():
     assert redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert redact("http://host:5000/path") == "http://host:5000/path"
     assert "secret" not in ui_command("https://user:secret@host")
+    place = "sqlite:////home/me/my runs/mlflow.db"
+    assert shlex.split(ui_command(place))[-2:] == ["--backend-store-uri", place]
     assert ui_command("postgresql://user:secret@host/db").endswith('--backend-store-uri "$MLFLOW_TRACKING_URI"')
 
 

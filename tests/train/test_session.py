@@ -10,6 +10,7 @@ import pytest
 from orchestrator.base import logs
 from orchestrator.base.terminal import LiveLine
 from orchestrator.config.recipes import digits
+from orchestrator.train.classes import ClassErrors
 from orchestrator.train.messages import EpochEnded, Finished, Logged, Started, Stopped
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.session import Session
@@ -97,6 +98,8 @@ def session(tmp_path):
     session.run, session.config, session.resume, session.under_way = RunFolder(tmp_path, "run"), digits(), False, False
     session.run.create(session.config)
     session.result, session.tracker, session.meter = {}, Tracked(), None
+    manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
+    session.class_errors = ClassErrors(manifest, {})
     session.view = TrainView()
     session.shown = io.StringIO()
     session.view.line = LiveLine(session.shown)
@@ -147,6 +150,38 @@ def test_the_model_in_mlflow_is_of_the_epoch_that_it_is_said_to_be(session, tmp_
     assert model[3]["epoch"] == 3
     assert ("tag", ("model.epoch", "3")) in session.tracker.calls
     assert session.result["best"]["epoch"] == 3
+
+
+def test_the_result_has_the_errors_of_each_class_in_the_last_and_the_best_epoch(session):
+    history = [entry(epoch, error) for epoch, error in enumerate([0.5, 0.3, 0.3, 0.4], start=1)]
+    for epoch, wrong in enumerate([(8, 4), (1, 1), (2, 2), (4, 4)], start=1):
+        event = EpochEnded(epochs=4, metrics=history[epoch - 1], history=history[:epoch], wrong=wrong)
+        session.on_event(event)
+    assert written(session)["per_class"] == [
+        {"class": "cat", "train": 30, "val": 8, "top1_error": 0.5, "best_top1_error": 0.25},
+        {"class": "dog", "train": 2, "val": 4, "top1_error": 1.0, "best_top1_error": 0.5},
+    ]
+    assert "per_class" not in session.tracker.calls[-1][1]
+    assert all("per_class" not in each for each in written(session)["history"])
+    last, best = (f"{session.run.path}/checkpoint-epoch-000{epoch}" for epoch in (4, 2))
+    session.on_event(Finished(checkpoint=last, best_checkpoint=best))
+    assert [row["best_top1_error"] for row in session.result["per_class"]] == [1 / 8, 1 / 4]
+
+
+def test_of_five_classes_no_top_5_error_is_shown(session, monkeypatch, capsys):
+    metrics = entry(1, 0.3)
+    session.on_event(EpochEnded(epochs=2, metrics=metrics, history=[metrics]))
+    del metrics["val/top5_error"]
+    session.on_event(EpochEnded(epochs=2, metrics=metrics, history=[metrics]))
+    many, few = session.shown.getvalue().splitlines()
+    assert few == many.replace("top-5 error 0.00 %  ", "")
+    assert "top-5" not in few
+    session.result |= {"elapsed_s": 1.0, "checkpoint": "none", "mlflow_run_id": "none"}
+    session.tracker.store = SimpleNamespace(uri="sqlite:///mlflow.db")
+    session._show_results()
+    results = session.shown.getvalue().split("results after")[1]
+    assert "top-1 error" in results
+    assert "top-5" not in results
 
 
 def test_events_are_tracked_shown_and_written(session):

@@ -204,10 +204,13 @@ def test_evaluation_counts_losses_and_errors_and_changes_nothing():
     step.net.eval()
     before = {name: tensor.clone() for name, tensor in step.net.state_dict().items()}
     scores, labels = step.scores("val", 0, batch, 0)
-    loss, top1, top5, images = step.evaluate(batch, 0).tolist()
+    loss, top1, top5, images, *by_class = step.evaluate(batch, 0).tolist()
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(scores, labels, reduction="sum").item())
     assert [top1, top5] == alexnet.count_errors(scores, labels).tolist()
     assert images == 8
+    wrong = scores.argmax(1) != labels
+    assert by_class == [int(wrong[labels == label].sum()) for label in range(10)]
+    assert sum(by_class) == top1 > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in step.net.state_dict().items())
 
 
