@@ -92,5 +92,5 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
 
 
 def script() -> int:
-    """The console script, and jobs/train.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

@@ -102,5 +102,5 @@ def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]
 
 
 def script() -> int:
-    """The console script, and jobs/tune.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

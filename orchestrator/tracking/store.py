@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
-from orchestrator.base.exits import last_line
+from orchestrator.base.exits import last_line, signals_deferred
 from orchestrator.base.redaction import credentials, redact
 
 EXPERIMENT = "alexnet"
@@ -35,7 +35,7 @@ def tracking_uri() -> str:
     A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-    if not uri.startswith(("http://", "https://")) or uri == redact(uri):
+    if not is_server(uri) or uri == redact(uri):
         return uri
     user, password = credentials(uri) or ("", "")
     found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": redact(uri)}
@@ -43,9 +43,13 @@ def tracking_uri() -> str:
     return redact(uri)
 
 
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def ui_command(uri: str) -> str:
     """What opens the UI on these runs."""
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         through_ssh = ", or make ui on your own machine, which opens a way to the cluster" if on_cluster() else ""
         return f"open {redact(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
@@ -61,14 +65,16 @@ class Store:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
         for variable, setting in (MLFLOW_ENV | ONE_CALL).items():
             os.environ.setdefault(variable, setting)
-        import mlflow
+        with signals_deferred():
+            import mlflow
 
         logs.keep_off_terminal("mlflow", "alembic")
         self.uri = uri
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
-            with _file_lock(uri):  # two jobs that make one database break it
+            # two jobs that make one database break it, and so does one that is stopped in the midst of it
+            with _file_lock(uri), contextlib.nullcontext() if is_server(uri) else signals_deferred():
                 self.client = mlflow.MlflowClient(uri)
                 experiment = self.client.get_experiment_by_name(name) or self._create(name)
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
