@@ -125,6 +125,26 @@ def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_con
     return None
 
 
+def too_many_workers(config: TrainConfig, cpus: float, gpus: float) -> str | None:
+    """Why a run can never be placed on one machine with so many CPUs and GPUs, which cannot grow; None if it can be.
+
+    Two workers may share a single CPU, so that the default run works everywhere; an elastic run shares none.
+    """
+    fewest, elastic = min(worker_counts(config)), isinstance(config.workers, str)
+    use_gpu = uses_gpu(config.device, gpus)
+    room = int(gpus) if use_gpu else int(cpus) if elastic else max(2, int(cpus))
+    if fewest <= room:
+        return None
+    has = f"{gpus:g} GPU(s)" if use_gpu else f"{cpus:g} CPU(s)"
+    remedies = [f"--workers {room}"] if room else []
+    remedies += ["--device cpu"] if use_gpu and fewest <= max(2, int(cpus)) else []
+    remedies += ["a cluster that has more (docs/cluster.md)"]
+    return (
+        f"--workers {config.workers}: this machine has {has}, room for {room} worker(s) at most; "
+        f"use {' or '.join(remedies)}"
+    )
+
+
 def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int | None = None) -> int:
     """How many of `wanted` runs fit on the cluster at the same time.
 

@@ -20,7 +20,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
 from orchestrator.base.redaction import redact
-from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
+from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
 from orchestrator.cluster.nodes import alive, uses_gpu
@@ -87,6 +87,7 @@ class Search:
         join(folder.output)
         self.data = Dataset(config.train, folder.output)
         check_all(config, self.data)
+        check_machine(config.most_workers)
         if folder.exists() and not resume:
             folder.create_search(config)  # says why not
         self.store = Store(tracking_uri())

@@ -15,7 +15,7 @@ from orchestrator.base.exits import Interrupted, JobError, signals_deferred
 from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
-from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
+from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
 from orchestrator.cluster.layout_choice import worker_counts
@@ -86,6 +86,7 @@ class Session:
         join(run.output)
         self.data = Dataset(config, run.output)
         worker_counts(config)  # raises if no number of workers will do
+        check_machine(config)
         if run.exists() and not resume:
             run.create(config)  # raises: the name is taken
         self.tracker = Tracker(tracking_uri())
