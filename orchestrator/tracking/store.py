@@ -13,6 +13,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line, signals_deferred
 from orchestrator.base.redaction import credentials, redact
+from orchestrator.base.sockets import why_silent
 
 EXPERIMENT = "alexnet"
 MLFLOW_ENV = {
@@ -24,6 +25,7 @@ MLFLOW_ENV = {
 ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
+SERVER_TIMEOUT_S = 5.0  # for the server of an earlier session to answer
 REFUSALS = (400, 404, 409, 410, 413, 422)  # statuses
 Metrics = dict[str, float]
 T = TypeVar("T")
@@ -41,6 +43,31 @@ def tracking_uri() -> str:
     found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": redact(uri)}
     os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
     return redact(uri)
+
+
+def tracking_uri_of(earlier: str | None) -> tuple[str, str | None]:
+    """The store of a run that is resumed, and a line about it where it is not the default one.
+
+    That is MLFLOW_TRACKING_URI if it is set; else where the run was tracked before, if that is still there.
+    earlier: the run's `mlflow_tracking_uri`.
+    """
+    default = tracking_uri()
+    if os.environ.get("MLFLOW_TRACKING_URI") or not earlier or earlier == default:
+        return default, None
+    if why := _why_missing(earlier):
+        return default, f"MLflow at {redact(earlier)}, where it was tracked, is not there ({why}); tracked in {default}"
+    return earlier, f"tracked in {redact(earlier)}, as before"
+
+
+def _why_missing(uri: str) -> str | None:
+    """Why a store cannot be used again; None if it can."""
+    if is_server(uri):
+        address = urllib.parse.urlsplit(uri)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        return why_silent(address.hostname or "", port, SERVER_TIMEOUT_S)
+    if uri.startswith("sqlite:///"):
+        return None if Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file() else "no such file"
+    return "its address is not complete without MLFLOW_TRACKING_URI"  # a database, whose password is not kept
 
 
 def is_server(uri: str) -> bool:

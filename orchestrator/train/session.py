@@ -22,7 +22,7 @@ from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.tracking.store import tracking_uri, ui_command
+from orchestrator.tracking.store import tracking_uri_of, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
 from orchestrator.train.messages import (
@@ -37,7 +37,7 @@ from orchestrator.train.messages import (
     Stopped,
     Warned,
 )
-from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder
+from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
 from orchestrator.train.view import TrainView
@@ -89,7 +89,11 @@ class Session:
         check_machine(config)
         if run.exists() and not resume:
             run.create(config)  # raises: the name is taken
-        self.tracker = Tracker(tracking_uri())
+        before = run.result() if resume else {}
+        if not self.data.to_prepare:
+            check_identity(before, self.data.manifest, self.data.folder)
+        uri, self.told = tracking_uri_of(before.get("mlflow_tracking_uri"))
+        self.tracker = Tracker(uri)
         if not resume:
             run.create(config)
         self.lock = RunLock(run)
@@ -137,6 +141,11 @@ class Session:
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
+        if self.told:
+            say(self.told)
+        new_data = check_identity(self.result, manifest, self.data.folder)
+        if new_data:
+            say(new_data)
         # the workers start while MLflow does; if that fails, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
@@ -146,6 +155,7 @@ class Session:
             manifest,
             self.data.folder,
             run_id=self.result.get("mlflow_run_id"),
+            new_data=self.resume and self.result.get("digest") != manifest.digest,
             warn=lambda text: self.view.event(Warned(text=text)),
         )
         log.info("MLflow run %s at %s", self.tracker.run.run_id, redact(self.tracker.run.store.uri))
@@ -156,6 +166,8 @@ class Session:
             "config": self.config.model_dump(),
             "mlflow_run_id": self.tracker.run.run_id,
             "mlflow_tracking_uri": redact(self.tracker.run.store.uri),
+            "classes": list(manifest.classes),
+            "digest": manifest.digest,
         }
         self.run.write_result(self.result)
         return training

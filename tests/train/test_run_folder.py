@@ -53,14 +53,14 @@ def test_a_result_of_0_1_is_read_and_written_in_the_current_version(tmp_path):
     run.write_result(result)
     written = json.loads((run.path / "result.json").read())
     assert next(iter(written)) == "schema_version"
-    assert written == old | {"schema_version": 1}
+    assert written == old | {"schema_version": 2}
     assert run.result() == old
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema_version": 2, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
+        ('{"schema_version": 3, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
         ('{"schema_version": "new"}', "schema_version is 'new', which is not a version number"),
         ('{"status": "FINI', "is not JSON (Unterminated string"),
         ("[1, 2]", "is not a JSON object; restore it, or remove it to resume without it"),

@@ -57,7 +57,7 @@ def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_sh
     config, run = digits().changed(data=str(digit_shards[0])), RunFolder(tmp_path / "runs", "later")
     if resume:
         run.create(config)
-        run.write("result.json", '{"schema_version": 2, "status": "KILLED"}')
+        run.write("result.json", '{"schema_version": 3, "status": "KILLED"}')
         with pytest.raises(ValueError, match=r"later/result\.json: was written by a newer version"):
             Session(run, config, resume=True, recipe=None)
         assert not (tmp_path / "runs" / "later" / "run.log").exists()
