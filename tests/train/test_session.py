@@ -69,6 +69,17 @@ def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_sh
     logs.close_run_log()
 
 
+@pytest.mark.ray
+def test_a_run_is_refused_other_classes_before_anything_is_touched(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, run = digits().changed(data=str(digit_shards[0])), RunFolder(tmp_path / "runs", "first")
+    run.create(config)
+    run.write_result({"status": "KILLED", "classes": [*digit_shards[1].classes[1:], "0"], "digest": "d"})
+    with pytest.raises(ValueError, match=r"its class 0 is '0', and the run's is '1'; resume with the classes"):
+        Session(run, config, resume=True, recipe=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 # events
 
 
