@@ -11,6 +11,7 @@ from orchestrator.config.train import TrainConfig
 
 log = logging.getLogger(__name__)
 
+WORKERS_PER_CPU = 2  # at most, on a machine that a run has to itself
 OVERSEER_CPUS = 0.001  # of a trial's own process: Ray Tune has to reserve something for it
 
 
@@ -128,16 +129,17 @@ def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_con
 def too_many_workers(config: TrainConfig, cpus: float, gpus: float) -> str | None:
     """Why a run can never be placed on one machine with so many CPUs and GPUs, which cannot grow; None if it can be.
 
-    Two workers may share a single CPU, so that the default run works everywhere; an elastic run shares none.
+    A fixed number of workers may share CPUs, two each, for small nets and comparisons of layouts (benchmarks/
+    same_losses.py); an elastic run, which takes what there is, shares none.
     """
     fewest, elastic = min(worker_counts(config)), isinstance(config.workers, str)
     use_gpu = uses_gpu(config.device, gpus)
-    room = int(gpus) if use_gpu else int(cpus) if elastic else max(2, int(cpus))
+    room = int(gpus) if use_gpu else int(cpus) if elastic else int(cpus) * WORKERS_PER_CPU
     if fewest <= room:
         return None
     has = f"{gpus:g} GPU(s)" if use_gpu else f"{cpus:g} CPU(s)"
     remedies = [f"--workers {room}"] if room else []
-    remedies += ["--device cpu"] if use_gpu and fewest <= max(2, int(cpus)) else []
+    remedies += ["--device cpu"] if use_gpu and fewest <= int(cpus) else []
     remedies += ["a cluster that has more (docs/cluster.md)"]
     return (
         f"--workers {config.workers}: this machine has {has}, room for {room} worker(s) at most; "

@@ -192,9 +192,11 @@ def test_trials_of_two_columns_need_nodes_that_hold_a_pair():
             {"workers": 16},
             2,
             0,
-            "--workers 16: this machine has 2 CPU(s), room for 2 worker(s) at most; use --workers 2 or",
+            "--workers 16: this machine has 2 CPU(s), room for 4 worker(s) at most; use --workers 4 or",
         ),
         ({"workers": 4}, 1, 0, "this machine has 1 CPU(s), room for 2 worker(s) at most"),
+        ({"workers": 8}, 2, 0, "room for 4 worker(s) at most"),
+        ({"workers": 4}, 2, 0, None),
         ({"workers": "4..8"}, 2, 0, "--workers 4..8: this machine has 2 CPU(s), room for 2"),
         ({"workers": "2..8"}, 1, 0, "--workers 2..8: this machine has 1 CPU(s), room for 1"),  # or it waits for ever
         ({"workers": 4}, 16, 2, "has 2 GPU(s), room for 2 worker(s) at most; use --workers 2 or --device cpu or a cl"),
