@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.doctor import script
+from orchestrator.cli.start import doctor
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(doctor())

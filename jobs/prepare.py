@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.prepare import script
+from orchestrator.cli.start import prepare
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(prepare())

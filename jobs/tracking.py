@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.tracking import script
+from orchestrator.cli.start import tracking
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(tracking())

@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.train import script
+from orchestrator.cli.start import train
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(train())

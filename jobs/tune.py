@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.tune import script
+from orchestrator.cli.start import tune
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(tune())

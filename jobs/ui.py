@@ -2,7 +2,7 @@
 
 import sys
 
-from orchestrator.cli.ui import script
+from orchestrator.cli.start import ui
 
 if __name__ == "__main__":
-    sys.exit(script())
+    sys.exit(ui())

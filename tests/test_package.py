@@ -67,12 +67,12 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel):
 
 
 def test_every_job_is_a_console_script_over_the_same_function():
-    assert PROJECT["scripts"] == {name: f"orchestrator.cli.{job.stem}:script" for name, job in SCRIPTS.items()}
+    assert PROJECT["scripts"] == {name: f"orchestrator.cli.start:{job.stem}" for name, job in SCRIPTS.items()}
     for job in SCRIPTS.values():
         _, _, code = job.read_text().split('"""')
         assert code.split() == [
-            *["import", "sys", "from", f"orchestrator.cli.{job.stem}", "import", "script"],
-            *["if", "__name__", "==", '"__main__":', "sys.exit(script())"],
+            *["import", "sys", "from", "orchestrator.cli.start", "import", job.stem],
+            *["if", "__name__", "==", '"__main__":', f"sys.exit({job.stem}())"],
         ]
 
 

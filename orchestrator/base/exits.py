@@ -1,7 +1,9 @@
 """How a job ends: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 import contextlib
+import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -84,6 +86,46 @@ class _Deferral:
 
 
 _deferral = _Deferral()
+
+
+@contextlib.contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Within this block a signal ends the process at once, also while compiled code keeps the main thread: for calls
+    that may hang when there is nothing yet to save or to remove. Afterwards signals raise Interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    # Python's handlers run in the main thread, between two of its instructions; the thread learns of a signal anyway
+    threading.Thread(target=_leave_when_told, args=(ours,), name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    end_at_once_on_signals()
+    try:
+        yield
+    finally:
+        catch_signals()
+        signal.set_wakeup_fd(before)
+        theirs.close()  # which ends the thread
+
+
+def end_at_once_on_signals() -> None:
+    """Make Ctrl-C and SIGTERM end this process, as long as `catch_signals` is not called: while modules are imported,
+    nothing is to be saved, and an exception could be raised in the midst of a module that catches all."""
+    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())
+    os._exit(128 + signum)
+
+
+def _leave_when_told(signals: socket.socket) -> None:
+    with signals:
+        while told := signals.recv(1):
+            if told[0] in (signal.SIGINT, signal.SIGTERM):
+                _leave(told[0], None)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -43,5 +43,5 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
 
 
 def script() -> int:
-    """The console script, and jobs/doctor.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

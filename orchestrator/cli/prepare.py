@@ -192,5 +192,5 @@ def check(flags: Parser, args: argparse.Namespace) -> int:
 
 
 def script() -> int:
-    """The console script, and jobs/prepare.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

@@ -31,9 +31,10 @@ from orchestrator.cli.flags import (
 from orchestrator.config.models import read_yaml
 from orchestrator.config.recipes import RECIPES
 from orchestrator.config.train import TrainConfig, make_config
+from orchestrator.data.dataset import with_absolute_data
 from orchestrator.train import session
 from orchestrator.train.forecast import describe
-from orchestrator.train.run_folder import RunFolder
+from orchestrator.train.run_folder import RunFolder, locate
 
 
 def parser() -> Parser:
@@ -50,7 +51,7 @@ def parser() -> Parser:
     place.add_argument(
         "--resume",
         metavar="NAME",
-        help="resume this run from its last checkpoint",
+        help="resume this run from its last checkpoint: its name, or its folder OUTPUT/NAME",
     )
     place.add_argument("--config", metavar="FILE", help="YAML of settings, such as a run's config.yaml")
     place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost, and exit")
@@ -80,17 +81,18 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
     recipe = recipe_of(args, RECIPES)
     if args.resume:
         only_resume(args, "config", "name")
-        folder = RunFolder(args.output, args.resume)
-        return folder, session.resumed(folder.config(), changes), True
+        args.output, name = locate(args.output, args.resume)
+        folder = RunFolder(args.output, name, "--resume")
+        return folder, with_absolute_data(session.resumed(folder.config(), changes)), True
     fields = RECIPES[recipe]().model_dump()
     if args.config:
         fields |= read_yaml(args.config)
     kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
     kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
     folder = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return folder, make_config(**fields | changes), False
+    return folder, with_absolute_data(make_config(**fields | changes)), False
 
 
 def script() -> int:
-    """The console script, and jobs/train.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

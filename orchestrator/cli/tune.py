@@ -29,11 +29,13 @@ from orchestrator.cli.flags import (
 )
 from orchestrator.config.models import read_yaml
 from orchestrator.config.train import TrainConfig
+from orchestrator.data.dataset import with_absolute_data
 from orchestrator.search.config import SearchConfig, SearchSettings, make_search
 from orchestrator.search.folder import SearchFolder
 from orchestrator.search.forecast import describe
 from orchestrator.search.recipes import SEARCHES
 from orchestrator.search.search import Search
+from orchestrator.train.run_folder import locate
 
 MAY_CHANGE = ("num_samples", "max_concurrent", "time_budget")  # of a search that is resumed
 
@@ -51,7 +53,11 @@ def parser() -> Parser:
     place.add_argument(
         "--name", help="of the search and of its folder in --output (default: tune, the recipe and the time)"
     )
-    place.add_argument("--resume", metavar="NAME", help="resume this search; finished trials are not run again")
+    place.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="resume this search, by its name or its folder OUTPUT/NAME; finished trials are not run again",
+    )
     place.add_argument(
         "--space",
         type=Path,
@@ -85,22 +91,23 @@ def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]
     training, settings = given_fields(args, TrainConfig), given_fields(args, SearchSettings)
     if args.resume:
         only_resume(args, "space", "name")
+        args.output, name = locate(args.output, args.resume)
         if wrong := [*training, *(name for name in settings if name not in MAY_CHANGE)]:
             allowed = ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE)
             raise ValueError(f"--{wrong[0].replace('_', '-')}: cannot change when a search is resumed, only {allowed}")
-        folder = SearchFolder(args.output, args.resume)
+        folder = SearchFolder(args.output, name, "--resume")
         config = folder.search()
-        config = make_search(config.settings() | settings, config.train, config.space.to_dict())
+        config = make_search(config.settings() | settings, with_absolute_data(config.train), config.space.to_dict())
         return folder, config, True
     defaults = SEARCHES[recipe]()
     space = read_yaml(args.space, "--space") if args.space else defaults.space.to_dict()
     if both := [name for name in training if name in space]:
         raise ValueError(f"--{both[0].replace('_', '-')}: {both[0]} varies in this search; leave out the flag")
-    config = make_search(defaults.settings() | settings, defaults.train.changed(**training), space)
+    config = make_search(defaults.settings() | settings, with_absolute_data(defaults.train.changed(**training)), space)
     folder = SearchFolder(args.output, args.name or f"tune-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     return folder, config, False
 
 
 def script() -> int:
-    """The console script, and jobs/tune.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

@@ -51,5 +51,5 @@ Press Ctrl-C to close the tunnels""", flush=True)  # fmt: skip
 
 
 def script() -> int:
-    """The console script, and jobs/ui.py: returns the exit status."""
+    """Called by start.py: returns the exit status."""
     return run(parser, main)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from orchestrator.base.exits import JobError, signals_deferred
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.join import check_shared
 from orchestrator.cluster.nodes import alive, uses_gpu
+from orchestrator.cluster.placement import too_many_workers
 from orchestrator.cluster.prices import Meter, NodeType, node_types, would_start
 from orchestrator.config.train import TrainConfig
 
@@ -25,10 +27,13 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Cal
 
     It waits for one run's nodes as long as it takes, and for the others' (as many as the cluster can grow to) at most
     GROW_TIMEOUT_S. Raises JobError if the cluster cannot grow far enough for one run, or its nodes do not share
-    `output`.
+    `output`, and where there is no cluster, if this machine has no room for one run.
     """
+    if not on_cluster():
+        _check_private(config)
+        return
     types = node_types()
-    if not on_cluster() or not types or not runs:
+    if not types or not runs:
         return
     found = would_start(config, types, runs)
     if found is None:
@@ -40,6 +45,15 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Cal
     if runs > 1 and not _wait_for_capacity(config, kind, runs, GROW_TIMEOUT_S, say):
         log.info("no nodes for %d runs within %.0f s; starting with those that are there", runs, GROW_TIMEOUT_S)
     check_shared(output)
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raises ValueError of one line for more workers than this machine has room for, if a run is to have it alone."""
+    if not on_cluster():
+        import torch
+
+        if why := too_many_workers(config, os.cpu_count() or 1, torch.cuda.device_count()):
+            raise ValueError(why)
 
 
 class CapacityRequest:
@@ -75,6 +89,16 @@ class CapacityRequest:
             with signals_deferred():
                 remove_placement_group(group)
             log.debug("released the requested capacity")
+
+
+def _check_private(config: TrainConfig) -> None:
+    """As check_machine, by what Ray has found: in a container that may be less. Raises JobError."""
+    import ray
+
+    with signals_deferred():
+        nodes = alive(ray.nodes())
+    if why := too_many_workers(config, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)):
+        raise JobError(why)
 
 
 def _wait_for_capacity(

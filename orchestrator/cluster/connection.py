@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 import secrets
 import sys
 
 from orchestrator.base import logs
-from orchestrator.base.exits import JobError, catch_signals, last_line, signals_deferred
+from orchestrator.base.exits import JobError, catch_signals, last_line, signals_deferred, signals_end_at_once
+from orchestrator.base.sockets import why_silent
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ RAY_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # train/training.py watches for lost nodes itself
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would take its lines away from the run's log
 }
+ADDRESS_TIMEOUT_S = 5.0  # for the cluster of RAY_ADDRESS to answer; Ray itself tries for ten minutes
+CLIENT_PORT = 10001  # of ray://HOST
 QUIET_LOGGERS = ("ray", "ray.data", "ray.train")  # the job prints its own messages; theirs go to the run's log
 
 
@@ -33,7 +37,8 @@ def connect() -> None:
     RAY_ADDRESS (set by `ray job submit`, or by the user) the job joins that cluster with the user's RAY_AUTH_MODE and
     token.
     """
-    private = not os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    private = not address
     if private and "ray" not in sys.modules:  # Ray reads these once, when it is imported
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -45,16 +50,19 @@ def connect() -> None:
         os.environ.setdefault(name, value)
     environment = {name: os.environ[name] for name in RAY_ENV}
 
-    import ray
-    import ray.data  # sets up its loggers when it is imported
+    with signals_deferred():
+        import ray
+        import ray.data  # sets up its loggers when it is imported
 
     if ray.is_initialized():
         return
     logs.keep_off_terminal(*QUIET_LOGGERS)
-    where = "a private Ray" if private else f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+    where = "a private Ray" if private else f"Ray at RAY_ADDRESS={address}"
     log.debug("connecting to %s", where)
+    check_address(address)
     try:
-        with signals_deferred():
+        # a job joins a cluster before it has anything to save, and may have to wait for it
+        with signals_deferred() if private else signals_end_at_once():
             _init(private, environment)
             catch_signals()  # Ray has installed its own handlers
             logs.keep_off_terminal(*QUIET_LOGGERS)  # and removed those of its loggers
@@ -62,6 +70,31 @@ def connect() -> None:
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     log.info("connected to %s: Ray %s at %s", where, ray.__version__, ray.get_runtime_context().gcs_address)
+
+
+def check_address(address: str) -> None:
+    """Raises JobError of one line for a RAY_ADDRESS that has a wrong form, or where no Ray answers."""
+    if address in ("", "auto", "local"):
+        return
+    here = "`unset RAY_ADDRESS` to work on this machine alone"
+    parts = re.fullmatch(r"(?:(\w+)://)?(\[[^]]+\]|[^:/\[\]]+)(?::(\d{1,5}))?/?", address)
+    scheme, host, port = parts.groups() if parts else (None, None, None)
+    if scheme in ("http", "https"):
+        raise JobError(
+            f"RAY_ADDRESS={address}: is the address of a cluster's job server, which is for `ray job submit`; put it "
+            f"in RAY_API_SERVER_ADDRESS instead, and {here}"
+        )
+    if host is None or scheme not in (None, "ray") or not (port or scheme):
+        raise JobError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT such as 10.0.0.5:6379, ray://HOST:PORT, auto or local; or "
+            f"{here}"
+        )
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    if why := why_silent(host.strip("[]"), int(port or CLIENT_PORT), ADDRESS_TIMEOUT_S, grpc=not tls):
+        raise JobError(
+            f"RAY_ADDRESS={address}: no cluster is there ({why}); {here}, or start one: `ray start --head` on that "
+            "host, or `ray up` (docs/cluster.md)"
+        )
 
 
 def _init(private: bool, environment: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from orchestrator.config.train import TrainConfig
 
 log = logging.getLogger(__name__)
 
+WORKERS_PER_CPU = 2  # at most, on a machine that a run has to itself
 OVERSEER_CPUS = 0.001  # of a trial's own process: Ray Tune has to reserve something for it
 
 
@@ -123,6 +124,27 @@ def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_con
                 f"group on one node; use fewer workers or --layout data"
             )
     return None
+
+
+def too_many_workers(config: TrainConfig, cpus: float, gpus: float) -> str | None:
+    """Why a run can never be placed on one machine with so many CPUs and GPUs, which cannot grow; None if it can be.
+
+    A fixed number of workers may share CPUs, two each, for small nets and comparisons of layouts (benchmarks/
+    same_losses.py); an elastic run, which takes what there is, shares none.
+    """
+    fewest, elastic = min(worker_counts(config)), isinstance(config.workers, str)
+    use_gpu = uses_gpu(config.device, gpus)
+    room = int(gpus) if use_gpu else int(cpus) if elastic else int(cpus) * WORKERS_PER_CPU
+    if fewest <= room:
+        return None
+    has = f"{gpus:g} GPU(s)" if use_gpu else f"{cpus:g} CPU(s)"
+    remedies = [f"--workers {room}"] if room else []
+    remedies += ["--device cpu"] if use_gpu and fewest <= int(cpus) else []
+    remedies += ["a cluster that has more (docs/cluster.md)"]
+    return (
+        f"--workers {config.workers}: this machine has {has}, room for {room} worker(s) at most; "
+        f"use {' or '.join(remedies)}"
+    )
 
 
 def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int | None = None) -> int:

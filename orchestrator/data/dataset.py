@@ -16,6 +16,13 @@ from orchestrator.data.sources import open_source
 BUNDLED = "digits"
 
 
+def with_absolute_data(config: TrainConfig) -> TrainConfig:
+    """The settings with a folder of this machine as an absolute path: they may be read again in another folder."""
+    if config.data == BUNDLED or "://" in config.data:
+        return config
+    return config.changed(data=str(StoragePath.of(config.data)))
+
+
 class Dataset:
     """The shards that the settings name. Those of the bundled digits are kept with the runs, and made when needed."""
 

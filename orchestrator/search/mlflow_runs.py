@@ -45,14 +45,20 @@ class SearchRuns:
         self._endings: list[threading.Thread] = []
         self._retry_at = 0.0
 
-    def begin(self, config: SearchConfig) -> None:
-        """The parent, and the ends of children that a killed driver left open. config: as it is now resolved."""
+    def begin(self, config: SearchConfig, digest: str | None = None) -> None:
+        """The parent, and the ends of children that a killed driver left open. config: as it is now resolved.
+
+        digest: of the data, if they are others than those that the search began with.
+        """
         self.config = config
         settings = config.settings() | {f"space.{d.name}": str(d) for d in config.space.dimensions}
         settings |= {f"train.{name}": value for name, value in config.train.model_dump().items()}
         known = self.journal.parent_run_id
         self.parent.patience_s = FINISH_TIMEOUT_S
         self.parent.begin(self.name, SCRIPT, settings, run_id=known, look_for=self.resume)
+        self.parent.say_if_replaced()
+        if digest:
+            self.parent.tag(**{"data.digest": digest})
         if self.parent.run_id != known:
             self.journal.write(SearchBegun(run_id=self.parent.run_id))
         self.parent.log_text(config.to_yaml(), SEARCH_YAML)
@@ -82,6 +88,8 @@ class SearchRuns:
                 f"{self.name}-{record.number:04d}", SCRIPT, params, run_id=record.run_id,
                 parent=self.parent.run_id, look_for=self.resume or half is not None,
             )  # fmt: skip
+            if not self.parent.replaced:  # else all of them are, which was said
+                run.say_if_replaced()
             if run.run_id != record.run_id:
                 self.journal.write(RunBegun(number=number, run_id=run.run_id))
             if record.history:

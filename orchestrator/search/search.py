@@ -20,7 +20,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
 from orchestrator.base.redaction import redact
-from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
+from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
 from orchestrator.cluster.nodes import alive, uses_gpu
@@ -39,10 +39,10 @@ from orchestrator.search.plots import all_pictures
 from orchestrator.search.report import summary
 from orchestrator.search.retention import Retention
 from orchestrator.search.view import SearchView
-from orchestrator.tracking.store import Store, tracking_uri
+from orchestrator.tracking.store import Store, tracking_uri_of
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import Logged, PlacementGroupMade, TrialEvent, TrialPayload, TrialStarted
-from orchestrator.train.run_folder import KEPT, RUN_LOG
+from orchestrator.train.run_folder import KEPT, RUN_LOG, check_identity
 from orchestrator.train.run_lock import RunLock
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,15 @@ class Search:
         join(folder.output)
         self.data = Dataset(config.train, folder.output)
         check_all(config, self.data)
+        check_machine(config.most_workers)
         if folder.exists() and not resume:
             folder.create_search(config)  # says why not
-        self.store = Store(tracking_uri())
+        before = folder.result() if resume else {}
+        if not self.data.to_prepare:
+            check_identity(before, self.data.manifest, self.data.folder)
+        self.classes, self.digest = before.get("classes"), before.get("digest")  # of the data it was begun with
+        uri, self.told = tracking_uri_of(before.get("mlflow_tracking_uri"))
+        self.store = Store(uri)
         if not resume:
             folder.create_search(config)
         self.lock = RunLock(folder)
@@ -157,8 +163,13 @@ class Search:
             self.config = self.config.model_copy(update={"train": self.config.train.changed(threads=threads)})
             self.folder.change_search(self.config)
         self.view.config = self.config
-        self.runs.begin(self.config)
         manifest, train = self.data.manifest, self.config.train
+        new_data = check_identity({"classes": self.classes, "digest": self.digest}, manifest, self.data.folder)
+        for line in filter(None, (self.told, new_data)):
+            self.view.say(line)
+        self.runs.begin(self.config, digest=manifest.digest if new_data else None)
+        self.classes, self.digest = list(manifest.classes), manifest.digest
+        self.folder.write_result(self._outcome("RUNNING", None))  # for a --resume after this process was killed
         self.view.say(
             f"search {self.folder.name}: {left} of {self.config.num_trials} trials of {train.epochs} epochs to go, "
             f"{at_once} at a time, {train.workers} worker(s) of {train.threads} thread(s) each; "
@@ -318,10 +329,7 @@ class Search:
 
     def _wrap_up(self, status: str, error: str | None = None) -> None:
         """Write result, pictures and the best settings, and end every MLflow run."""
-        result = as_result(self.config, self.journal, self.data.rows["val"])
-        result |= {"name": self.folder.name, "status": status, "error": error}
-        result |= {"mlflow_run_id": self.runs.parent.run_id, "mlflow_tracking_uri": redact(self.store.uri)}
-        result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
+        result = self._outcome(status, error)
         pictures, best = {}, None
         try:
             if result["best"] is not None:
@@ -339,6 +347,15 @@ class Search:
             lines = summary(result, self.config, self.journal, self.folder, list(pictures), self.store.uri)
             self.view.say("\n".join(["", *self.view.findings(self.data.rows["val"]), "", lines]))
             sys.stdout.flush()
+
+    def _outcome(self, status: str, error: str | None) -> dict[str, Any]:
+        """result.json so far."""
+        result = as_result(self.config, self.journal, self.data.rows["val"])
+        result |= {"name": self.folder.name, "status": status, "error": error}
+        result |= {"mlflow_run_id": self.runs.parent.run_id, "mlflow_tracking_uri": redact(self.store.uri)}
+        result |= {"classes": self.classes, "digest": self.digest}
+        result |= {} if self.usd is None else {"cost_usd": round(self.usd, 4)}
+        return result
 
     def best_settings(self) -> TrainConfig:
         """All settings of the best trial: `jobs/train.py --config` reproduces its results."""

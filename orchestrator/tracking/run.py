@@ -28,6 +28,7 @@ class Run:
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
         self.patience_s, self.is_given_up = 0.0, False
+        self.replaced: str | None = None  # the id of an earlier run that is not there any more
         self.sender = Sender(store, lambda: self.run_id, lambda text: self.warn(text))
 
     def begin(
@@ -70,6 +71,7 @@ class Run:
                     if not is_refusal(error):  # it has others, which cannot change
                         raise
             return False
+        self.replaced = run_id
         tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL"}
         if commit := _git_commit():
             tags["mlflow.source.git.commit"] = commit
@@ -87,6 +89,14 @@ class Run:
 
         entities = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=entities)
+
+    def say_if_replaced(self) -> None:
+        """Tell that a new run was begun where an earlier one should have been resumed."""
+        if self.replaced:
+            self.warn(
+                f"MLflow run {self.replaced} was deleted, or is in another store than {redact(self.store.uri)}; "
+                f"run {self.run_id} takes its place"
+            )
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Metrics at an update, to be sent in the background."""

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
-from orchestrator.base.exits import last_line
+from orchestrator.base.exits import last_line, signals_deferred
 from orchestrator.base.redaction import credentials, redact
+from orchestrator.base.sockets import why_silent
 
 EXPERIMENT = "alexnet"
 MLFLOW_ENV = {
@@ -25,6 +26,7 @@ MLFLOW_ENV = {
 ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
+SERVER_TIMEOUT_S = 5.0  # for the server of an earlier session to answer
 REFUSALS = (400, 404, 409, 410, 413, 422)  # statuses
 Metrics = dict[str, float]
 T = TypeVar("T")
@@ -36,7 +38,7 @@ def tracking_uri() -> str:
     A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-    if not uri.startswith(("http://", "https://")) or uri == redact(uri):
+    if not is_server(uri) or uri == redact(uri):
         return uri
     user, password = credentials(uri) or ("", "")
     found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": redact(uri)}
@@ -44,9 +46,38 @@ def tracking_uri() -> str:
     return redact(uri)
 
 
+def tracking_uri_of(earlier: str | None) -> tuple[str, str | None]:
+    """The store of a run that is resumed, and a line about it where it is not the default one.
+
+    That is MLFLOW_TRACKING_URI if it is set; else where the run was tracked before, if that is still there.
+    earlier: the run's `mlflow_tracking_uri`.
+    """
+    default = tracking_uri()
+    if os.environ.get("MLFLOW_TRACKING_URI") or not earlier or earlier == default:
+        return default, None
+    if why := _why_missing(earlier):
+        return default, f"MLflow at {redact(earlier)}, where it was tracked, is not there ({why}); tracked in {default}"
+    return earlier, f"tracked in {redact(earlier)}, as before"
+
+
+def _why_missing(uri: str) -> str | None:
+    """Why a store cannot be used again; None if it can."""
+    if is_server(uri):
+        address = urllib.parse.urlsplit(uri)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        return why_silent(address.hostname or "", port, SERVER_TIMEOUT_S)
+    if uri.startswith("sqlite:///"):
+        return None if Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file() else "no such file"
+    return "its address is not complete without MLFLOW_TRACKING_URI"  # a database, whose password is not kept
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def ui_command(uri: str) -> str:
     """What opens the UI on these runs."""
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         through_ssh = ", or make ui on your own machine, which opens a way to the cluster" if on_cluster() else ""
         return f"open {redact(uri)} in a browser{through_ssh}"
     mlflow = Path(sys.executable).with_name("mlflow")
@@ -62,14 +93,16 @@ class Store:
         """Connect, creating a new store where there is none. Raises ValueError of one line where that fails."""
         for variable, setting in (MLFLOW_ENV | ONE_CALL).items():
             os.environ.setdefault(variable, setting)
-        import mlflow
+        with signals_deferred():
+            import mlflow
 
         logs.keep_off_terminal("mlflow", "alembic")
         self.uri = uri
         mlflow.set_tracking_uri(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
-            with _file_lock(uri):  # two jobs that make one database break it
+            # two jobs that make one database break it, and so does one that is stopped in the midst of it
+            with _file_lock(uri), contextlib.nullcontext() if is_server(uri) else signals_deferred():
                 self.client = mlflow.MlflowClient(uri)
                 experiment = self.client.get_experiment_by_name(name) or self._create(name)
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason

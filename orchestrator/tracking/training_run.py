@@ -37,20 +37,24 @@ class Tracker:
         data: StoragePath,
         *,
         run_id: str | None = None,
+        new_data: bool = False,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Begin a run, or go on with an earlier one; log what is known at the start.
 
-        From here on a server that fails is no reason to stop training: `warn` is told, and metrics are sent later.
+        new_data: whether its images may be others than those of the earlier run. From here on a server that fails is
+        no reason to stop training: `warn` is told, and metrics are sent later.
         """
         run, run.warn = self.run, warn
         patience = run.patience_s
-        if run.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id):
+        is_new = run.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id)
+        run.say_if_replaced()
+        if is_new or new_data:
             try:
                 run.patiently(lambda: self._log_dataset(manifest, data))
             except Exception as error:  # the run's folder has it, too
                 warn(f"the dataset did not reach MLflow: {run.store.reason(error)}")
-        else:
+        if not is_new:
             run.tag(**{"resumed.epochs": str(config.epochs)})
         run.patience_s = 0.0  # the workers are at work already
         run.log_text(config.to_yaml(), "config.yaml")

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.models import parse_yaml
 from orchestrator.config.train import TrainConfig, make_config
+from orchestrator.data.shards import Manifest
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 RUN_LOG = "run.log"
 CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it
 KEPT = "kept"  # beside the runs of a population: checkpoints that other trials may continue from
@@ -24,11 +26,14 @@ KEPT = "kept"  # beside the runs of a population: checkpoints that other trials 
 class RunFolder:
     """OUTPUT/NAME, on disk or in object storage."""
 
-    def __init__(self, output: str | Path | StoragePath, name: str) -> None:
-        """Raises ValueError for a name that is not a plain folder name, or a URI that cannot be opened."""
+    def __init__(self, output: str | Path | StoragePath, name: str, flag: str = "--name") -> None:
+        """Raises ValueError for a name that is not a plain folder name, or a URI that cannot be opened.
+
+        flag: that the name was given by.
+        """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
-                f"--name {name!r}: use letters, digits, '.', '_' and '-' only, and begin with a letter or digit"
+                f"{flag} {name!r}: use letters, digits, '.', '_' and '-' only, and begin with a letter or digit"
             )
         self.output, self.name = StoragePath.of(output), name
         self.path = self.output / name
@@ -110,3 +115,40 @@ class RunFolder:
     def flag(self) -> str:
         """The --output flag of a command that resumes here; empty if it is the default."""
         return "" if self.output == StoragePath.of(default_output()) else f" --output {shlex.quote(str(self.output))}"
+
+
+def locate(output: str, resume: str) -> tuple[str, str]:
+    """The --output and the name of the run that --resume NAME or --resume OUTPUT/NAME asks for.
+
+    Raises ValueError of one line if `output` is given, too, and is another folder.
+    """
+    base, mark, query = resume.partition("?") if "://" in resume else (resume, "", "")
+    place, slash, name = base.rstrip("/").rpartition("/")
+    if not slash:
+        return output, name
+    found = (place or "/") + mark + query
+    if output != default_output() and StoragePath.of(output) != StoragePath.of(found):
+        raise ValueError(f"--resume {resume}: is not in --output {output}; leave out --output, or give the name alone")
+    return found, name
+
+
+def check_identity(result: Mapping[str, Any], manifest: Manifest, data: StoragePath) -> str | None:
+    """A line if the images in `data` are others than those that a run began with; None if they are the same.
+
+    result: the run's; one without `classes` was written by 0.2 or earlier. Raises ValueError of one line if the classes
+    differ: the outputs of the net would be taken for others.
+    """
+    before, now = result.get("classes"), list(manifest.classes)
+    if before is not None and before != now:
+        if len(before) != len(now):
+            what = f"has {len(now)} classes, and the run {len(before)}"
+        else:
+            label = next(i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new)
+            what = f"its class {label} is {now[label]!r}, and the run's is {before[label]!r}"
+        raise ValueError(f"--data {data}: {what}; resume with the classes that it was trained on, or start a new run")
+    if result.get("digest") in (None, manifest.digest):
+        return None
+    return (
+        f"the images in {data} are not those that it was trained on until now: "
+        f"their digest is {manifest.digest}, and was {result['digest']}"
+    )

@@ -13,14 +13,14 @@ from orchestrator.base.exits import Interrupted, JobError, signals_deferred
 from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
-from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
+from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
 from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.tracking.store import tracking_uri, ui_command
+from orchestrator.tracking.store import tracking_uri_of, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
 from orchestrator.train.classes import ClassErrors, warn_if_unequal
@@ -37,7 +37,7 @@ from orchestrator.train.messages import (
     Warned,
 )
 from orchestrator.train.model_log import log_model
-from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder
+from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
 from orchestrator.train.view import TrainView
@@ -86,9 +86,14 @@ class Session:
         join(run.output)
         self.data = Dataset(config, run.output)
         worker_counts(config)  # raises if no number of workers will do
+        check_machine(config)
         if run.exists() and not resume:
             run.create(config)  # raises: the name is taken
-        self.tracker = Tracker(tracking_uri())
+        before = run.result() if resume else {}
+        if not self.data.to_prepare:
+            check_identity(before, self.data.manifest, self.data.folder)
+        uri, self.told = tracking_uri_of(before.get("mlflow_tracking_uri"))
+        self.tracker = Tracker(uri)
         if not resume:
             run.create(config)
         self.lock = RunLock(run)
@@ -139,6 +144,11 @@ class Session:
         if text := warn_if_unequal(self.config, manifest):
             say(text)
         self.class_errors = ClassErrors(manifest, self.result)
+        if self.told:
+            say(self.told)
+        new_data = check_identity(self.result, manifest, self.data.folder)
+        if new_data:
+            say(new_data)
         # the workers start while MLflow does; if that fails, they end with Ray
         with signals_deferred():
             training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
@@ -148,6 +158,7 @@ class Session:
             manifest,
             self.data.folder,
             run_id=self.result.get("mlflow_run_id"),
+            new_data=self.resume and self.result.get("digest") != manifest.digest,
             warn=lambda text: self.view.event(Warned(text=text)),
         )
         log.info("MLflow run %s at %s", self.tracker.run.run_id, redact(self.tracker.run.store.uri))
@@ -158,6 +169,8 @@ class Session:
             "config": self.config.model_dump(),
             "mlflow_run_id": self.tracker.run.run_id,
             "mlflow_tracking_uri": redact(self.tracker.run.store.uri),
+            "classes": list(manifest.classes),
+            "digest": manifest.digest,
         }
         self.run.write_result(self.result)
         return training

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from orchestrator.base.exits import Interrupted, JobError, catch_signals, run_job, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, catch_signals, run_job, signals_deferred, signals_end_at_once
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +51,53 @@ def test_an_error_in_a_deferred_block_comes_first():
         raise KeyError
     with pytest.raises(Interrupted), signals_deferred():
         pass  # the signal is not lost
+
+
+BUSY = """
+import ctypes, sys
+from orchestrator.base.exits import run_job, signals_end_at_once
+
+def main():
+    with signals_end_at_once():
+        print("begun", flush=True)
+        libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)  # for ever, in compiled code: Python's handlers do not run
+    return 0
+
+sys.exit(run_job(main))
+"""
+STARTING = """
+import sys, time
+from orchestrator.cli import start
+
+def never(name):
+    print("begun", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:  # as a module may do that is being imported
+            pass
+
+start.importlib.import_module = never
+sys.exit(start.train())
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("code", [BUSY, STARTING], ids=["compiled code", "imports"])
+def test_a_signal_ends_a_start_at_once_in_one_line(code, signum):
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (128 + signum, "", f"stopped by {signum.name}\n")
+
+
+def test_after_such_a_block_signals_interrupt_again():
+    with signals_end_at_once():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    with pytest.raises(Interrupted, match="SIGINT"):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.set_wakeup_fd(-1) == -1

@@ -1,5 +1,6 @@
 """Whole training runs, started as a user starts them."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,9 @@ import mlflow
 import psutil
 import pytest
 from conftest import ROOT, assert_same_history, error_of, refused
+
+from orchestrator.config.recipes import digits
+from orchestrator.train.run_folder import RunFolder
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -199,6 +203,12 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
         (["--global-batch-size", "65"], "global_batch_size = 65: not divisible by 2 workers; 64 or 66 would be"),
         (["--data", "nowhere"], "no such folder"),
         (["--resume", "nothing"], "no run of that name"),
+        (["--resume", "elsewhere/nothing/"], "--resume nothing: no run of that name in "),
+        (["--resume", "runs/not a name"], "--resume 'not a name': use letters, digits"),
+        (
+            ["--workers", "1024", "--layout", "data", "--global-batch-size", "1024", "--device", "cpu"],
+            "--workers 1024: this machine has ",
+        ),
         (["--name", "a/b"], "use letters, digits"),
         (["--config", "none.yaml"], "No such file"),
         (["imagenette"], "no such folder"),
@@ -207,3 +217,27 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
 def test_a_wrong_request_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
     assert words in refused("train", args, tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("job", ["train", "tune"])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("shards", "CWD/shards"), ("/a/shards", "/a/shards"), ("digits", "digits"), ("s3://b/x", "s3://b/x")],
+)
+def test_a_folder_of_data_is_kept_as_an_absolute_path(job, given, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = importlib.import_module(f"orchestrator.cli.{job}")
+    _, config, _ = command.resolve(command.parser().parse_args(["--data", given]))
+    assert getattr(config, "train", config).data == kept.replace("CWD", str(tmp_path))
+
+
+def test_a_run_is_resumed_by_its_folder_from_anywhere(tmp_path, monkeypatch):
+    from orchestrator.cli import train
+
+    old = digits().changed(data="shards")  # as 0.2 wrote it
+    RunFolder(tmp_path / "runs", "first").create(old)
+    monkeypatch.chdir(tmp_path)
+    for given in ("first", "runs/first", f"{tmp_path}/runs/first/"):
+        folder, config, resume = train.resolve(train.parser().parse_args(["--resume", given]))
+        assert (str(folder.path), resume) == (f"{tmp_path}/runs/first", True)
+        assert config == old.changed(data=f"{tmp_path}/shards")

@@ -9,7 +9,7 @@ from alexnet.layouts import Layout
 from orchestrator.base.exits import JobError
 from orchestrator.cluster.layout_choice import choose_layout, ledger, memory_per_worker, worker_counts
 from orchestrator.cluster.nodes import Node, alive
-from orchestrator.cluster.placement import make_plan, room_for, share_cpus
+from orchestrator.cluster.placement import make_plan, room_for, share_cpus, too_many_workers
 from orchestrator.config.recipes import digits, imagenet
 from orchestrator.config.train import make_config
 
@@ -183,3 +183,37 @@ def test_trials_of_two_columns_need_nodes_that_hold_a_pair():
     assert make_plan(config, [Node("a", 4), Node("b", 4)], 10, num_concurrent=2).strategy() == "STRICT_PACK"
     left = [Node("a", 8, 2), Node("b", 8, 2)]  # of three such nodes: one at a time waits, the search goes on
     assert make_plan(config.changed(device="gpu"), left, 10, num_concurrent=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cpus", "gpus", "said"),
+    [
+        (
+            {"workers": 16},
+            2,
+            0,
+            "--workers 16: this machine has 2 CPU(s), room for 4 worker(s) at most; use --workers 4 or",
+        ),
+        ({"workers": 4}, 1, 0, "this machine has 1 CPU(s), room for 2 worker(s) at most"),
+        ({"workers": 8}, 2, 0, "room for 4 worker(s) at most"),
+        ({"workers": 4}, 2, 0, None),
+        ({"workers": "4..8"}, 2, 0, "--workers 4..8: this machine has 2 CPU(s), room for 2"),
+        ({"workers": "2..8"}, 1, 0, "--workers 2..8: this machine has 1 CPU(s), room for 1"),  # or it waits for ever
+        ({"workers": 4}, 16, 2, "has 2 GPU(s), room for 2 worker(s) at most; use --workers 2 or --device cpu or a cl"),
+        ({"workers": 32}, 16, 2, "has 2 GPU(s), room for 2 worker(s) at most; use --workers 2 or a cluster"),
+        (
+            {"workers": 1, "device": "gpu"},
+            2,
+            0,
+            "has 0 GPU(s), room for 0 worker(s) at most; use --device cpu or a clu",
+        ),
+        ({"workers": 2}, 1, 0, None),
+        ({"workers": 16}, 16, 0, None),
+        ({"workers": "1..8"}, 2, 0, None),
+        ({"workers": 4, "device": "cpu"}, 4, 2, None),
+        ({"workers": 2}, 1, 2, None),
+    ],
+)
+def test_more_workers_than_a_machine_has_room_for_are_refused(fields, cpus, gpus, said):
+    found = too_many_workers(make_config(**fields), cpus, gpus)
+    assert found is None if said is None else said in found

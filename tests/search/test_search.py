@@ -511,6 +511,11 @@ def test_a_dry_run_says_what_it_would_cost_and_starts_nothing(job, tmp_path):
         (["--workers", "1..2"], "workers = 1..2: a trial has a fixed number of workers"),
         (["--time-budget", "soon"], "time_budget = 'soon': expected a time such as 90s, 30m or 2h"),
         (["--resume", "nothing"], "no search of that name"),
+        (["--resume", "elsewhere/nothing/"], "--resume nothing: no search of that name in "),
+        (
+            ["--workers", "1024", "--layout", "data", "--global-batch-size", "1024", "--device", "cpu"],
+            "--workers 1024: this machine has ",
+        ),
         (["--resume", "nothing", "--lr", "1"], "--lr: cannot change when a search is resumed, only --num-samples"),
         (["--schedular", "fifo"], "unknown argument --schedular; did you mean --scheduler?"),
         (["--data", "nowhere"], "no such folder"),

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from orchestrator.base.redaction import redact
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.tracking import run as tracking
-from orchestrator.tracking.store import Store, tracking_uri, ui_command
+from orchestrator.tracking.store import Store, tracking_uri, tracking_uri_of, ui_command
 from orchestrator.tracking.training_run import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
@@ -64,6 +65,54 @@ def test_a_server_s_password_is_taken_out_of_its_address(monkeypatch):
     assert tracking_uri() == "https://host:1/path"
     found = [os.environ[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD")]
     assert found == ["https://host:1/path", "user", "se@cret"]
+
+
+def test_a_run_is_tracked_where_it_was_before(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    default = f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri_of(None) == (default, None)
+    assert tracking_uri_of(default) == (default, None)
+    before = f"sqlite:///{tmp_path}/before.db"
+    gone = f"MLflow at {before}, where it was tracked, is not there (no such file); tracked in {default}"
+    assert tracking_uri_of(before) == (default, gone)
+    (tmp_path / "before.db").touch()
+    assert tracking_uri_of(before) == (before, f"tracked in {before}, as before")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert tracking_uri_of(uri) == (uri, f"tracked in {uri}, as before")
+    found, said = tracking_uri_of(uri)
+    assert found == default
+    assert "is not there (connection refused)" in said
+    assert tracking_uri_of("postgresql://host/db")[0] == default  # its password is not known
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////other.db")
+    assert tracking_uri_of(before) == ("sqlite:////other.db", None)
+
+
+@pytest.mark.ray
+def test_a_run_in_the_place_of_a_deleted_one_and_other_data_are_told(uri, digit_shards):
+    folder, manifest = digit_shards
+    said, first = [], Tracker(uri)
+    first.start("first", digits(), manifest, StoragePath.of(folder))
+    first.finish("KILLED")
+    run_id, client = first.run.run_id, first.run.client
+    shards = (manifest.shards[0].model_copy(update={"sha256": "0" * 64}), *manifest.shards[1:])
+    for data, new in ((manifest, True), (manifest.model_copy(update={"shards": shards}), True)):
+        again = Tracker(uri)
+        again.start("first", digits(), data, StoragePath.of(folder), run_id=run_id, new_data=new, warn=said.append)
+        again.finish("KILLED")
+        assert again.run.run_id == run_id
+        digests = {found.dataset.digest for found in client.get_run(run_id).inputs.dataset_inputs}
+        assert len(client.get_run(run_id).inputs.dataset_inputs) == len(digests)
+        assert digests == {manifest.digest, data.digest}
+    assert said == []
+    client.delete_run(run_id)
+    third = Tracker(uri)
+    third.start("first", digits(), manifest, StoragePath.of(folder), run_id=run_id, warn=said.append)
+    third.finish("KILLED")
+    assert said == [
+        f"MLflow run {run_id} was deleted, or is in another store than {uri}; run {third.run.run_id} takes its place"
+    ]
 
 
 @pytest.mark.slow

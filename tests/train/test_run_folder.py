@@ -1,7 +1,9 @@
 """Runs' folders, on disk and in object storage."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.search.entries import EpochEnded, TrialEnded, TrialProposed
 from orchestrator.search.journal import Journal
-from orchestrator.train.run_folder import RunFolder
+from orchestrator.train.run_folder import RunFolder, check_identity, locate
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -37,7 +39,71 @@ def test_a_folder_keeps_settings_and_result_wherever_it_is(output):
     assert run.latest_checkpoint() == str(run.path / "checkpoint-epoch-0010")
 
 
+def data_of(classes, digest="d1"):
+    return SimpleNamespace(classes=tuple(classes), digest=digest)
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ("acb", "its class 1 is 'c', and the run's is 'b'; resume with the classes that it was trained on"),
+        ("abx", "its class 2 is 'x', and the run's is 'c'"),
+        ("ab", "has 2 classes, and the run 3"),
+        ("abcd", "has 4 classes, and the run 3"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_classes(classes, words):
+    before, data = {"classes": ["a", "b", "c"], "digest": "d1"}, StoragePath.of("/data")
+    with pytest.raises(ValueError, match=f"^--data /data: {re.escape(words)}"):
+        check_identity(before, data_of(classes), data)
+
+
+def test_other_images_of_the_same_classes_are_told():
+    before, data = {"classes": ["a", "b"], "digest": "d1"}, StoragePath.of("/data")
+    assert check_identity(before, data_of("ab"), data) is None
+    said = check_identity(before, data_of("ab", "d2"), data)
+    assert said is not None
+    assert "/data" in said
+    assert said.endswith("their digest is d2, and was d1")
+
+
+@pytest.mark.parametrize(
+    ("resume", "output", "name"),
+    [
+        ("first", "runs", "first"),
+        ("first/", "runs", "first"),
+        ("runs/first", "runs", "first"),
+        ("./runs/first/", "./runs", "first"),
+        ("/x/y/first", "/x/y", "first"),
+        ("/first", "/", "first"),
+        ("s3://bucket/runs/first?region=a/b", "s3://bucket/runs?region=a/b", "first"),
+    ],
+)
+def test_a_run_is_named_by_its_name_or_its_folder(resume, output, name, monkeypatch):
+    monkeypatch.delenv("ALEXNET_OUTPUT", raising=False)
+    assert locate("runs", resume) == (output, name)
+
+
+def test_a_folder_and_another_output_contradict_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate(str(tmp_path / "a"), "a/first") == ("a", "first")
+    with pytest.raises(ValueError, match=r"--resume a/first: is not in --output b; leave out --output"):
+        locate("b", "a/first")
+    with pytest.raises(ValueError, match=r"^--resume '-x': use letters"):
+        RunFolder("runs", "-x", "--resume")
+
+
 SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def test_a_result_of_0_2_is_read_and_says_nothing_of_its_data(tmp_path):
+    run = RunFolder(tmp_path, "old")
+    run.create(digits())
+    old = json.loads((SAMPLES / "0.2" / "result.json").read_text())
+    assert old.pop("schema_version") == 1
+    run.write("result.json", (SAMPLES / "0.2" / "result.json").read_text())
+    assert run.result() == old
+    assert check_identity(old, data_of("abc"), StoragePath.of(tmp_path)) is None
 
 
 def test_a_result_of_0_1_is_read_and_written_in_the_current_version(tmp_path):
@@ -53,14 +119,14 @@ def test_a_result_of_0_1_is_read_and_written_in_the_current_version(tmp_path):
     run.write_result(result)
     written = json.loads((run.path / "result.json").read())
     assert next(iter(written)) == "schema_version"
-    assert written == old | {"schema_version": 1}
+    assert written == old | {"schema_version": 2}
     assert run.result() == old
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema_version": 2, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
+        ('{"schema_version": 3, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
         ('{"schema_version": "new"}', "schema_version is 'new', which is not a version number"),
         ('{"status": "FINI', "is not JSON (Unterminated string"),
         ("[1, 2]", "is not a JSON object; restore it, or remove it to resume without it"),

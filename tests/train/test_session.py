@@ -58,7 +58,7 @@ def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_sh
     config, run = digits().changed(data=str(digit_shards[0])), RunFolder(tmp_path / "runs", "later")
     if resume:
         run.create(config)
-        run.write("result.json", '{"schema_version": 2, "status": "KILLED"}')
+        run.write("result.json", '{"schema_version": 3, "status": "KILLED"}')
         with pytest.raises(ValueError, match=r"later/result\.json: was written by a newer version"):
             Session(run, config, resume=True, recipe=None)
         assert not (tmp_path / "runs" / "later" / "run.log").exists()
@@ -68,6 +68,17 @@ def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_sh
     assert logs.run_log() == run.path / "run.log"
     session.lock.release()
     logs.close_run_log()
+
+
+@pytest.mark.ray
+def test_a_run_is_refused_other_classes_before_anything_is_touched(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, run = digits().changed(data=str(digit_shards[0])), RunFolder(tmp_path / "runs", "first")
+    run.create(config)
+    run.write_result({"status": "KILLED", "classes": [*digit_shards[1].classes[1:], "0"], "digest": "d"})
+    with pytest.raises(ValueError, match=r"its class 0 is '0', and the run's is '1'; resume with the classes"):
+        Session(run, config, resume=True, recipe=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 # events

@@ -1,0 +1,36 @@
+"""The console scripts, and jobs/*.py: signals are caught before a command and all that it needs are imported"""
+
+import importlib
+
+from orchestrator.base.exits import end_at_once_on_signals
+
+
+def train() -> int:
+    return _start("train")
+
+
+def tune() -> int:
+    return _start("tune")
+
+
+def prepare() -> int:
+    return _start("prepare")
+
+
+def doctor() -> int:
+    return _start("doctor")
+
+
+def tracking() -> int:
+    return _start("tracking")
+
+
+def ui() -> int:
+    return _start("ui")
+
+
+def _start(command: str) -> int:
+    """Run orchestrator/cli/COMMAND.py; returns the exit status."""
+    end_at_once_on_signals()  # imports take seconds
+    status: int = importlib.import_module(f"orchestrator.cli.{command}").script()
+    return status
