@@ -3,11 +3,8 @@
 import contextlib
 import os
 import signal
-import socket
 import sys
-import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -45,6 +42,9 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         if path := log():
             print(f"error: {type(error).__name__}: {last_line(error)} (log: {path})", file=sys.stderr)
             return FAILED
+        import tempfile  # not above: a job can be stopped as soon as this file is imported
+        import traceback
+
         with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
         print(f"error: {type(error).__name__}: {last_line(error)} (traceback in {file.name})", file=sys.stderr)
@@ -95,18 +95,18 @@ def signals_end_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
+    signals, told = os.pipe()
+    os.set_blocking(told, False)
     # Python's handlers run in the main thread, between two of its instructions; the thread learns of a signal anyway
-    threading.Thread(target=_leave_when_told, args=(ours,), name="signals", daemon=True).start()
-    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_leave_when_told, args=(signals,), name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     end_at_once_on_signals()
     try:
         yield
     finally:
         catch_signals()
         signal.set_wakeup_fd(before)
-        theirs.close()  # which ends the thread
+        os.close(told)  # which ends the thread
 
 
 def end_at_once_on_signals() -> None:
@@ -121,11 +121,11 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)
 
 
-def _leave_when_told(signals: socket.socket) -> None:
-    with signals:
-        while told := signals.recv(1):
-            if told[0] in (signal.SIGINT, signal.SIGTERM):
-                _leave(told[0], None)
+def _leave_when_told(signals: int) -> None:
+    while told := os.read(signals, 1):
+        if told[0] in (signal.SIGINT, signal.SIGTERM):
+            _leave(told[0], None)
+    os.close(signals)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
