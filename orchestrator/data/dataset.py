@@ -59,8 +59,8 @@ class Dataset:
             )
         if config.global_batch_size > self.rows["train"]:
             raise ValueError(
-                f"global_batch_size = {config.global_batch_size}: more than the {self.rows['train']} training images in "
-                f"{self.name.removeprefix('the images in ')}; pass --global-batch-size {self.rows['train']} or less"
+                f"global_batch_size = {config.global_batch_size}: more than the {self.rows['train']} training images "
+                f"of {self.name.removeprefix('the images in ')}; pass --global-batch-size {self.rows['train']} or less"
             )
 
     def num_classes(self, config: TrainConfig) -> int:

@@ -38,11 +38,16 @@ def test_an_image_folder_lists_every_file_once_in_order(photographs):
     ("spoil", "named"),
     [
         (lambda root: None, "no such folder"),
-        (lambda root: root.mkdir(), "has no folder train/"),
-        (lambda root: (root / "train" / "a").mkdir(parents=True), "has no folder val/"),
-        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "val/a")], "1 class"),
-        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "train/b", "val/c")], "'c' is not in train"),
-        (lambda root: [(root / p).mkdir(parents=True) for p in ("train/a", "train/b", "val/a")], "holds no files"),
+        (lambda root: root.mkdir(), r"has no images: 0 files \(none\); expected folders CLASS/IMAGE"),
+        (lambda root: put(root, "train/a/0.jpg", "val/a/0.jpg"), r"1 class folder\(s\) of images"),
+        (
+            lambda root: put(root, "train/a/0.jpg", "train/b/0.jpg", "val/c/0.jpg"),
+            "val/ has the class 'c', which is not in train/",
+        ),
+        (
+            lambda root: [put(root, "train/a/0.jpg", "train/b/0.jpg"), (root / "val/a").mkdir(parents=True)],
+            "val/ holds no images; remove it",
+        ),
     ],
 )
 def test_a_folder_that_is_no_source_is_refused_in_one_line(tmp_path, spoil, named):
@@ -50,6 +55,12 @@ def test_a_folder_that_is_no_source_is_refused_in_one_line(tmp_path, spoil, name
     with pytest.raises(ValueError, match=named) as error:
         open_source(str(tmp_path / "source"))
     assert "\n" not in str(error.value)
+
+
+def put(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
 
 
 def rows_of(folder, manifest, split):
@@ -195,6 +206,7 @@ def test_a_manifest_of_version_0_1_is_read(tmp_path):
     assert manifest.digest == "efc490ca8f16f6bf"
     again = json.loads(manifest.model_dump_json())
     assert again.pop("schema_version") == 1
+    assert again.pop("warnings") == []
     assert again == json.loads(SAMPLE.read_text()), "nothing else of it changes"
 
 

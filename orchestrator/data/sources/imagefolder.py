@@ -42,6 +42,8 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
     found.add("train", train, in_train)
     wrong = _empty_classes(tree, train, in_train)
     val = layout.folders.get("val")
+    if val is None and val_fraction is None and (empty := _empty_val(tree, layout.base)):
+        raise ValueError(f"--source {tree.shown}: {empty}/ holds no images; remove it to draw them from the others")
     if val is None or val_fraction is not None:
         if val is not None:
             found.leave_out(val, "--val-fraction draws the validation images from the training images")
@@ -293,6 +295,14 @@ def near_equal(classes: list[str]) -> list[str]:
         by_key["".join(c for c in plain if c.isalnum()) or name].append(name)
     pairs = [names for names in by_key.values() if len(names) > 1]
     return [f"the classes {' and '.join(map(repr, names))} differ in their spelling alone" for names in pairs[:SHOWN]]
+
+
+def _empty_val(tree: Tree, base: str) -> str | None:
+    """A folder for validation that has no images."""
+    if tree.root is None:
+        return None
+    children = (tree.root / base if base else tree.root).children()
+    return next((name for name, is_folder in children.items() if is_folder and split_of_name(name) == "val"), None)
 
 
 def _empty_folders(tree: Tree, train: str) -> set[str]:
