@@ -14,6 +14,7 @@ from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.listing import SAMPLE, SPLITS, Entry, Say, Source, image_column, stored_size
 
 SUFFIX = ".parquet"
+MAX_TEXT_BYTES = 2**28  # of the labels or the names of a row group, unpacked
 # names of columns, the first that is there counts
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 NAMES = ("name", "path", "file_name", "filename")
@@ -67,6 +68,7 @@ def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
         with place.open() as file:
             table = pq.ParquetFile(file)
             label, path = _columns(place, table.schema_arrow)
+            _check_sizes(place, table.metadata, (label, path))
             for index in range(table.num_row_groups):
                 rows = table.read_row_group(index, columns=[label, *([path] if path else [])]).flatten()
                 labels = rows[label].to_pylist()
@@ -78,6 +80,21 @@ def _row_groups(root: StoragePath, name: str) -> Iterator[_RowGroup]:
                 yield _RowGroup(name, index, labels, names, table.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{place}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _check_sizes(place: StoragePath, metadata: Any, read: tuple[str | None, ...]) -> None:
+    """Raises ValueError for a file whose footer promises more rows than images could be, or huge labels or names."""
+    size = place.size() or 0
+    if not 0 <= metadata.num_rows <= size:
+        raise ValueError(f"{place}: its {size} bytes claim to hold {metadata.num_rows} images: not genuine")
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if not 0 <= group.num_rows <= metadata.num_rows:
+            raise ValueError(f"{place}: its row group {index} claims {group.num_rows} rows of {metadata.num_rows}")
+        for column in (group.column(i) for i in range(group.num_columns)):
+            if column.path_in_schema in read and column.total_uncompressed_size > MAX_TEXT_BYTES:
+                found = f"{column.total_uncompressed_size} bytes of {column.path_in_schema}"
+                raise ValueError(f"{place}: row group {index} unpacks to {found}: not genuine")
 
 
 def split_files(root: StoragePath, say: Say = lambda line: None) -> dict[str, list[str]]:
