@@ -195,7 +195,7 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=48, on_progress=view.progress)
     assert manifest.rejected == 0
     assert view.last.guessed == (
-        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 255 was assumed",
+        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 1 was assumed",
     )
     view.finished(manifest)
     assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
