@@ -35,6 +35,7 @@ from orchestrator.config.recipes import RECIPES
 from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
+from orchestrator.data.images import WHITE
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, prepare
 from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView
@@ -110,7 +111,33 @@ def parser() -> Parser:
         metavar="TASKS",
         help="shards to make at the same time (default: one per CPU)",
     )
+    flags.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="the orientation that photographs state (default: apply, but ignore for ImageNet and CIFAR)",
+    )
+    flags.add_argument(
+        "--background",
+        type=colour,
+        default=WHITE,
+        metavar="R,G,B",
+        help="colour, or its name, under transparent pixels (default: white)",
+    )
     return flags
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """Of R,G,B or a name."""
+    import PIL.ImageColor
+
+    numbers = text.split(",")
+    if len(numbers) == 3 and all(number.strip().isdecimal() and int(number) <= 255 for number in numbers):
+        return int(numbers[0]), int(numbers[1]), int(numbers[2])
+    try:
+        found = PIL.ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a colour: give R,G,B of 0 to 255, or a name") from None
+    return found[0], found[1], found[2]
 
 
 def main(flags: Parser, args: argparse.Namespace) -> int:
@@ -159,6 +186,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         rows_per_shard=args.rows_per_shard,
         max_rejected=args.max_rejected,
         parallelism=args.parallelism,
+        exif=args.exif,
+        background=args.background,
         on_progress=view.progress,
     )
     view.finished(manifest, training_command(manifest, output))

@@ -1,10 +1,11 @@
 """Bytes of an image file to pixels of a given size. H rows, W columns, C = 3 colours, always uint8 RGB."""
 
 import functools
+import importlib
 import io
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import simplejpeg
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; a small file that unpacks to more is an attack
 # not everything that Pillow reads: PostScript, for one, is a program, which it would have another program run
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI", "DIB")
-BITS_PER_SAMPLE = 258  # TIFF's tag
+BITS_PER_SAMPLE, SAMPLE_FORMAT, ORIENTATION = 258, 339, 274  # tags of TIFF, the last also of EXIF
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+WHITE = (255, 255, 255)
+COUNTED = ("rotated", "transparent", "gray")  # kinds of images that a preparation counts
+MAX_DECODED_BYTES = 300_000_000  # of what Pillow decodes, which may need several times that
+MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
+MAX_SCANNED_PIXELS = 1_000_000_000  # scans times pixels: about ten seconds
+STRIP_PIXELS = 1_000_000
 MAX_ASPECT = 4  # longer images are cut to this before resizing, or a line of 1 x 30000 pixels would fill gigabytes
 
 Image = NDArray[np.uint8]
@@ -26,30 +34,90 @@ class NotAnImage(ValueError):
     """Bytes that cannot be read as an image; the message is the reason."""
 
 
-def decode(data: bytes, warn: Callable[[str], None] = lambda text: None) -> Image:
+def decode(
+    data: bytes,
+    warn: Callable[[str], None] = lambda text: None,
+    *,
+    exif: bool = False,
+    background: tuple[int, int, int] = WHITE,
+    count: Callable[[str], None] = lambda what: None,
+) -> Image:
     """The first frame of an image in one of FORMATS, as (H, W, 3) RGB.
 
-    Grayscale and palettes become RGB, transparency is dropped, 16 bits become 8 by the file's depth, CMYK is converted.
-    EXIF rotation is ignored, as in the usual ImageNet pipelines. `warn` is told when the range of the pixels is not
-    known and had to be guessed. Raises NotAnImage.
+    Grayscale and palettes become RGB, transparent pixels are laid over the background, 16 bits become 8 by the file's
+    depth, CMYK is converted; `exif` turns the image as its EXIF orientation says. `warn` is told when the range of the
+    pixels is not known and had to be guessed, `count` each of COUNTED that holds. Raises NotAnImage, and MemoryError or
+    OSError if the machine is at fault.
     """
     if not data:
         raise NotAnImage("empty file")
+    turn = 1
     if data[:2] == b"\xff\xd8":
+        turn = jpeg_orientation(data) if exif else 1
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
             _check_size(height, width)
+            _check_scans(data, height, width)
             if colorspace != "CMYK":
                 decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
-                return decoded
+                if colorspace == "Gray":
+                    count("gray")
+                return _turned(decoded, turn, count)
         except NotAnImage:
             raise
         except ValueError:
             pass  # Pillow reads some that libjpeg's strict mode refuses; of the others it gives the reason
-    return _decode_with_pillow(data, warn)
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and b"avif" not in data[8:64] and not _reads_heic():
+        raise NotAnImage("HEIC: pip install pillow-heif")
+    return _decode_with_pillow(data, warn, exif, background, count)
 
 
-def _decode_with_pillow(data: bytes, warn: Callable[[str], None]) -> Image:
+def jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8, from its headers alone; 1 if it states none."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # the pixels begin
+            break
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return _tiff_orientation(data[at + 10 : at + 2 + length])
+        at += 2 + length
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    for index in range(int.from_bytes(tiff[start : start + 2], order)):
+        entry = tiff[start + 2 + 12 * index : start + 14 + 12 * index]
+        if len(entry) < 12:
+            break
+        if int.from_bytes(entry[:2], order) == ORIENTATION:
+            found = int.from_bytes(entry[8:10], order)
+            return found if 1 <= found <= 8 else 1
+    return 1
+
+
+def _turned(image: Image, orientation: int, count: Callable[[str], None]) -> Image:
+    if orientation == 1:
+        return image
+    count("rotated")
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _decode_with_pillow(
+    data: bytes,
+    warn: Callable[[str], None],
+    exif: bool,
+    background: tuple[int, int, int],
+    count: Callable[[str], None],
+) -> Image:
     import PIL.Image
 
     try:
@@ -57,15 +125,61 @@ def _decode_with_pillow(data: bytes, warn: Callable[[str], None]) -> Image:
             warnings.simplefilter("ignore")  # Pillow's own size warning and notes on odd metadata
             image = PIL.Image.open(io.BytesIO(data), formats=_formats())
             _check_size(image.height, image.width)
-            if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's conversion would clip, not scale
-                return _scaled_to_8_bits(np.asarray(image), _white(image), warn)
-            return np.asarray(image.convert("RGB"))
-    except NotAnImage:
+            _check_bytes(image)
+            if image.format == "TIFF":  # which Pillow turns itself, whether asked or not
+                stated, turn = image.tag_v2.get(ORIENTATION, 1), 1  # type: ignore[attr-defined]
+                if stated in range(2, 9):
+                    count("rotated")
+            gray = image.mode.startswith(("I", "F"))  # 16 or 32 bits a pixel: Pillow's conversion would clip, not scale
+            if gray:
+                pixels = _scaled_to_8_bits(np.asarray(image), _white(image), warn)
+            else:
+                gray = image.mode in ("1", "L", "LA", "La")
+                pixels = _laid_over(image, background, count)
+            if image.format != "TIFF":
+                turn = _stated_orientation(data, image) if exif else 1
+            if gray:
+                count("gray")
+            return _turned(pixels, turn, count)
+    except (NotAnImage, MemoryError):
         raise
     except PIL.UnidentifiedImageError:
         raise NotAnImage(f"not an image in a format that is read: {', '.join(FORMATS)}") from None
     except Exception as error:  # a broken file can fail anywhere in a decoder; the reason is listed for the user
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's own: too many open files, say
+        if isinstance(error, OSError) and "out of memory" in str(error):
+            raise MemoryError(str(error)) from None
         raise NotAnImage(f"{type(error).__name__}: {error}") from error
+
+
+def _stated_orientation(data: bytes, image: "PIL.Image.Image") -> int:
+    """An image's EXIF orientation, 1 if it states none that can be read."""
+    if data[:2] == b"\xff\xd8":
+        return jpeg_orientation(data)
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # damaged metadata fails anywhere in Pillow, and is no reason to reject the pixels
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _laid_over(image: "PIL.Image.Image", background: tuple[int, int, int], count: Callable[[str], None]) -> Image:
+    """An image of 8 bits as RGB, over the background where it is transparent."""
+    import PIL.Image
+
+    image.load()  # some formats state transparency beside their pixels
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return np.asarray(image.convert("RGB"))
+    full = image.convert("RGBA")
+    if np.asarray(full.getchannel("A")).min() == 255:
+        return np.asarray(full.convert("RGB"))
+    count("transparent")
+    base = PIL.Image.new("RGB", full.size, background)
+    base.paste(full, mask=full.getchannel("A"))
+    return np.asarray(base)
 
 
 @functools.cache
@@ -74,25 +188,59 @@ def _formats() -> list[str]:
     import PIL.Image
 
     PIL.Image.init()
-    return [name for name in FORMATS if name in PIL.Image.OPEN]
+    known = [name for name in FORMATS if name in PIL.Image.OPEN]
+    return [*known, "HEIF"] if _reads_heic() else known
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """Whether pillow-heif is installed, which this also makes known to Pillow."""
+    try:
+        pillow_heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _white(image: "PIL.Image.Image") -> int | None:
     """The value of white in a gray image of more than 8 bits, by the depth that its file states; None if unknown."""
+    if image.format == "TIFF" and image.mode.startswith("I"):
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (32,))[0]  # type: ignore[attr-defined]
+        signed = image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == 2  # type: ignore[attr-defined]
+        return int(2 ** (bits - signed) - 1) if bits <= 16 else None
     if image.mode.startswith("I;16"):
-        bits = image.tag_v2[BITS_PER_SAMPLE][0] if image.format == "TIFF" else 16  # type: ignore[attr-defined]
-        return int(2**bits - 1)
+        return 2**16 - 1
     # Pillow scales any PGM to 16 bits, and has given 16-bit PNGs this mode, too
     return 2**16 - 1 if image.mode == "I" and image.format in ("PPM", "PNG") else None
 
 
 def _scaled_to_8_bits(gray: NDArray[np.generic], white: int | None, warn: Callable[[str], None]) -> Image:
-    values = gray.astype(np.float64)
+    values = np.asarray(gray)
     if white is None:  # 32 bits or floats: such files use any part of their range
-        white = 65535 if values.size and values.max() > 255 else 255
+        brightest = float(np.nanmax(values, initial=0))
+        white = 65535 if brightest > 255 else 1 if values.dtype.kind == "f" and brightest <= 1 else 255
         warn(f"{gray.dtype} pixels; the file does not say which value is white, {white} was assumed")
-    gray8 = np.clip(np.rint(values / (white / 255)), 0, 255).astype(np.uint8)
-    return np.repeat(gray8[:, :, None], 3, axis=2)
+    rgb = np.empty((*values.shape, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // max(1, values.shape[1]))
+    for first in range(0, len(values), rows):  # in strips: the whole in float64 would take eight bytes a pixel
+        strip = np.nan_to_num(values[first : first + rows].astype(np.float64), posinf=white, neginf=0)
+        rgb[first : first + rows] = np.clip(np.rint(strip / (white / 255)), 0, 255)[:, :, None]
+    return rgb
+
+
+def _check_scans(data: bytes, height: int, width: int) -> None:
+    """Raises NotAnImage for a JPEG whose scans, each of which goes over all pixels, would take minutes."""
+    scans = data.count(b"\xff\xda")  # a thumbnail's among them; never part of the coded pixels
+    if scans > MAX_SCANS or (scans > 4 and scans * height * width > MAX_SCANNED_PIXELS):
+        raise NotAnImage(f"{scans} scans of {width}x{height} pixels: a decompression bomb?")
+
+
+def _check_bytes(image: "PIL.Image.Image") -> None:
+    each = 2 if image.mode.startswith("I;16") else 1 if image.mode in ("1", "L", "P") else 4
+    if each * image.height * image.width > MAX_DECODED_BYTES:
+        size = f"{image.width}x{image.height} pixels of {each} bytes"
+        raise NotAnImage(f"{size} are more than {MAX_DECODED_BYTES // 10**6} MB: a decompression bomb?")
 
 
 def _check_size(height: int, width: int) -> None:

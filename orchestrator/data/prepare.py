@@ -5,6 +5,7 @@ is done leaves a note beside the data, so that a preparation that was interrupte
 manifest is written last.
 """
 
+import collections
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from pydantic import BaseModel
 
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.images import COUNTED, WHITE
 from orchestrator.data.order import plan_epoch
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
@@ -30,6 +32,7 @@ from orchestrator.data.sources import SPLITS, Source
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
 OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")  # files written here
+WORDNET_ID = re.compile(r"n\d{8}")  # a class of ImageNet, whose usual pipelines ignore EXIF
 BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # of photographs, by JPEG quality (docs/data.md)
 SPARE = 1.1  # factor on the disk space: photographs differ
 
@@ -56,12 +59,14 @@ def prepare(
     rows_per_shard: int = ROWS_PER_SHARD,
     max_rejected: float = 0.01,
     parallelism: int | None = None,
+    exif: str | None = None,
+    background: tuple[int, int, int] = WHITE,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Read every image of the source and write the shards: the same bytes whatever the parallelism.
 
     Shards of an earlier attempt with the same settings are kept. All sums are of integers, so they do not depend on
-    which task ends first. Ray must be connected.
+    which task ends first. Ray must be connected. exif: "apply" or "ignore"; None for what `exif_rule` says.
 
     Raises JobError if more than the fraction `max_rejected` of the files could not be read; the list is then in
     output/rejected.jsonl, and there is no manifest.
@@ -72,7 +77,9 @@ def prepare(
     (output / MANIFEST).remove()
     tasks = list(_tasks(source, seed, rows_per_shard))
     quality = jpeg_quality if encoding == "jpeg" else None
-    write = ShardWriter(output, size, quality, len(source.classes))
+    turn = (exif or exif_rule(source)) == "apply"
+    write = ShardWriter(output, size, quality, len(source.classes), exif=turn, background=background)
+    kinds: collections.Counter[str] = collections.Counter()
     shards: list[Shard] = []
     rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
     guessed: list[str] = []
@@ -88,6 +95,7 @@ def prepare(
         report = json.loads(result["report"])
         rejected.extend(report["rejected"])
         guessed.extend(report.get("guessed", ()))  # notes of version 0 have none
+        kinds.update(report.get("counts", {}))
         if report["shard"]["split"] == "train":
             sums += result["sums"]
             products += result["products"]
@@ -114,11 +122,18 @@ def prepare(
         )
     counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
     manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
+    manifest = manifest.model_copy(update={"kinds": {kind: kinds[kind] for kind in COUNTED if kinds[kind]}})
     verify(output, manifest, whole=False)  # on a cluster, an output that is not shared would hold only a part here
     _remove_leftovers(output, manifest)
     (output / MANIFEST).write((manifest.model_dump_json(indent=1) + "\n").encode())
     (output / UNFINISHED).remove()
     return manifest
+
+
+def exif_rule(source: Source) -> str:
+    """Whether images are turned by their EXIF orientation unless the user says so: not those of ImageNet or CIFAR."""
+    imagenet = source.format == "imagefolder" and all(WORDNET_ID.fullmatch(name) for name in source.classes)
+    return "ignore" if source.format in ("ilsvrc", "cifar10") or imagenet else "apply"
 
 
 def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> int:

@@ -41,10 +41,12 @@ class ShardWriter:
         jpeg_quality: int | None,
         num_classes: int,
         row_group_rows: int = ROW_GROUP_ROWS,
+        exif: bool = False,
+        background: tuple[int, int, int] = images.WHITE,
     ) -> None:
-        """size: side of the stored images in pixels. jpeg_quality: None for raw pixels."""
+        """size: side of the stored images in pixels. jpeg_quality: None for raw pixels. exif: turn images by it."""
         self.output, self.size, self.jpeg_quality, self.num_classes = output, size, jpeg_quality, num_classes
-        self.row_group_rows = row_group_rows
+        self.row_group_rows, self.exif, self.background = row_group_rows, exif, background
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
         """The report as JSON, the sums of Moments, whether the shard was kept, and a failure as one line or "".
@@ -53,13 +55,20 @@ class ShardWriter:
         """
         try:
             return self._result(pickle.loads(row["task"])) | {"failure": ""}
-        except (JobError, OSError, pa.ArrowException) as failure:
+        except (JobError, OSError, MemoryError, pa.ArrowException) as failure:
             nothing = np.zeros(0)
             return {"report": "", "sums": nothing, "products": nothing, "kept": False, "failure": last_line(failure)}
 
     def _result(self, task: dict[str, Any]) -> dict[str, Any]:
         note = self.output / UNFINISHED / (task["file"] + ".npz")
-        settings = [self.size, self.jpeg_quality, self.num_classes, self.row_group_rows]
+        settings: list[Any] = [
+            self.size,
+            self.jpeg_quality,
+            self.num_classes,
+            self.row_group_rows,
+            self.exif,
+            self.background,
+        ]
         fingerprint = hashlib.sha256(repr((settings, task, versions(task["entries"]))).encode()).hexdigest()
         kept = self._kept(note, fingerprint)
         if kept is not None:
@@ -108,14 +117,23 @@ class ShardWriter:
         moments = Moments(self.size)
         data: list[bytes] = []
         kept: list[Entry] = []
+        counts: collections.Counter[str] = collections.Counter()
         rejected, guessed = [], []  # guessed: lines about images whose range of pixel values is not known
         for entry, load in _read_ahead(entries):
             notes: list[str] = []
+            kinds: list[str] = []
             try:
-                pixels = images.resize_and_center(images.decode(load(), notes.append), self.size)
+                decoded = images.decode(
+                    load(), notes.append, exif=self.exif, background=self.background, count=kinds.append
+                )
+                pixels = images.resize_and_center(decoded, self.size)
             except images.NotAnImage as reason:
                 rejected.append({"name": entry.name, "reason": str(reason)})
                 continue
+            except (MemoryError, OSError) as fault:  # the machine's: another run would make another shard
+                what = "not enough memory" if isinstance(fault, MemoryError) else last_line(fault)
+                raise JobError(f"{entry.name}: cannot be decoded now: {what}; a lower --parallelism may do") from None
+            counts.update(kinds)
             guessed += [f"{entry.name}: {note}" for note in notes]
             moments.add(pixels)
             data.append(pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality))
@@ -127,7 +145,8 @@ class ShardWriter:
             shard |= self.write(self.output / file, {"image": data, "label": labels} | rest)
         class_rows = np.bincount(labels, minlength=self.num_classes).tolist()
         report = {
-            "shard": shard, "rejected": rejected, "guessed": guessed, "images": len(entries), "class_rows": class_rows
+            "shard": shard, "rejected": rejected, "guessed": guessed, "images": len(entries), "class_rows": class_rows,
+            "counts": dict(counts),
         }  # fmt: skip
         return {"report": json.dumps(report), "sums": moments.sums, "products": moments.products}
 

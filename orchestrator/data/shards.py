@@ -73,6 +73,7 @@ class Manifest(BaseModel):
     class_rows: dict[str, tuple[int, ...]]  # train, val: rows of each class, in the order of classes
     rejected: int
     warnings: tuple[str, ...] = ()  # what looked wrong with the source, a line each
+    kinds: dict[str, int] = {}  # images that were rotated by EXIF, transparent or gray, where there are any
     mean_rgb: tuple[float, ...]
     covariance_rgb: tuple[tuple[float, ...], ...]
     eigenvalues: tuple[float, ...]  # of the covariance, largest first

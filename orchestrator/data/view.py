@@ -71,6 +71,7 @@ class PrepareView:
         self.line.print(
             f"{sum(rows.values())} rows ({rows['train']} train, {rows['val']} val), {manifest.rejected} rejected"
             + (f", listed in {self.output / REJECTED}" if manifest.rejected else "")
+            + "".join(f", {count} {kind}" for kind, count in manifest.kinds.items())
         )
 
 

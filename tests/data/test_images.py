@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from conftest import picture
 
@@ -128,7 +129,8 @@ def test_a_pixel_does_not_depend_on_how_bright_the_others_are(name):
     [
         (np.full((4, 4), 200, np.int32), 255),
         (np.full((4, 4), 256, np.int32), 65535),
-        (np.full((4, 4), 0.5, np.float32), 255),
+        (np.full((4, 4), 0.5, np.float32), 1),
+        (np.full((4, 4), 200.0, np.float32), 255),
         (np.full((4, 4), 65535, np.float32), 65535),
     ],
 )
@@ -177,3 +179,70 @@ def test_resizing_equals_pillow_and_takes_the_centre(shape):
 @pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1)])
 def test_a_line_of_pixels_does_not_fill_the_memory(shape):
     assert images.resize_and_center(np.zeros((*shape, 3), np.uint8), 256).shape == (256, 256, 3)
+
+
+MARKED = np.arange(40 * 24 * 3, dtype=np.uint8).reshape(40, 24, 3) // 8 * 8
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_pillow_turns_them(form, orientation):
+    exif = PIL.Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(PIL.Image.fromarray(MARKED), form, exif=exif, **options)
+    kinds: list[str] = []
+    pixels = images.decode(data, exif=True, count=kinds.append)
+    expected = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB"))
+    np.testing.assert_allclose(pixels.astype(int), expected, atol=4 if form == "JPEG" else 0)
+    assert kinds == (["rotated"] if orientation > 1 else [])
+    if form != "TIFF":  # which Pillow always turns
+        assert images.decode(data).shape == (40, 24, 3)
+
+
+def test_a_jpeg_is_decoded_as_ever_and_damaged_exif_does_no_harm():
+    import simplejpeg
+
+    data = encoded(COLOUR, "JPEG")
+    np.testing.assert_array_equal(images.decode(data, exif=True), simplejpeg.decode_jpeg(data, colorspace="RGB"))
+    for rest in (b"", b"II", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12"):
+        app1 = b"\xff\xe1" + struct.pack(">H", 8 + len(rest)) + b"Exif\0\0" + rest
+        assert images.decode(data[:2] + app1 + data[2:], exif=True).shape == (40, 30, 3)
+
+
+def test_hidden_colours_are_not_learned():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[0, 0, 3] = 255
+    data = encoded(PIL.Image.fromarray(rgba), "PNG")
+    kinds: list[str] = []
+    assert images.decode(data, count=kinds.append).tolist() == [[[200, 0, 0], [255] * 3], [[255] * 3, [255] * 3]]
+    assert kinds == ["transparent"]
+    assert images.decode(data, background=(1, 2, 3))[1, 1].tolist() == [1, 2, 3]
+    rgba[..., 3] = 255
+    kinds.clear()
+    opaque = images.decode(encoded(PIL.Image.fromarray(rgba), "PNG"), count=kinds.append)
+    np.testing.assert_array_equal(opaque, rgba[..., :3])
+    assert kinds == []
+
+
+@pytest.mark.parametrize(("form", "mode"), [("JPEG", "L"), ("PNG", "L"), ("PNG", "LA")])
+def test_gray_images_are_counted(form, mode):
+    kinds: list[str] = []
+    images.decode(encoded(PIL.Image.new("L", (4, 4)).convert(mode), form), count=kinds.append)
+    assert kinds == ["gray"]
+
+
+def test_a_float_image_of_0_to_1_is_not_black():
+    said: list[str] = []
+    values = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
+    pixels = images.decode(encoded(PIL.Image.fromarray(values), "TIFF"), said.append)
+    assert pixels[0, :, 0].tolist() == [0, 128, 255, 0]
+    assert "1 was assumed" in said[0]
+
+
+def test_heic_names_what_reads_it():
+    if images._reads_heic():
+        pytest.skip("pillow-heif is installed")
+    with pytest.raises(images.NotAnImage, match="HEIC: pip install pillow-heif"):
+        images.decode(b"\0\0\0\x18ftypheic" + bytes(100))

@@ -21,7 +21,7 @@ from orchestrator.data import prepare as preparation
 from orchestrator.data import shards
 from orchestrator.data.feed import Feed
 from orchestrator.data.prepare import Progress, prepare
-from orchestrator.data.sources import Entry, open_source, versions
+from orchestrator.data.sources import Entry, Source, open_source, versions
 from orchestrator.data.view import PrepareView
 
 pytestmark = [pytest.mark.ray]
@@ -195,7 +195,7 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=48, on_progress=view.progress)
     assert manifest.rejected == 0
     assert view.last.guessed == (
-        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 255 was assumed",
+        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 1 was assumed",
     )
     view.finished(manifest)
     assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
@@ -344,3 +344,34 @@ def test_a_server_that_goes_away_is_tried_again_then_named_and_the_rerun_complet
     assert kept[-1] >= 8
     assert manifest == prepare(source, StoragePath.of(tmp_path / "here"), **options)
     assert json.loads((root / "manifest.json").read())["rows"] == {"train": 64, "val": 16}
+
+
+def test_rotated_and_transparent_images_are_counted_in_the_manifest(ray_here, tmp_path):
+    exif = PIL.Image.Exif()
+    exif[274] = 6
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "source" / split / name
+            folder.mkdir(parents=True)
+            PIL.Image.new("RGB", (90, 70), "red").save(folder / "phone.jpg", exif=exif)
+            PIL.Image.new("RGBA", (70, 70), (9, 9, 9, 0)).save(folder / "clear.png")
+    source = open_source(str(tmp_path / "source"))
+    options = {"image_size": 64, "rows_per_shard": 8}
+    manifest = prepare(source, StoragePath.of(tmp_path / "out"), **options)
+    assert manifest.kinds == {"rotated": 4, "transparent": 4}
+    manifest = prepare(source, StoragePath.of(tmp_path / "as_is"), exif="ignore", **options)
+    assert manifest.kinds == {"transparent": 4}
+
+
+@pytest.mark.parametrize(
+    ("form", "classes", "rule"),
+    [
+        ("imagefolder", ("n01440764", "n02102040"), "ignore"),
+        ("imagefolder", ("apple", "n02102040"), "apply"),
+        ("ilsvrc", ("n01440764",), "ignore"),
+        ("cifar10", ("cat",), "ignore"),
+        ("parquet", ("n01440764",), "apply"),
+    ],
+)
+def test_exif_is_ignored_where_it_usually_is(form, classes, rule):
+    assert preparation.exif_rule(Source("x", form, classes, {})) == rule

@@ -7,12 +7,14 @@ numbers to WordNet ids. Kaggle's copy has LOC_synset_mapping.txt and LOC_val_sol
 import csv
 import gzip
 import io
+import json
 import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from orchestrator.base.storage import StoragePath
+from orchestrator.data import sandbox
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "data", "")
@@ -22,6 +24,9 @@ SOLUTION = "LOC_val_solution.csv"
 WORDS = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 MAX_BYTES = 2**26  # of a file in a small archive: twice the largest real one
 MAX_ARCHIVE_BYTES = 2**29  # of a small archive, unpacked
+MAX_META_BYTES = 2**24  # the real one has less than a megabyte
+META_SECONDS = 30  # the real one takes less than one
+MAX_HEADER_BYTES = 2**16  # of a member's long name or extended header
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,34 @@ def find_truth(root: StoragePath, label_of_class: dict[str, int], synsets: Synse
 
 def read_meta(data: bytes, where: object) -> Synsets:
     """The devkit's meta.mat. Raises ValueError if it cannot be read as one."""
-    import scipy.io
-
+    if len(data) > MAX_META_BYTES:
+        raise ValueError(f"{where}: has {len(data)} bytes, more than any {META}: not genuine")
     try:
-        synsets = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]), int(s["num_children"])) for s in synsets]
-    except Exception as error:  # damaged bytes can fail anywhere in scipy
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({what}); download it again") from None
+        rows = json.loads(sandbox.run(_meta_rows, data, seconds=META_SECONDS))
+    except sandbox.Refused as reason:
+        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({reason}); download it again") from None
     leaves = [row for row in rows if row[3] == 0]
     return Synsets({wnid: words for _, wnid, words, _ in leaves}, {number: wnid for number, wnid, _, _ in leaves})
+
+
+def _meta_rows(data: bytes) -> bytes:
+    """Number, WordNet id, words and number of children of each synset, as JSON; run in the sandbox."""
+    import scipy.io
+
+    synsets = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+    rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"]), int(s["num_children"])) for s in synsets]
+    return json.dumps(rows).encode()
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """A member of an archive whose long names and extended headers are of a sensible size."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if self.type in (*extended, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
+            raise tarfile.HeaderError(f"an extended header of {self.size} bytes")  # read whole by tarfile
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return found
 
 
 def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
@@ -119,13 +142,15 @@ def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
 def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, bytes]:
     """The wanted files of a gzipped archive that fits in memory, by file name. Raises ValueError if it is damaged."""
     found = {}
+    if (archive.size() or 0) > MAX_ARCHIVE_BYTES:
+        raise ValueError(f"{archive}: has more than {MAX_ARCHIVE_BYTES} bytes: not genuine")
     try:
         # whole, because tarfile would not read on to the checksum at the end
         with gzip.GzipFile(fileobj=io.BytesIO(archive.read())) as packed:
             unpacked = packed.read(MAX_ARCHIVE_BYTES + 1)
         if len(unpacked) > MAX_ARCHIVE_BYTES:
             raise ValueError(f"{archive}: unpacks to more than {MAX_ARCHIVE_BYTES} bytes: not genuine")
-        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:", tarinfo=BoundedTarInfo) as tar:
             for member in tar:
                 refuse_unsafe(member, archive)
                 name = PurePosixPath(member.name).name
@@ -135,7 +160,7 @@ def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, byte
                     file = tar.extractfile(member)
                     assert file is not None
                     found[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, RecursionError) as error:
         raise ValueError(f"{archive}: damaged: {error}; download it again") from None
     return found
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.sources.devkit import DEVKIT, find_synsets, find_truth, refuse_unsafe
+from orchestrator.data.sources.devkit import DEVKIT, BoundedTarInfo, find_synsets, find_truth, refuse_unsafe
 from orchestrator.data.sources.listing import Entry, Say, Source
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -97,7 +97,7 @@ def members(
     shown = shown or str(archive)
     window = _Window(archive, start, (archive.size() or 0) - start if length is None else length)
     try:
-        with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=window, mode="r:", tarinfo=BoundedTarInfo) as tar:  # type: ignore[call-overload]
             for member in tar:
                 refuse_unsafe(member, shown)
                 if member.offset_data + member.size > window.length:
@@ -107,7 +107,7 @@ def members(
             # tarfile takes a damaged header for the end; the true end is a block of zeros
             window.seek(tar.offset)  # type: ignore[attr-defined]
             end = window.read(BLOCK)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # long names of long names, each a call deeper
         raise ValueError(f"{shown}: damaged: {error}; download it again") from None
     if len(end) < BLOCK or end.strip(b"\0"):
         what = "truncated" if len(end) < BLOCK else "damaged: no member's header"

@@ -32,6 +32,7 @@ from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered,
 from orchestrator.data.sources.tree import Tree, Where, may_be_image
 
 SUFFIX = ".parquet"
+MAX_TEXT_BYTES = 2**28  # of the labels or the names of a row group, unpacked
 # names of columns in any case, the first that is there counts
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name", "species", "breed")
 NAMES = ("name", "path", "file_name", "filename", "image_file_path")
@@ -138,9 +139,8 @@ def _row_groups(root: StoragePath, name: str, columns: Columns) -> Iterator[_Row
                 return
             parquet = pq.ParquetFile(file)
             found = _columns(place, parquet.schema_arrow, columns)
-            leaf = parquet.schema.names.index(found.image.rpartition(".")[2]) if "." not in found.image else next(
-                i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == found.image
-            )  # fmt: skip
+            _check_sizes(place, parquet.metadata, (found.label, found.name))
+            leaf = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == found.image)
             for index in range(parquet.num_row_groups):
                 wanted = [found.label, *([found.name] if found.name else [])]
                 table = parquet.read_row_group(index, columns=wanted)
@@ -168,6 +168,21 @@ def _group(
     return _RowGroup(
         name, index, labels, names, _named_classes(schema, found.label), image, missing and found.name is not None
     )
+
+
+def _check_sizes(place: StoragePath, metadata: Any, read: tuple[str | None, ...]) -> None:
+    """Raises ValueError for a file whose footer promises more rows than images could be, or huge labels or names."""
+    size = place.size() or 0
+    if not 0 <= metadata.num_rows <= size:
+        raise ValueError(f"{place}: its {size} bytes claim to hold {metadata.num_rows} images: not genuine")
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if not 0 <= group.num_rows <= metadata.num_rows:
+            raise ValueError(f"{place}: its row group {index} claims {group.num_rows} rows of {metadata.num_rows}")
+        for column in (group.column(i) for i in range(group.num_columns)):
+            if column.path_in_schema in read and column.total_uncompressed_size > MAX_TEXT_BYTES:
+                found = f"{column.total_uncompressed_size} bytes of {column.path_in_schema}"
+                raise ValueError(f"{place}: row group {index} unpacks to {found}: not genuine")
 
 
 def split_files(tree: Tree, config: str | None, say: Say) -> dict[str, list[str]]:
