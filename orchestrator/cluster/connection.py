@@ -4,10 +4,18 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
 
 from orchestrator.base import logs
-from orchestrator.base.exits import JobError, catch_signals, last_line, signals_deferred, signals_end_at_once
+from orchestrator.base.exits import (
+    Interrupted,
+    JobError,
+    catch_signals,
+    last_line,
+    signals_deferred,
+    signals_end_at_once,
+)
 from orchestrator.base.sockets import why_silent
 
 log = logging.getLogger(__name__)
@@ -66,6 +74,10 @@ def connect() -> None:
             _init(private, environment)
             catch_signals()  # Ray has installed its own handlers
             logs.keep_off_terminal(*QUIET_LOGGERS)  # and removed those of its loggers
+    except SystemExit as stop:  # by Ray's own handler of SIGTERM, which takes the place of ours meanwhile
+        if stop.code == signal.SIGTERM:
+            raise Interrupted(signal.SIGTERM) from None
+        raise
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
         raise JobError(f"{where} could not be reached: {last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -100,6 +100,11 @@ class Search:
             folder.create_search(config)
         self.lock = RunLock(folder)
         self.journal = Journal(folder.path / JOURNAL)
+        if resume and not self.journal.trials and (folder.path / TRIALS).children():
+            raise ValueError(
+                f"--resume {folder.name}: {folder.path / JOURNAL} has no trials, though {TRIALS}/ has; restore it, or "
+                "start a new search"
+            )
         self.retention = Retention(config, self.journal, folder.path / TRIALS)
         if resume:
             folder.change_search(config)

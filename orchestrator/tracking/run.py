@@ -125,7 +125,8 @@ class Run:
                 if self._is_gone():
                     raise
                 if not said:
-                    self.warn(f"MLflow does not answer; retrying: {self.store.reason(error)}")
+                    reason = self.store.reason(error)
+                    self.warn(f"MLflow does not answer; retrying for up to {self.patience_s:.0f} s: {reason}")
                 said = True
                 time.sleep(RETRY_S)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.base.exits import last_line
 from orchestrator.tracking.store import RETRY_S, Metrics, Store, is_refusal
 
 BATCH = 200  # entries of about five metrics each; 1000 metrics are the API's limit
@@ -72,7 +73,7 @@ class Sender:
                 try:
                     self._send_some()
                 except Exception as error:  # training is worth more than its log
-                    log.debug("MLflow", exc_info=True)
+                    log.debug("MLflow: %s", last_line(error), exc_info=not reported)
                     if not reported:
                         self.warn(
                             f"MLflow does not accept metrics; they are kept and sent later: {self.store.reason(error)}"

@@ -31,9 +31,9 @@ class RunFolder:
 
         flag: that the name was given by.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}", name):
             raise ValueError(
-                f"{flag} {name!r}: use letters, digits, '.', '_' and '-' only, and begin with a letter or digit"
+                f"{flag} {name!r}: use at most 150 letters, digits, '.', '_' and '-', and begin with a letter or digit"
             )
         self.output, self.name = StoragePath.of(output), name
         self.path = self.output / name

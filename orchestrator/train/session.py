@@ -98,6 +98,12 @@ class Session:
             run.create(config)
         self.lock = RunLock(run)
         self.result = self.run.result()
+        done = len(self.result.get("history") or ())
+        if config.epochs < done:
+            self.lock.release()
+            raise ValueError(
+                f"epochs = {config.epochs}: the run has completed {done} epochs; set --epochs {done} or more"
+            )
         if why := logs.open_run_log(run.path / RUN_LOG):
             self.view.event(Warned(text=f"this run has no log: {why}"))
         log.info("run %s, %s: %s", run.name, "resumed" if resume else "new", config.model_dump())

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from orchestrator.base.exits import JobError
+from orchestrator.base.exits import Interrupted, JobError
 from orchestrator.cluster import connection
 from orchestrator.cluster.connection import QUIET_LOGGERS, check_address
 
@@ -117,3 +117,19 @@ def test_ctrl_c_while_a_job_starts_ends_it_in_one_line(job, after_s, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "stopped by SIGINT\n")
+
+
+def test_sigterm_while_ray_has_its_own_handler_stops_the_job(monkeypatch):
+    """Ray's handler exits with the signal's number while ray.init runs."""
+    ray = pytest.importorskip("ray")
+
+    def init(private, environment):
+        raise SystemExit(int(signal.SIGTERM))
+
+    monkeypatch.setattr(connection, "_init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(Interrupted) as stop:
+        connection.connect()
+    assert stop.value.exit_status == 143

@@ -89,7 +89,7 @@ def test_a_folder_and_another_output_contradict_each_other(tmp_path, monkeypatch
     assert locate(str(tmp_path / "a"), "a/first") == ("a", "first")
     with pytest.raises(ValueError, match=r"--resume a/first: is not in --output b; leave out --output"):
         locate("b", "a/first")
-    with pytest.raises(ValueError, match=r"^--resume '-x': use letters"):
+    with pytest.raises(ValueError, match=r"^--resume '-x': use at most 150 letters"):
         RunFolder("runs", "-x", "--resume")
 
 

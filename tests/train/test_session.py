@@ -52,6 +52,16 @@ def test_a_tracking_server_that_is_not_there_is_refused(digit_shards, tmp_path, 
 
 
 @pytest.mark.ray
+def test_fewer_epochs_than_a_run_has_are_refused(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run, config = RunFolder(tmp_path, "run"), digits().changed(data=str(digit_shards[0]), epochs=1)
+    run.create(config)
+    run.write_result({"history": [entry(1, 0.5), entry(2, 0.4)]})
+    for _ in range(2):  # the run can be resumed at once with others
+        with pytest.raises(ValueError, match=r"^epochs = 1: the run has completed 2; set --epochs 2 or more$"):
+            Session(run, config, resume=True, recipe=None)
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_result_of_a_newer_version_is_refused_when_its_run_is_resumed(digit_shards, tmp_path, monkeypatch, resume):
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ What a source is, is detected from the names in it, unless the user states it.
 """
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
             f"--source {root}: no such folder or file; give a folder, archive or URI of images, or {DIGITS}"
         )
     if (root / MANIFEST).size() is not None:
-        raise ValueError(f"--source {root}: holds shards already; train with: {command('train')} --data {root}")
+        training = f"{command('train')} --data {shlex.quote(str(root))}"
+        raise ValueError(f"--source {root}: holds shards already; train with: {training}")
     name, why, tree = detect(root, options)
     say(f"format {name}: {why}")
     if options.verify:
