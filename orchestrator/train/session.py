@@ -101,9 +101,7 @@ class Session:
         done = len(self.result.get("history") or ())
         if config.epochs < done:
             self.lock.release()
-            raise ValueError(
-                f"epochs = {config.epochs}: the run has completed {done} epochs; set --epochs {done} or more"
-            )
+            raise ValueError(f"epochs = {config.epochs}: the run has completed {done}; set --epochs {done} or more")
         if why := logs.open_run_log(run.path / RUN_LOG):
             self.view.event(Warned(text=f"this run has no log: {why}"))
         log.info("run %s, %s: %s", run.name, "resumed" if resume else "new", config.model_dump())
