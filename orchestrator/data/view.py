@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.base.environment import command
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.terminal import LiveLine, bar, duration
 from orchestrator.data.shards import REJECTED
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from orchestrator.data.sources import Source
 
 
+CAPTION = 40  # characters, below an image
+
+
 class PrepareView:
     """A preparation."""
 
@@ -23,7 +27,7 @@ class PrepareView:
         self.line, self.output = LiveLine(), output
         self.last: Progress | None = None
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
-        self.line.print(f"{source.name}: {len(source.classes)} classes, {counts} images")
+        self.line.print(f"{shown(source.name, LONGEST_VALUE)}: {len(source.classes)} classes, {counts} images")
 
     def progress(self, progress: "Progress") -> None:
         new = progress.images_done - progress.images_kept
@@ -73,8 +77,8 @@ class CheckView:
         )
         self.line.print(f"decoding   all {report.images} images decoded")
         names = report.manifest.class_names or classes
-        captions = [names[label].split(",")[0] for label in report.labels]
-        title = f"{report.manifest.source}: training images as the net sees them"
+        captions = [shown(names[label].split(",")[0], CAPTION) for label in report.labels]
+        title = f"{shown(report.manifest.source, LONGEST_VALUE)}: training images as the net sees them"
         contact_sheet(report.samples, captions, title).savefig(picture, dpi=100)
         self.line.print(f"picture    {picture}")
         self.line.print(

@@ -4,11 +4,10 @@ import math
 import re
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from orchestrator.cluster.layout_choice import worker_counts
-from orchestrator.config.models import make_model, refuse_yes
+from orchestrator.config.models import dump_yaml, make_model, refuse_yes
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.search.space import Space, Values, make_space
 
@@ -137,8 +136,7 @@ class SearchConfig(SearchSettings):
 
     def to_yaml(self) -> str:
         parts = {"search": self.settings(), "space": self.space.to_dict(), "train": self.train.model_dump()}
-        text: str = yaml.safe_dump(parts, sort_keys=False, default_flow_style=None)
-        return text
+        return dump_yaml(parts, default_flow_style=None)
 
 
 def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, Any]) -> SearchConfig:

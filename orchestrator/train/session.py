@@ -12,7 +12,8 @@ from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
-from orchestrator.base.redaction import redact
+from orchestrator.base.redaction import redact, redact_all
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import cost_so_far, wait_for_nodes
@@ -22,6 +23,7 @@ from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
+from orchestrator.data.shards import MEAN_IMAGE
 from orchestrator.tracking.store import tracking_uri, ui_command
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
@@ -132,7 +134,7 @@ class Session:
         self.data.prepare(self.config, say)
         manifest = self.data.manifest
         say(
-            f"run {self.run.name}: {manifest.source}, {len(manifest.classes)} classes, "
+            f"run {self.run.name}: {shown(manifest.source, LONGEST_VALUE)}, {len(manifest.classes)} classes, "
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
@@ -254,12 +256,13 @@ class Session:
         log.info("logging the model of epoch %d to MLflow, from %s", epoch, best)
         with best.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
             weights = folder / checkpoints.WEIGHTS
-            mean_image = Path(temporary, manifest.mean_image_file)
+            mean_image = Path(temporary, MEAN_IMAGE)
             mean_image.write_bytes((self.data.folder / manifest.mean_image_file).read())
             self.tracker.log_model(weights, mean_image, description, manifest.image_size, num_classes)
         self.tracker.run.tag(**{"model.epoch": str(epoch)})
 
     def _end(self, status: str, error: str | None = None) -> None:
+        error = redact_all(error) if error else None
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
         try:
             if status != "FINISHED":
@@ -287,5 +290,5 @@ class Session:
             ("MLflow run", result["mlflow_run_id"]),
             ("open the UI", ui_command(self.tracker.run.store.uri)),
         ]
-        self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
+        self.view.line.print("", f"results after {last['epoch']} epochs", *table(rows).splitlines())
         sys.stdout.flush()
