@@ -107,10 +107,10 @@ def _check_structure(text: str) -> None:
     """Refuse what could grow or nest without end, before anything is made of it. Raises _Refused, yaml.YAMLError."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _Refused(event.start_mark, f"anchor or alias {quoted(event.anchor)}: write the value out")
-        if getattr(event, "tag", None):
-            raise _Refused(event.start_mark, f"tag {quoted(event.tag)}: leave it out")
+        if anchor := getattr(event, "anchor", None):  # an alias has the name of its anchor there
+            raise _Refused(event.start_mark, f"anchor or alias {quoted(anchor)}: write the value out")
+        if tag := getattr(event, "tag", None):
+            raise _Refused(event.start_mark, f"tag {quoted(tag)}: leave it out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise _Refused(event.start_mark, f"nested more than {MAX_YAML_DEPTH} deep")

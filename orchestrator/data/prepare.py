@@ -237,7 +237,7 @@ def _describe(
     mean_image = io.BytesIO()
     np.save(mean_image, (sums / rows["train"]).astype(np.float32), allow_pickle=False)
     (output / MEAN_IMAGE).write(mean_image.getvalue())
-    return Manifest(
+    manifest = Manifest(
         source=source.name,
         classes=source.classes,
         class_names=source.class_names,
@@ -255,3 +255,4 @@ def _describe(
         mean_image_sha256=hashlib.sha256(mean_image.getvalue()).hexdigest(),
         shards=tuple(shards),
     )
+    return manifest.sealed()

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.config.models import dump_yaml, make_model, refuse_yes
 from orchestrator.config.train import TrainConfig, make_config
@@ -165,7 +166,9 @@ def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, A
 def search_of(parts: dict[str, Any], where: str) -> SearchConfig:
     """From what `to_yaml` wrote. Raises ValueError of one line."""
     if set(parts) != {"search", "space", "train"}:
-        raise ValueError(f"{where}: expected search, space and train, found {', '.join(parts) or 'nothing'}")
+        raise ValueError(
+            f"{where}: expected search, space and train, found {shown(', '.join(parts), LONGEST_VALUE) or 'nothing'}"
+        )
     return make_search(parts["search"], make_config(**parts["train"]), parts["space"])
 
 

@@ -83,7 +83,7 @@ class RunFolder:
         if file.size() is None:
             return {}
         try:
-            found = json.loads(file.read())
+            found = schema.load_json(file.read())
         except ValueError as error:
             raise ValueError(f"{file}: is not JSON ({error}); restore it, or remove it to resume without it") from None
         if not isinstance(found, dict):

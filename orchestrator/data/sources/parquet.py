@@ -169,6 +169,6 @@ def _named_classes(schema: Any) -> tuple[str, ...]:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         label = next(features[name] for name in LABELS if name in features)
         return tuple(map(str, label["names"]))
-    except (KeyError, ValueError, TypeError, StopIteration):
+    except (KeyError, ValueError, TypeError, StopIteration, RecursionError):
         text = metadata.get(b"classes", b"").decode("utf-8", "replace")
         return tuple(text.split(",")) if text else ()
