@@ -9,6 +9,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 
+def plain(text: str) -> str:
+    """As matplotlib is to be given a text: without its mathematics between $ and $."""
+    return text.replace("$", r"\$")
+
+
 def contact_sheet(images_NHWC: NDArray[np.uint8], captions: Sequence[str], title: str) -> Figure:
     """Images (N, H, W, 3) side by side, eight in a row, each under its caption."""
     rows = -(-len(images_NHWC) // 8)
@@ -18,8 +23,8 @@ def contact_sheet(images_NHWC: NDArray[np.uint8], captions: Sequence[str], title
         axes.axis("off")
     for axes, image, caption in zip(places, images_NHWC, captions, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=7)
-    figure.suptitle(title)
+        axes.set_title(plain(caption), fontsize=7)
+    figure.suptitle(plain(title))
     return figure
 
 
@@ -43,5 +48,5 @@ def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
         axes.legend()
     losses.set_ylabel("cross-entropy loss")
     errors.set_ylabel("validation error, %")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     return figure

@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from orchestrator.base.redaction import redact_all
+from orchestrator.base.shown import shown
+
 FAILED, USAGE = 1, 2
 
 
@@ -33,22 +36,31 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         return main()
     except JobError as error:
         path = log()
-        print(f"error: {error}" + (f" (log: {path})" if path else ""), file=sys.stderr)
+        _say_error(str(error), f"log: {path}" if path else "")
         return FAILED
     except Interrupted as stop:
         print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
     except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
         if path := log():
-            print(f"error: {type(error).__name__}: {last_line(error)} (log: {path})", file=sys.stderr)
+            _say_error(f"{type(error).__name__}: {last_line(error)}", f"log: {path}")
             return FAILED
         import tempfile  # not above: a job can be stopped as soon as this file is imported
         import traceback
 
         with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
-        print(f"error: {type(error).__name__}: {last_line(error)} (traceback in {file.name})", file=sys.stderr)
+        _say_error(f"{type(error).__name__}: {last_line(error)}", f"traceback in {file.name}")
         return FAILED
+
+
+def one_line(error: str) -> str:
+    """A message as it may be shown, whatever it quotes: one line of bounded length, without secrets."""
+    return shown(redact_all(error))
+
+
+def _say_error(message: str, where: str) -> None:
+    print(f"error: {one_line(message)}" + (f" ({shown(where)})" if where else ""), file=sys.stderr)
 
 
 def last_line(error: BaseException) -> str:

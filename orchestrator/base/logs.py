@@ -17,6 +17,7 @@ from typing import Any
 
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.redaction import redact_all
+from orchestrator.base.shown import shown
 from orchestrator.base.storage import StoragePath
 
 FORMAT = "%(asctime)s %(levelname)s %(rank)s %(name)s: %(message)s"
@@ -32,7 +33,7 @@ Send = Callable[[int, str, str, float], Any]
 
 
 class _Formatter(logging.Formatter):
-    """Times with their offset from UTC; no passwords or tokens."""
+    """Times with their offset from UTC; no passwords or tokens, and no control characters."""
 
     def __init__(self) -> None:
         super().__init__(FORMAT, defaults={"rank": "driver"})
@@ -41,7 +42,7 @@ class _Formatter(logging.Formatter):
         return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact_all(super().format(record))
+        return "\n".join(shown(line, None) for line in redact_all(super().format(record)).split("\n"))
 
 
 class _RunLog(logging.FileHandler):

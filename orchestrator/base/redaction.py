@@ -16,12 +16,29 @@ SECRETS = (  # variables whose values never appear
     "AZURE_CLIENT_SECRET",
 )
 URIS = ("MLFLOW_TRACKING_URI",)  # variables that may hold a password of any characters
-CREDENTIALS = re.compile(r"(\w[\w+.-]*://)([^:/\s@]*)(?::(\S*))?@")  # of a URI; people do not escape "/" or "@"
+CREDENTIALS = re.compile(r"(\w[\w+.-]{0,40}://)([^:/\s@]*)(?::(\S*))?@")  # of a URI; people do not escape "/" or "@"
+_NAMED = (  # names of secrets, or parts of names
+    r"[\w.%-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|signature|credentials?"
+    r"|(?:access|account|api|auth|encryption|private|secret|shared|signing|ssl)[_-]?key)[\w.-]*"
+)
+PARAMETER = re.compile(rf"([?&;](?:{_NAMED}|pass|pw|key|sig|auth|jwt)=)([^&;#\s\"'<>]+)", re.IGNORECASE)
+SETTING = re.compile(r"(\b\w*passw(?:or)?d\s*=\s*)([^\s,;&\"')]+)", re.IGNORECASE)  # host=h password=x, of databases
+HEADER = re.compile(
+    r"(\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?(?:(?:basic|bearer|digest|negotiate|token)\s+)?)([^\s\"',;]+)",
+    re.IGNORECASE,
+)
+BEARER = re.compile(r"(\bbearer\s+)((?=\S*\d)[\w.~+/=-]{16,})", re.IGNORECASE)  # a token, not a word after "bearer"
+
+
+def without_credentials(uri: str) -> str:
+    """Without the user and the password before a URI's host: the address that a client connects to."""
+    return CREDENTIALS.sub(r"\1", uri)
 
 
 def redact(text: str) -> str:
-    """Without the user and the password of a URI in it: the address as it may be shown and stored."""
-    return CREDENTIALS.sub(r"\1", text)
+    """Without the user and the password of a URI in it, and with *** for the secrets in its query and for those of
+    headers: the address as it may be shown and stored."""
+    return _without_named(without_credentials(text))
 
 
 def credentials(uri: str) -> tuple[str, str] | None:
@@ -31,11 +48,17 @@ def credentials(uri: str) -> tuple[str, str] | None:
 
 
 def redact_all(text: str) -> str:
-    """With *** for whatever is secret in a line of a log: credentials of URIs, and the values of SECRETS."""
+    """With *** for whatever is secret in a line of a log: what `redact` finds, and the values of SECRETS."""
     for uri in filter(None, map(os.environ.get, URIS)):
         if uri != redact(uri):
             text = text.replace(uri, redact(uri))
-    text = CREDENTIALS.sub(r"\1***@", text)
+    text = _without_named(CREDENTIALS.sub(r"\1***@", text))
     for secret in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(secret, "***")
+    return text
+
+
+def _without_named(text: str) -> str:
+    for pattern in (PARAMETER, HEADER, BEARER, SETTING):
+        text = pattern.sub(r"\1***", text)
     return text

@@ -6,6 +6,9 @@ import sys
 import time
 from typing import TextIO
 
+from orchestrator.base.redaction import redact_all
+from orchestrator.base.shown import shown
+
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
@@ -21,7 +24,7 @@ class LiveLine:
         self._shown = False
 
     def update(self, text: str) -> None:
-        now = time.monotonic()
+        now, text = time.monotonic(), _safe(text)
         if self.live:
             width = shutil.get_terminal_size().columns  # the rest of a longer line would remain
             self.stream.write("\r\x1b[2K" + text[: width - 1])
@@ -31,8 +34,9 @@ class LiveLine:
             self._last = now
             print(text, file=self.stream, flush=True)
 
-    def print(self, text: str = "") -> None:
-        """A line that stays; the log has it, too."""
+    def print(self, *lines: str) -> None:
+        """Lines that stay; the log has them, too. A newline within one is shown as \\n: it may be of a foreign name."""
+        text = "\n".join(map(_safe, lines))
         log.info("%s", text)
         if self._shown:
             self.stream.write("\r\x1b[2K")
@@ -50,7 +54,7 @@ class LiveBlock:
         self._shown = 0
 
     def update(self, lines: list[str]) -> None:
-        now = time.monotonic()
+        now, lines = time.monotonic(), [_safe(line) for line in lines]
         if self.live:
             width, height = shutil.get_terminal_size()
             shown = [line[: width - 1] for line in lines[: height - 1]]
@@ -62,8 +66,9 @@ class LiveBlock:
             self._last = now
             print("\n".join(lines), file=self.stream, flush=True)
 
-    def print(self, text: str = "") -> None:
-        """Lines that stay, above the others; the log has them, too."""
+    def print(self, *lines: str) -> None:
+        """Lines that stay, above the others; the log has them, too. As in LiveLine, each is one."""
+        text = "\n".join(map(_safe, lines))
         log.info("%s", text)
         self._clear()
         print(text, file=self.stream, flush=True)
@@ -88,6 +93,7 @@ def bar(done: float, width: int = 20) -> str:
 
 def columns(titles: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of aligned columns under their titles."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -98,8 +104,13 @@ def columns(titles: list[str], rows: list[list[str]]) -> list[str]:
 def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"  {name:<{width}}  {shown(value, None)}" for name, value in rows)
 
 
 def percent(error: float) -> str:
     return f"{100 * error:.2f} %"
+
+
+def _safe(text: str) -> str:
+    """The last gate before the terminal: one line, without secrets."""
+    return shown(redact_all(text))

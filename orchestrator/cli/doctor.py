@@ -11,7 +11,7 @@ import argparse
 from collections import Counter
 
 from orchestrator.base.environment import default_output
-from orchestrator.base.exits import FAILED
+from orchestrator.base.exits import FAILED, one_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import Parser, run
 from orchestrator.cluster.diagnosis import Finding
@@ -33,10 +33,11 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     found: list[Finding] = []
     for finding in doctor.findings():
         found.append(finding)
-        print(f"{finding.severity:<4}  {finding.check:<10}  {finding.where:<24}  {finding.text}", flush=True)
+        print(f"{finding.severity:<4}  {finding.check:<10}  {finding.where:<24}  {one_line(finding.text)}", flush=True)
     bad = [finding for finding in found if finding.severity != "ok"]
     for finding in bad:
-        print(f"\n{finding.severity}: {finding.check}, {finding.where}: {finding.text}\n  remedy: {finding.remedy}")
+        print(f"\n{finding.severity}: {finding.check}, {finding.where}: {one_line(finding.text)}")
+        print(f"  remedy: {one_line(finding.remedy)}")
     count = Counter(finding.severity for finding in found)
     print(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail")
     return FAILED if count["fail"] else 0

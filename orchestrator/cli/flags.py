@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from orchestrator import __version__
 from orchestrator.base import logs
 from orchestrator.base.environment import command, installed
-from orchestrator.base.exits import USAGE, run_job
+from orchestrator.base.exits import USAGE, one_line, run_job
 
 DEFAULT_RECIPE = "digits"
 
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(given, self._option_string_actions, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             message = f"unknown argument {given}; {hint}"
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {one_line(message)}", file=sys.stderr)
         raise SystemExit(USAGE)
 
 

@@ -3,10 +3,9 @@
 import re
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from orchestrator.config.models import make_model, refuse_yes
+from orchestrator.config.models import dump_yaml, make_model, refuse_yes
 
 
 class NetSettings(BaseModel):
@@ -132,8 +131,7 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
         return make_config(**self.model_dump() | fields)
 
     def to_yaml(self) -> str:
-        text: str = yaml.safe_dump(self.model_dump(), sort_keys=False)
-        return text
+        return dump_yaml(self.model_dump())
 
 
 def parse_workers(text: str | int) -> tuple[int, int]:

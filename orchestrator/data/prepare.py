@@ -122,7 +122,7 @@ def prepare(
         )
     counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
     manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
-    manifest = manifest.model_copy(update={"kinds": {kind: kinds[kind] for kind in COUNTED if kinds[kind]}})
+    manifest = manifest.model_copy(update={"kinds": {kind: kinds[kind] for kind in COUNTED if kinds[kind]}}).sealed()
     verify(output, manifest, whole=False)  # on a cluster, an output that is not shared would hold only a part here
     _remove_leftovers(output, manifest)
     (output / MANIFEST).write((manifest.model_dump_json(indent=1) + "\n").encode())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.base.environment import command
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.terminal import LiveLine, bar, duration
 from orchestrator.data.shards import REJECTED
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 5  # names in a line
+CAPTION = 40  # characters, below an image
 
 
 class PrepareView:
@@ -27,8 +29,10 @@ class PrepareView:
         self.line, self.output = LiveLine(), output
         self.last: Progress | None = None
         counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
-        shown = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
-        self.line.print(f"{source.name}: {len(source.classes)} classes ({shown}), {counts} images")
+        names = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
+        self.line.print(
+            f"{shown(source.name, LONGEST_VALUE)}: {len(source.classes)} classes ({names}), {counts} images"
+        )
         if source.left_out:
             rules = Counter(rule for _, rule in source.left_out)
             kinds = ", ".join(f"{count} {rule}" for rule, count in rules.most_common(SHOWN))
@@ -96,8 +100,8 @@ class CheckView:
             self.line.print(f"warning    {warning}")
         self.line.print(f"decoding   all {report.images} images decoded")
         names = report.manifest.class_names or classes
-        captions = [names[label].split(",")[0] for label in report.labels]
-        title = f"{report.manifest.source}: training images as the net sees them"
+        captions = [shown(names[label].split(",")[0], CAPTION) for label in report.labels]
+        title = f"{shown(report.manifest.source, LONGEST_VALUE)}: training images as the net sees them"
         contact_sheet(report.samples, captions, title).savefig(picture, dpi=100)
         self.line.print(f"picture    {picture}")
         self.line.print(

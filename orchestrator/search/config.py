@@ -4,11 +4,11 @@ import math
 import re
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.cluster.layout_choice import worker_counts
-from orchestrator.config.models import make_model, refuse_yes
+from orchestrator.config.models import dump_yaml, make_model, refuse_yes
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.search.space import Space, Values, make_space
 
@@ -137,8 +137,7 @@ class SearchConfig(SearchSettings):
 
     def to_yaml(self) -> str:
         parts = {"search": self.settings(), "space": self.space.to_dict(), "train": self.train.model_dump()}
-        text: str = yaml.safe_dump(parts, sort_keys=False, default_flow_style=None)
-        return text
+        return dump_yaml(parts, default_flow_style=None)
 
 
 def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, Any]) -> SearchConfig:
@@ -167,7 +166,9 @@ def make_search(settings: dict[str, Any], train: TrainConfig, space: dict[str, A
 def search_of(parts: dict[str, Any], where: str) -> SearchConfig:
     """From what `to_yaml` wrote. Raises ValueError of one line."""
     if set(parts) != {"search", "space", "train"}:
-        raise ValueError(f"{where}: expected search, space and train, found {', '.join(parts) or 'nothing'}")
+        raise ValueError(
+            f"{where}: expected search, space and train, found {shown(', '.join(parts), LONGEST_VALUE) or 'nothing'}"
+        )
     return make_search(parts["search"], make_config(**parts["train"]), parts["space"])
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.schema import check_version
+from orchestrator.base.schema import check_version, load_json
+from orchestrator.base.shown import shown
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.search.entries import (
     SCHEMA_VERSION,
@@ -37,6 +38,7 @@ from orchestrator.search.space import Values
 
 JOURNAL = "journal.jsonl"
 UPLOAD_EVERY_S = 1.0
+LONGEST_REASON = 200  # characters
 PAPER_TRIAL = 0  # the number of the trial that has the paper's constants
 
 
@@ -99,16 +101,16 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                document = json.loads(line)
+                document = load_json(line)
                 is_header = document["event"] == Header.event
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._target}, line {number}: damaged: {error}") from None
+                raise ValueError(f"{self._target}, line {number}: damaged: {shown(error, LONGEST_REASON)}") from None
             if is_header:
                 check_version(document, SCHEMA_VERSION, self._target)
             try:
                 self._apply(*from_json(document))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._target}, line {number}: damaged: {error}") from None
+                raise ValueError(f"{self._target}, line {number}: damaged: {shown(error, LONGEST_REASON)}") from None
         self._before, self._began = self.elapsed_s, time.monotonic()
         self._file = path.open("ab")
         if len(whole) < len(data):

@@ -6,6 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
+from alexnet.pictures import plain
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.search.analysis import common_epoch, importance, rungs
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
@@ -74,7 +76,7 @@ def parallel_coordinates(config: SearchConfig, records: list[TrialRecord]) -> Fi
         axes.axvline(i, color="gray", linewidth=0.8)
         ticks = list(d.values) if d.listed else [d.at(0.0), d.at(0.5), d.at(1.0)]
         for value in ticks:
-            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            text = f"{value:.3g}" if isinstance(value, float) else _text(value)
             axes.annotate(text, (i, d.position(value)), textcoords="offset points", xytext=(4, 2), fontsize=8)
     end = len(dimensions)
     axes.axvline(end, color="black", linewidth=0.8)
@@ -114,7 +116,7 @@ def against(config: SearchConfig, records: list[TrialRecord]) -> Figure:
             value = record.values[d.name]
             papers = record.number == PAPER_TRIAL
             axes.scatter(
-                str(value) if d.listed and not _numeric(d.values) else value, _best(config, record),
+                _text(value) if d.listed and not _numeric(d.values) else value, _best(config, record),
                 s=15 + 85 * record.epoch / config.train.epochs, alpha=0.8, color=RED if papers else "steelblue",
             )  # fmt: skip
         if d.kind == "loguniform":
@@ -196,6 +198,11 @@ def _colours(config: SearchConfig, records: list[TrialRecord]) -> dict[int, Any]
     order = sorted(records, key=lambda record: _best(config, record))
     shades = matplotlib.colormaps[LINE](np.linspace(0.05, 0.9, len(order)))
     return {record.number: shade for record, shade in zip(order, shades, strict=True)}
+
+
+def _text(value: Any) -> str:
+    """A setting's value as a picture shows it."""
+    return plain(shown(value, LONGEST_VALUE))
 
 
 def _numeric(values: tuple[Any, ...]) -> bool:

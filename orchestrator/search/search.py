@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
-from orchestrator.base.redaction import redact
+from orchestrator.base.redaction import redact, redact_all
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -334,6 +334,7 @@ class Search:
 
     def _wrap_up(self, status: str, error: str | None = None) -> None:
         """Write result, pictures and the best settings, and end every MLflow run."""
+        error = redact_all(error) if error else None
         result = self._outcome(status, error)
         pictures, best = {}, None
         try:
@@ -350,7 +351,7 @@ class Search:
             self.runs.log_best_model(self.journal.trials[result["best"]], self.data, self.folder.path / TRIALS)
         if result["best"] is not None:
             lines = summary(result, self.config, self.journal, self.folder, list(pictures), self.store.uri)
-            self.view.say("\n".join(["", *self.view.findings(self.data.rows["val"]), "", lines]))
+            self.view.say("", *self.view.findings(self.data.rows["val"]), "", *lines.splitlines())
             sys.stdout.flush()
 
     def _outcome(self, status: str, error: str | None) -> dict[str, Any]:

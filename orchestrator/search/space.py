@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
 from orchestrator.config.train import TrainConfig
 
 KINDS = ("choice", "grid", "uniform", "loguniform", "randint")
@@ -132,15 +133,18 @@ def make_space(fields: dict[str, Any], base: TrainConfig) -> Space:
 def _dimension(name: str, given: Any, base: TrainConfig) -> Dimension:
     if name not in TrainConfig.model_fields:
         near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
-        raise ValueError(f"space: {name}: no such setting; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise ValueError(
+            f"space: {shown(name, LONGEST_VALUE)}: no such setting; "
+            + (f"did you mean {near[0]}?" if near else "see --help")
+        )
     if name == CLOCK:
         raise ValueError(f"space: {name}: is the clock of the search and cannot vary; set --epochs instead")
     if name in SHARED:
         raise ValueError(f"space: {name}: is the same for all trials; set --{name.replace('_', '-')} instead")
     if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in KINDS:
-        raise ValueError(f"space: {name} = {given!r}: expected one of {', '.join(KINDS)}, {EXAMPLE}")
+        raise ValueError(f"space: {name} = {quoted(given)}: expected one of {', '.join(KINDS)}, {EXAMPLE}")
     kind, values = next(iter(given.items()))
-    said = f"space: {name} = {kind} {values!r}"
+    said = f"space: {name} = {kind} {quoted(values)}"
     if not isinstance(values, list | tuple) or not values:
         raise ValueError(f"{said}: expected a list of values")
     values = [_number(value) for value in values]
@@ -159,7 +163,7 @@ def _dimension(name: str, given: Any, base: TrainConfig) -> Dimension:
         if name == "workers" and not str(value).isdigit():
             raise ValueError(f"{said}: a trial has a fixed number of workers, such as 2")
         if type(fitting) is not type(value) and not isinstance(fitting, float):
-            raise ValueError(f"{said}: {value!r} should be a {type(fitting).__name__}")
+            raise ValueError(f"{said}: {quoted(value)} should be a {type(fitting).__name__}")
     return dimension
 
 

@@ -23,8 +23,8 @@ class SearchView:
         self.running: dict[int, str] = {}  # what each is doing
         self._drawn = time.monotonic()
 
-    def say(self, text: str) -> None:
-        self.block.print(text)
+    def say(self, *lines: str) -> None:
+        self.block.print(*lines)
 
     def event(self, number: int, event: TrialStarted | Step | Warned) -> None:
         """Of a trial, while it runs."""

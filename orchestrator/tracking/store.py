@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from orchestrator.base import logs
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line, signals_deferred
-from orchestrator.base.redaction import credentials, redact
+from orchestrator.base.redaction import credentials, redact, without_credentials
 from orchestrator.base.sockets import why_silent
 
 EXPERIMENT = "alexnet"
@@ -38,12 +38,12 @@ def tracking_uri() -> str:
     A server's user and password are taken out of it, and put where MLflow looks for them: messages name addresses.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-    if not is_server(uri) or uri == redact(uri):
+    if not is_server(uri) or uri == without_credentials(uri):
         return uri
     user, password = credentials(uri) or ("", "")
-    found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": redact(uri)}
+    found = {USER: user, PASSWORD: password, "MLFLOW_TRACKING_URI": without_credentials(uri)}
     os.environ.update({name: urllib.parse.unquote(value) for name, value in found.items() if value})
-    return redact(uri)
+    return without_credentials(uri)
 
 
 def tracking_uri_of(earlier: str | None) -> tuple[str, str | None]:

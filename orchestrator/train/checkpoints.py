@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
-from orchestrator.base.schema import KEY, check_version
+from orchestrator.base.schema import KEY, check_version, load_json
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
@@ -71,7 +71,7 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
 
     Raises ValueError for a checkpoint of another net, and for one that a newer version wrote.
     """
-    rest: dict[str, Any] = json.loads((folder / STATE).read_text())
+    rest: dict[str, Any] = load_json((folder / STATE).read_bytes())
     check_version(rest, STATE_VERSION, folder / STATE)
     params = dict(net.part.named_parameters())
     weights = dict(_read(folder / WEIGHTS, net))

@@ -7,6 +7,7 @@ from pathlib import Path
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
+from orchestrator.data.shards import MEAN_IMAGE
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train.checkpoints import WEIGHTS
 
@@ -34,7 +35,7 @@ def log_model(tracker: Tracker, config: TrainConfig, data: Dataset, checkpoint: 
     }
     log.info("logging the model of epoch %d to MLflow, from %s", epoch, checkpoint)
     with checkpoint.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
-        mean_image = Path(temporary, manifest.mean_image_file)
+        mean_image = Path(temporary, MEAN_IMAGE)
         mean_image.write_bytes((data.folder / manifest.mean_image_file).read())
         tracker.log_model(folder / WEIGHTS, mean_image, description, manifest.image_size, num_classes)
     tracker.run.tag(**{EPOCH_TAG: str(epoch)})

@@ -71,7 +71,7 @@ class RunFolder:
                      if is_folder and (self.output / name / file).size() is not None]  # fmt: skip
             names = f"it has: {', '.join(found[-5:])}" if found else "it has none"
             raise ValueError(f"--resume {self.name}: no {what} of that name in {self.output}; {names}")
-        return parse_yaml((self.path / file).read().decode(), str(self.path / file))
+        return parse_yaml((self.path / file).read(), str(self.path / file))
 
     def change(self, config: TrainConfig) -> None:
         """Replace the config."""
@@ -88,7 +88,7 @@ class RunFolder:
         if file.size() is None:
             return {}
         try:
-            found = json.loads(file.read())
+            found = schema.load_json(file.read())
         except ValueError as error:
             raise ValueError(f"{file}: is not JSON ({error}); restore it, or remove it to resume without it") from None
         if not isinstance(found, dict):

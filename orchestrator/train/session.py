@@ -10,7 +10,8 @@ from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, signals_deferred
-from orchestrator.base.redaction import redact
+from orchestrator.base.redaction import redact, redact_all
+from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
@@ -141,7 +142,7 @@ class Session:
         self.data.prepare(self.config, say)
         manifest = self.data.manifest
         say(
-            f"run {self.run.name}: {manifest.source}, {len(manifest.classes)} classes, "
+            f"run {self.run.name}: {shown(manifest.source, LONGEST_VALUE)}, {len(manifest.classes)} classes, "
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
         )
@@ -265,6 +266,7 @@ class Session:
         log_model(self.tracker, self.config, self.data, best, self.result["best"]["epoch"])
 
     def _end(self, status: str, error: str | None = None) -> None:
+        error = redact_all(error) if error else None
         self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
         try:
             if status != "FINISHED":
@@ -292,5 +294,5 @@ class Session:
             ("MLflow run", result["mlflow_run_id"]),
             ("open the UI", ui_command(self.tracker.run.store.uri)),
         ]
-        self.view.line.print(f"\nresults after {last['epoch']} epochs\n{table(rows)}")
+        self.view.line.print("", f"results after {last['epoch']} epochs", *table(rows).splitlines())
         sys.stdout.flush()

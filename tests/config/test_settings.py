@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from orchestrator.cli.flags import Parser, add_fields, given_fields
-from orchestrator.config.models import read_yaml
+from orchestrator.config.models import MAX_YAML_BYTES, dump_yaml, make_model, parse_yaml, read_yaml
 from orchestrator.config.recipes import RECIPES
 from orchestrator.config.train import TrainConfig, make_config
 
@@ -127,6 +127,83 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, text, words):
     with pytest.raises(ValueError, match=words) as error:
         read_yaml(tmp_path / "c.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("010", 10), ("08", 8), ("-010", -10), ("0_1", 1), ("1_000", 1000), ("0o10", 8), ("0x1F", 31), ("0b11", 3),
+        ("1:30", 90), ("-1:30", -90), ("1:30.5", 90.5), ("0.1_0", 0.1),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_read_in_several_ways_is_refused(value, meant):
+    with pytest.raises(ValueError, match=r"^--config c.yaml, line 2: ") as error:
+        parse_yaml(f"lr: 1\nseed: {value}\n", "--config c.yaml")
+    assert str(error.value).endswith(f': {value}: is read in several ways; write {meant} or "{value}"')
+    assert parse_yaml(f'seed: {meant}\nname: "{value}"', "c") == {"seed": meant, "name": value}
+    assert parse_yaml(dump_yaml({"a": value, "b": [value]}), "c") == {"a": value, "b": [value]}
+
+
+def test_values_of_yaml_are_what_they_seem():
+    text = (
+        "a: yes\nb: No\nc: ~\nd: 1.5\ne: 1e-5\nf: .inf\ng: -3\nh: 0\ni: 2026-01-02\nj: 2..8\nk: +5\nl: 1.0e-5\nm: 90s\n"
+    )
+    text += "n: [1, {o: 'x'}]\np: on\nq: null\nr: true"
+    assert parse_yaml(text, "c") == {
+        "a": True, "b": False, "c": None, "d": 1.5, "e": "1e-5", "f": float("inf"), "g": -3, "h": 0, "i": "2026-01-02",
+        "j": "2..8", "k": 5, "l": 1e-5, "m": "90s", "n": [1, {"o": "x"}], "p": True, "q": None, "r": True,
+    }  # fmt: skip
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, ", line 1: anchor or alias 'a': write the value out"),
+        ("a: *b", ", line 1: anchor or alias 'b': write the value out"),
+        ("a: &b 1", ", line 1: anchor or alias 'b'"),
+        ("lr: " + "[" * 3000, ", line 1: nested more than 10 deep"),
+        ("lr: " + "{a: " * 3000, ", line 1: nested more than 10 deep"),
+        ("lr: 1\nseed: 2\nlr: 3", ", line 3: 'lr' is there twice; leave one out"),
+        ("space: {lr: 1, lr: 2}", ", line 1: 'lr' is there twice"),
+        ("seed: !!int '5'", ", line 1: tag 'tag:yaml.org,2002:int': leave it out"),
+        ("seed: !!python/object/apply:os.getcwd []", ", line 1: tag"),
+        ("? [1]\n: 2", ", line 1: a name is expected before the colon"),
+        ("a: 1\n---\na: 2", ": not YAML: line 2: "),
+        ("a: [", ": not YAML: line 1: expected the node content"),
+        ("a: \x00", ": not YAML: unacceptable character"),
+        ("a: " + "9" * 5000, ", line 1: '9999"),
+        ("a: " + "x" * MAX_YAML_BYTES, f": more than {MAX_YAML_BYTES} bytes"),
+        (b"a: caf\xe9", ": is not text in UTF-8 (byte 6)"),
+        ("x" * 90_000 + ": [", ": not YAML: line 1: "),
+        (f"{'x' * 1000}: 1\n{'x' * 1000}: 2", ", line 2: 'xxx"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_yaml_can_and_settings_cannot_is_refused_in_one_short_line(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for read in (lambda: read_yaml(tmp_path / "c.yaml"), lambda: parse_yaml(text, f"--config {tmp_path / 'c.yaml'}")):
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            read()
+        message = str(error.value)
+        assert message.startswith(f"--config {tmp_path / 'c.yaml'}{words}")
+        assert message.isprintable()
+        assert len(message) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": "x" * 10**6}, {"seed": list(range(10**5))}, {"x" * 10**6: 1}, {"data": ["\x1b"] * 1000}]
+)
+def test_a_huge_value_is_quoted_in_short(fields):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - what it says is checked below
+        make_model(TrainConfig, **fields)
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+    assert str(error.value).startswith(next(iter(fields))[:20])
 
 
 def flags_for(recipe="digits"):

@@ -46,6 +46,7 @@ def replaced(folder, change):
     pq.write_table(table, folder / entry["file"], row_group_size=128, compression="none", use_dictionary=False)
     data = (folder / entry["file"]).read_bytes()
     entry |= {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["manifest_sha256"] = shards.checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -144,7 +145,8 @@ def test_a_corrupt_manifest_is_one_line(digit_shards, tmp_path):
 def test_shards_of_before_manifests_had_a_version_are_checked_like_others(digit_shards, tmp_path):
     shutil.copytree(digit_shards[0], tmp_path / "x")
     document = json.loads((tmp_path / "x" / shards.MANIFEST).read_text())
-    assert document.pop("schema_version") == 1
+    assert document.pop("schema_version") == 2
+    del document["manifest_sha256"]
     (tmp_path / "x" / shards.MANIFEST).write_text(json.dumps(document))
     report, _, _ = checked(tmp_path / "x")
     assert report.manifest == digit_shards[1]

@@ -198,23 +198,164 @@ def manifest_of(folder, **changes):
     return shards.read_manifest(StoragePath.of(folder))
 
 
-def test_a_manifest_of_version_0_1_is_read(tmp_path):
-    manifest = manifest_of(tmp_path)
-    assert "schema_version" not in json.loads(SAMPLE.read_text())
+@pytest.mark.parametrize(("version", "schema_version"), [("0.1", None), ("0.2", 1)])
+def test_a_manifest_of_before_there_were_checksums_is_read(tmp_path, version, schema_version):
+    sample = SAMPLE.parent.parent / version
+    before = json.loads((sample / shards.MANIFEST).read_text())
+    assert before.get("schema_version") == schema_version
+    manifest = shards.read_manifest(StoragePath.of(sample))
     assert manifest.schema_version == shards.SCHEMA_VERSION
     assert manifest.rows == {"train": 1437, "val": 360}
     assert manifest.digest == "efc490ca8f16f6bf"
     again = json.loads(manifest.model_dump_json())
-    assert again.pop("schema_version") == 1
+    assert again.pop("manifest_sha256") == shards.checksum(again)
+    assert again.pop("schema_version") == 2
     assert (again.pop("warnings"), again.pop("kinds")) == ([], {})
-    assert again == json.loads(SAMPLE.read_text()), "nothing else of it changes"
+    before.pop("schema_version", None)
+    assert again == before, "nothing else of it changes"
 
 
 def test_a_manifest_of_a_newer_version_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"manifest.json: was written by a newer version .*2.*; upgrade it") as error:
-        manifest_of(tmp_path, schema_version=2, classes="what it will be")
+    with pytest.raises(ValueError, match=r"manifest.json: was written by a newer version .*3.*; upgrade it") as error:
+        manifest_of(tmp_path, schema_version=3, classes="what it will be")
     assert "\n" not in str(error.value)
     assert str(tmp_path / shards.MANIFEST) in str(error.value)
+
+
+def written(folder, document):
+    (folder / shards.MANIFEST).write_text(json.dumps(document))
+    return StoragePath.of(folder)
+
+
+def sample_of_now(**changes):
+    sealed = json.loads(shards.read_manifest(StoragePath.of(SAMPLE.parent)).model_dump_json())
+    return sealed | changes
+
+
+def test_a_manifest_is_under_its_own_checksum(tmp_path):
+    manifest = shards.read_manifest(written(tmp_path, sample_of_now()))
+    assert manifest.manifest_sha256 == "b9ef9e4367c4068e38933cf75c443b02c82f38bf8ef6cb871969ec98524e16b9"
+    reordered = dict(reversed(sample_of_now().items()))
+    assert shards.read_manifest(written(tmp_path, reordered)) == manifest, "its form does not matter"
+    for changes in (
+        {"source": "other"}, {"seed": 1}, {"rejected": 1}, {"mean_rgb": [1.0, 2.0, 3.0]}, {"image_size": 71},
+        {"mean_image_file": "other.npy"}, {"mean_image_sha256": "0" * 64}, {"classes": list("abcdefghij")},
+        {"class_names": list("abcdefghij")}, {"jpeg_quality": 50}, {"manifest_sha256": ""},
+        {"manifest_sha256": "0" * 64}, {"warnings": ["other"]}, {"kinds": {"gray": 1}},
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"manifest.json: was changed after it was written.*prepare the data again"
+        ):
+            shards.read_manifest(written(tmp_path, sample_of_now(**changes)))
+    changed = sample_of_now()
+    del changed["manifest_sha256"]
+    with pytest.raises(ValueError, match="was changed after"):
+        shards.read_manifest(written(tmp_path, changed))
+
+
+EVIL = [
+    "../x", "../../x", "a/../../x", "/etc/x", "/", "", ".", "..", "a//b", "a/", "./a", "a\\b", "..\\x", "a\x00b",
+    "a\nb", "a\x1b[2Jb", "a\u202eb", "\ud800", "s3://bucket/x", "file:///etc/x", "x" * 300,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_name_in_a_manifest_stays_in_its_folder(tmp_path, name):
+    outside = tmp_path / "x"
+    outside.write_text("mine")
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    parts = json.loads(SAMPLE.read_text())["shards"]
+    for changes in ({"mean_image_file": name}, {"shards": [parts[0] | {"file": name}, *parts[1:]]}):
+        with pytest.raises(ValueError, match=r"manifest.json: (shards.0.file|mean_image_file): ") as error:
+            manifest_of(tmp_path / "run" / "data", **changes)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 300 + len(str(tmp_path))
+    assert outside.read_text() == "mine"
+
+
+def test_plain_names_of_any_folder_are_taken(tmp_path):
+    parts = json.loads(SAMPLE.read_text())["shards"]
+    for name in ("a", "train/a b.parquet", "train/..a", "tr\u00e4in/x..", "a/b/c/d"):
+        assert manifest_of(tmp_path, shards=[parts[0] | {"file": name}, *parts[1:]]).shards[0].file == name
+
+
+def shard(**changes):
+    parts = json.loads(SAMPLE.read_text())["shards"]
+    return {"shards": [parts[0] | changes, *parts[1:]]}
+
+
+def counts(**changes):
+    return {"class_rows": json.loads(SAMPLE.read_text())["class_rows"] | changes}
+
+
+ZERO = [[0.0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": {"train": 1037, "val": 360}}, "manifest.json: rows.train is 1037, but its shards have 1437; prepare"),
+        ({"rows": {"train": 1437}}, "rows and class_rows: expected train and val"),
+        ({"rows": {"train": 1437, "val": 360, "test": 0}}, "rows and class_rows: expected train and val"),
+        (counts(train=[1437]), "class_rows.train has 1 classes, but classes has 10"),
+        (counts(val=[360] + [1] * 9), "rows.val is 360, but its classes have 369"),
+        (counts(val=[-1, 361] + [0] * 8), "class_rows.val.0: Input should be greater than or equal to 0, not -1"),
+        ({"classes": list("012345678")}, "class_rows.train has 10 classes, but classes has 9"),
+        ({"classes": list("0123456788")}, "the class '8' is there twice"),
+        ({"class_names": ["zero"]}, "class_names has 1 names for 10 classes"),
+        (shard(rows=1), "shards.0: rows is 1, but its row_groups have"),
+        (shard(split="test"), "shards.0.split: Input should be 'train' or 'val', not 'test'"),
+        (shard(sha256="0"), "shards.0.sha256: String should match pattern '^[0-9a-f]{64}$', not '0'"),
+        (shard(sha256="G" * 64), "shards.0.sha256: "),
+        (shard(pixels_at=[1]), "shards.0: pixels_at has 1 entries for"),
+        (shard(pixels_at=[10**9] * 8), "pixels_at of 'train/shard-00000.parquet' is beyond its"),
+        (shard(file="train/shard-00001.parquet"), "the file 'train/shard-00001.parquet' is there twice"),
+        (shard(file="mean_image.npy"), "the file 'mean_image.npy' is there twice"),
+        ({"mean_image_file": "manifest.json"}, "the file 'manifest.json' is there twice"),
+        ({"mean_image_sha256": ""}, "mean_image_sha256: String should match pattern"),
+        ({"image_size": 0}, "image_size: Input should be greater than or equal to 1, not 0"),
+        ({"image_size": 65536}, "image_size: Input should be less than 65536"),
+        ({"jpeg_quality": None}, "jpeg_quality is None, but encoding is jpeg"),
+        ({"jpeg_quality": 101}, "jpeg_quality: Input should be less than or equal to 100, not 101"),
+        ({"mean_rgb": [float("nan"), 1, 1]}, "mean_rgb.0: Input should be a finite number, not nan"),
+        ({"mean_rgb": [1, 2]}, "mean_rgb: Tuple should have at least 3 items"),
+        ({"mean_rgb": [1, 2, 256]}, "mean_rgb is [1.0, 2.0, 256.0], not grey levels"),
+        ({"eigenvalues": [1.0, 0.0, 0.0]}, "eigenvalues and eigenvectors are not those of covariance_rgb"),
+        ({"eigenvalues": [10**400, 0.0, 0.0]}, "eigenvalues.0: "),
+        ({"eigenvectors": ZERO}, "eigenvectors are not at right angles"),
+        ({"covariance_rgb": ZERO}, "eigenvalues and eigenvectors are not those"),
+        ({"covariance_rgb": [[1e300] * 3] * 3}, "covariance_rgb or eigenvectors: larger than"),
+        ({"covariance_rgb": [[1.0, 2.0, 3.0], *ZERO[:2]]}, "covariance_rgb is not symmetric"),
+    ],
+)
+def test_what_a_manifest_says_twice_must_be_the_same(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        manifest_of(tmp_path, **changes)
+    assert str(error.value).isprintable()
+    assert str(error.value).endswith("; prepare the data again")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_huge_manifest_is_refused_in_a_short_line(tmp_path):
+    for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 10_000, json.dumps({"x" * 10**6: 1}),
+                 json.dumps({"schema_version": "x" * 10**6}), json.dumps({"rows": {"x" * 10**6: 1}}),
+                 json.dumps({"source": ["\x1b" * 10**6]})):  # fmt: skip
+        (tmp_path / shards.MANIFEST).write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json: ") as error:
+            shards.read_manifest(StoragePath.of(tmp_path))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_mean_image_of_another_form_is_damage(tmp_path):
+    for number, array in enumerate((np.zeros((72, 72), np.float32), np.zeros((72, 72, 3)), None)):
+        file = tmp_path / shards.MEAN_IMAGE
+        file.write_bytes(b"no array") if array is None else np.save(file, array)
+        digest = shards.sha256(StoragePath.of(file))
+        manifest = manifest_of(tmp_path, mean_image_sha256=digest)
+        with pytest.raises(shards.DamagedData, match=r"mean_image.npy: (has|is no array)"):
+            shards.read_mean_image(StoragePath.of(tmp_path), manifest)
+        assert manifest.image_size == 72, number
 
 
 @pytest.mark.parametrize("text", ['{"format": 1}', "[1]", "", '{"format"', "\xff", "null"])

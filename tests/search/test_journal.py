@@ -66,15 +66,25 @@ def test_a_line_that_a_crash_cut_off_is_dropped_and_the_file_goes_on(tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "line", ['{"event": "epoch", "number": 9, "at_s": 1}', "no json", '{"event": "what", "number": 0, "at_s": 1}']
+    "line",
+    [
+        '{"event": "epoch", "number": 9, "at_s": 1}',
+        "no json",
+        '{"event": "what", "number": 0, "at_s": 1}',
+        "[" * 100_000,
+        '{"event": "' + "x" * 10**6 + '", "number": 0, "at_s": 1}',
+    ],
+    ids=lambda line: line[:40],
 )
 def test_damage_in_the_midst_is_named(tmp_path, line):
     path = tmp_path / "journal.jsonl"
     written(path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], line, *lines[3:]]) + "\n")
-    with pytest.raises(ValueError, match=r"journal.jsonl, line 4: damaged"):
+    with pytest.raises(ValueError, match=r"journal.jsonl, line 4: damaged") as error:
         Journal(path)
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+    assert str(error.value).isprintable()
 
 
 def test_a_trial_that_goes_on_from_another_has_that_one_s_epochs_no_more_than_it_had(tmp_path):

@@ -129,6 +129,7 @@ def test_a_result_of_0_1_is_read_and_written_in_the_current_version(tmp_path):
         ('{"schema_version": 3, "status": "FINISHED"}', "was written by a newer version of alexnet-orchestrator"),
         ('{"schema_version": "new"}', "schema_version is 'new', which is not a version number"),
         ('{"status": "FINI', "is not JSON (Unterminated string"),
+        ("[" * 100_000, "is not JSON (nested too deeply)"),
         ("[1, 2]", "is not a JSON object; restore it, or remove it to resume without it"),
     ],
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.base import logs
+from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
 from orchestrator.config.recipes import digits
 from orchestrator.train.classes import ClassErrors
@@ -89,6 +90,26 @@ def test_a_run_is_refused_other_classes_before_anything_is_touched(digit_shards,
     with pytest.raises(ValueError, match=r"its class 0 is '0', and the run's is '1'; resume with the classes"):
         Session(run, config, resume=True, recipe=None)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session, tmp_path):
+    """It is under a plain name in a temporary folder, even if a manifest's check were to fail."""
+    (tmp_path / "data" / "below").mkdir(parents=True)
+    (tmp_path / "mine.npy").write_bytes(b"mine")
+    (tmp_path / "data" / "below" / "mean.npy").write_bytes(b"mean")
+    logged = []
+
+    def log_model(weights, mean_image, *rest):
+        logged.append((mean_image.name, mean_image.read_bytes()))
+
+    session.tracker.log_model = log_model
+    session.result = {"history": [entry(1, 0.5)], "best": entry(1, 0.5), "best_checkpoint": str(tmp_path)}
+    session.data = SimpleNamespace(folder=StoragePath.of(tmp_path / "data"), num_classes=lambda config: 10)
+    for name in ("below/mean.npy", "../mine.npy"):
+        session.data.manifest = SimpleNamespace(mean_image_file=name, classes=("a",) * 10, image_size=72)
+        session._log_outcome()
+    assert logged == [("mean_image.npy", b"mean"), ("mean_image.npy", b"mine")]
+    assert (tmp_path / "mine.npy").read_bytes() == b"mine"
 
 
 # events

@@ -1,5 +1,6 @@
 """A listing of images: where the bytes of each are, its label, and how it is read."""
 
+import collections
 import contextlib
 import errno
 import os
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.base.exits import last_line
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data.images import NotAnImage, decode
 
@@ -68,6 +70,9 @@ def check_usable(source: Source) -> None:
     """Raises ValueError if no net could be trained and validated on the source."""
     if len(source.classes) < 2:
         raise ValueError(f"--source {source.name}: has {len(source.classes)} class; a classifier needs at least 2")
+    twice = next((name for name, count in collections.Counter(source.classes).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"--source {source.name}: has two classes named {quoted(twice)}; rename one")
     for split in SPLITS:
         if not source.splits[split]:
             why = f": {source.misplaced[0][1]}" if source.misplaced else ""
