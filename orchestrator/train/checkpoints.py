@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -19,11 +19,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
 from orchestrator.base.schema import KEY, check_version, load_json
+from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
+NEEDED = {"best", "num_bad_epochs", "last_epoch"}  # of PyTorch's schedule
 STATE_VERSION = 1  # of state.json; 0, without the key, is read too
 
 
@@ -71,8 +73,7 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
 
     Raises ValueError for a checkpoint of another net, and for one that a newer version wrote.
     """
-    rest: dict[str, Any] = load_json((folder / STATE).read_bytes())
-    check_version(rest, STATE_VERSION, folder / STATE)
+    rest, state = _read_state(folder / STATE, len(optimizer.param_groups), schedule.state_dict())
     params = dict(net.part.named_parameters())
     weights = dict(_read(folder / WEIGHTS, net))
     if weights.keys() != params.keys():
@@ -93,7 +94,51 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
     for group, lr in zip(optimizer.param_groups, rest["lr"], strict=True):
         group["lr"] = lr
     schedule.load_state_dict(rest["schedule"])
-    return State(**rest["state"])
+    return state
+
+
+def _read_state(path: Path, num_rates: int, schedule: dict[str, Any]) -> tuple[dict[str, Any], State]:
+    """The content of a state.json, whose parts are of the kinds of the run's own. Raises ValueError of one line that
+    names the file and the field."""
+    try:
+        rest = load_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: is not JSON ({shown(error, LONGEST_VALUE)}); resume from another checkpoint"
+        ) from None
+    if not isinstance(rest, dict):
+        raise ValueError(f"{path}: is not a JSON object; resume from another checkpoint")
+    check_version(rest, STATE_VERSION, path)
+    lr, there = rest.get("lr"), rest.get("schedule")
+    wrong = None
+    if not (isinstance(lr, list) and len(lr) == num_rates and all(_is_number(rate) for rate in lr)):
+        wrong = f"lr is {quoted(lr)}; expected {num_rates} number(s)"
+    elif not isinstance(there, dict) or not there.keys() >= NEEDED:
+        wrong = f"schedule is {quoted(there)}; expected the fields {', '.join(sorted(NEEDED))}"
+    else:
+        odd = next((name for name in schedule if name in there and not _alike(there[name], schedule[name])), None)
+        wrong = f"schedule.{odd} is {quoted(there[odd])}" if odd else None
+    try:
+        state = State.model_validate(rest.get("state"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(map(str, ('state', *first['loc'])))}: {shown(first['msg'], LONGEST_VALUE)}"
+    if wrong is not None:
+        raise ValueError(f"{path}: damaged: {wrong}; resume from another checkpoint")
+    return rest, state
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _alike(value: Any, known: Any) -> bool:
+    """Whether two values are of one kind: numbers, texts, lists of them, or none."""
+    if isinstance(known, list):
+        return isinstance(value, list) and all(_is_number(each) for each in value)
+    if known is None or _is_number(known):
+        return value is None or _is_number(value) or (known is None and isinstance(value, list))
+    return isinstance(value, type(known))
 
 
 def scale_rate(factor: float, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> None:

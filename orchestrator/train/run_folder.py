@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.base import schema
 from orchestrator.base.environment import default_output
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.models import parse_yaml
 from orchestrator.config.train import TrainConfig, make_config
@@ -18,6 +19,11 @@ from orchestrator.data.shards import Manifest
 CONFIG = "config.yaml"
 RESULT = "result.json"
 RESULT_VERSION = 2
+RESULT_KINDS: dict[str, Any] = {  # of what is read of it again
+    "name": str, "status": str, "recipe": str, "config": dict, "mlflow_run_id": str, "mlflow_tracking_uri": str,
+    "history": list, "metrics": dict, "best": (dict, int), "checkpoint": str, "best_checkpoint": str,
+    "cost_usd": (int, float), "elapsed_s": (int, float), "classes": list, "digest": str, "per_class": list,
+}  # fmt: skip
 RUN_LOG = "run.log"
 CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it
 KEPT = "kept"  # beside the runs of a population: checkpoints that other trials may continue from
@@ -95,6 +101,14 @@ class RunFolder:
             raise ValueError(f"{file}: is not a JSON object; restore it, or remove it to resume without it")
         schema.check_version(found, RESULT_VERSION, file)
         found.pop(schema.KEY, None)
+        for name, kinds in RESULT_KINDS.items():
+            value = found.get(name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(
+                    f"{file}: damaged: {name} is {quoted(value)}; restore it, or remove it to resume anyway"
+                )
+        if any(not isinstance(entry, dict) or "epoch" not in entry for entry in found.get("history") or ()):
+            raise ValueError(f"{file}: damaged: history has no epochs; restore it, or remove it to resume without it")
         return found
 
     def write_result(self, result: dict[str, Any]) -> None:

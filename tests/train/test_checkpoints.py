@@ -195,6 +195,30 @@ def test_a_state_has_a_version_and_a_newer_one_is_refused_before_anything_is_loa
     assert (net.part.fc8.bias == 7.0).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ("[" * 100_000, "is not JSON .nested too deeply"),
+        ({"lr": "x"}, "damaged: lr is 'x'; expected 1 number"),
+        ({"lr": [True]}, "damaged: lr is"),
+        ({"schedule": None}, "damaged: schedule is None; expected the fields best, last_epoch, num_bad_epochs"),
+        ({"schedule": {"best": "x", "num_bad_epochs": 0, "last_epoch": 1}}, "damaged: schedule.best is 'x'"),
+        ({"state": {"epoch": "x"}}, "damaged: state.epoch: Input should be a valid integer"),
+        ({"state": None}, "damaged: state"),
+    ],
+)
+def test_a_damaged_state_is_refused_in_one_line_that_names_file_and_field(tmp_path, text, words):
+    net, optimizer, schedule = pieces()
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | text) if isinstance(text, dict) else text)
+    with pytest.raises(ValueError, match=rf"^{path}: {words}.*resume from another checkpoint$") as error:
+        checkpoints.load(tmp_path, net, optimizer, schedule)
+    assert "\n" not in str(error.value)
+
+
 def test_tensor_files_have_the_header_that_older_versions_wrote(tmp_path):
     """A length, then JSON of names to type, shape and offsets in the order of the net's parameters; no metadata."""
     net, optimizer, schedule = pieces()

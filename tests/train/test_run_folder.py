@@ -212,3 +212,25 @@ def test_a_run_and_a_search_live_in_object_storage_and_are_resumed_there(job, s3
     journal = (StoragePath.of(output) / "search" / "journal.jsonl").read().decode()
     assert journal.count('"event": "trial"') == 3
     assert journal.count('"event": "end"') == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("history", "x", "history is 'x'"),
+        ("history", [1], "history has no epochs"),
+        ("mlflow_run_id", 5, "mlflow_run_id is 5"),
+        ("cost_usd", "x", "cost_usd is 'x'"),
+        ("cost_usd", True, "cost_usd is True"),
+        ("config", ["a"], "config is"),
+    ],
+)
+def test_a_result_whose_values_are_of_another_kind_is_refused_in_one_line(tmp_path, field, value, words):
+    run = RunFolder(tmp_path, "run")
+    run.create(digits())
+    run.write_result({"history": [{"epoch": 1}], "mlflow_run_id": "a", "cost_usd": 1, "best": None})
+    assert run.result()["cost_usd"] == 1
+    run.write_result({field: value})
+    with pytest.raises(ValueError, match=rf"result\.json: damaged: {words}.*remove it to resume") as error:
+        run.result()
+    assert "\n" not in str(error.value)
