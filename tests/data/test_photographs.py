@@ -93,6 +93,16 @@ def test_what_is_no_data_is_left_out_by_rule_and_named(tmp_path):
         assert rules[shown] == rule
 
 
+@pytest.mark.parametrize("prefix", ["", "train/", "pets/"])
+def test_files_without_an_extension_beside_the_classes_are_no_images_and_within_them_are_looked_at(tmp_path, prefix):
+    files = folders(prefix, None, counts=(6, 0)) | {f"{prefix}cat/00017": jpeg(77)}
+    source = open_source(str(write(tmp_path, files | {f"{prefix}LICENSE": b"x", "annotation/cat/00017": b"x"})))
+    together = listed(source)
+    assert sorted(together["train"] + together["val"]) == expected(files, prefix, "nowhere/")["train"]
+    assert source.misplaced == []
+    assert sorted(name.rpartition("/")[2] for name, _ in source.left_out) == ["00017", "LICENSE"]
+
+
 @pytest.mark.parametrize(
     ("train", "val", "words"),
     [

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
 from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
 from orchestrator.data.sources.splits import WORDS, draw_val, split_of_name
-from orchestrator.data.sources.tree import Tree, extension, may_be_image
+from orchestrator.data.sources.tree import IMAGES, Tree, extension, may_be_image
 
 DEPTH = 4  # folders down to where train/ may be
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images/
@@ -106,6 +106,9 @@ class _Listing:
             if not is_utf8(name):
                 self.misplaced.append((ascii(path)[1:-1], "the name is not UTF-8"))
                 continue
+            if truth is None and name not in of_name and extension(name) not in IMAGES:
+                self.left_out.append((path, "in no class folder"))
+                continue
             label = truth.label(name) if truth else self.label_of.get(of_name.get(name, ""))
             if label is None:
                 self.misplaced.append(truth.rejection(name) if truth else (path, "not in a class folder"))
@@ -130,7 +133,8 @@ class _Listing:
 
 def find_layout(tree: Tree) -> Layout:
     """Raises ValueError that says what is there, if nothing is like classes of images."""
-    images = [name for name in tree.files if may_be_image(name)]
+    named = [name for name in tree.files if extension(name) in IMAGES]
+    images = named or [name for name in tree.files if may_be_image(name)]  # a LICENSE is none if there are others
     if not images:
         raise ValueError(f"--source {tree.shown}: has no images: {tree.summary()}; expected folders CLASS/IMAGE")
     folders = _folders_of(images)
@@ -210,12 +214,13 @@ def _children(folder: str, folders: set[str]) -> list[str]:
 
 
 def _by_class(tree: Tree, folder: str) -> dict[str, list[str]]:
-    """The images below each folder in a folder, sorted by the folder's name."""
+    """The images below each folder in a folder, sorted by the name of that folder."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tree.below(folder):
         if "/" in name and may_be_image(name):
             found[name.partition("/")[0]].append(name)
-    return dict(sorted(found.items()))
+    named = {name: files for name, files in found.items() if any(extension(file) in IMAGES for file in files)}
+    return dict(sorted((named or found).items()))  # where some are images by their names, a class has one
 
 
 def _has_classes(tree: Tree, folder: str) -> bool:
