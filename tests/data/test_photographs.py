@@ -151,6 +151,13 @@ def test_without_a_val_part_a_fifth_of_every_class_is_drawn(tmp_path, prefix):
     assert Counter(entry.label for entry in half.splits["val"]) == {0: 10, 1: 10, 2: 10}
 
 
+def test_pipes_and_empty_files_are_not_compared(tmp_path):
+    files = folders() | {"train/cat/empty.jpg": b"", "val/cat/empty.jpg": b""}
+    write(tmp_path, files)
+    os.mkfifo(tmp_path / "train/dog/pipe.jpg")
+    assert open_source(str(tmp_path)).warnings == []
+
+
 def test_copies_of_one_photograph_are_on_one_side_of_the_draw(tmp_path):
     files = {f"{name}/{i}-{copy}.jpg": jpeg(100 * label + i) for label, name in enumerate(CLASSES)
              for i in range(6) for copy in range(3)}  # fmt: skip

@@ -197,7 +197,7 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     assert view.last.guessed == (
         "train/apple/float.tif: float32 pixels; the file does not say which value is white, 1 was assumed",
     )
-    view.finished(manifest)
+    view.finished(manifest, "the command")
     assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -82,15 +83,17 @@ def same_content(entries: Iterable[Entry], say: Say = lambda line: None) -> dict
         if entry.path is None or entry.start is not None or entry.row is not None or "://" in entry.path:
             continue
         try:
-            by_size[os.stat(entry.path).st_size].append(entry)
+            found = os.stat(entry.path)
+            if stat.S_ISREG(found.st_mode) and found.st_size:  # to open a pipe would wait for ever
+                by_size[found.st_size].append(entry)
         except OSError:
             continue  # it is named when it is read
     alike = {size: found for size, found in by_size.items() if len(found) > 1}
     if sum(size * len(found) for size, found in alike.items()) > HASHED_BYTES:
         return {}
     by_hash: dict[str, list[Entry]] = defaultdict(list)
-    for found in alike.values():
-        for entry in found:
+    for members in alike.values():
+        for entry in members:
             assert entry.path is not None
             try:
                 with open(entry.path, "rb") as file:
