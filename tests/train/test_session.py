@@ -277,4 +277,4 @@ def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal
         r"ray\.train\S*worker_group: Started training worker group of size 1",
     ):
         assert re.search(words, log), (words, log)
-    assert result["schema_version"] == 1
+    assert result["schema_version"] == 2
