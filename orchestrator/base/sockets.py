@@ -1,4 +1,4 @@
-"""Whether anything answers at an address, found out in seconds: clients of a cluster or a server try for minutes"""
+"""Whether anything answers at an address, found out in seconds: clients of a cluster or a server try for minutes."""
 
 import socket
 import threading

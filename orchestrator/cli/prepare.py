@@ -38,7 +38,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.images import WHITE
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, prepare
 from orchestrator.data.sources import FORMATS, Options, open_source
-from orchestrator.data.view import CheckView, PrepareView
+from orchestrator.data.view import CheckView, PrepareView, show_source
 
 SMALLEST = 64  # pixels
 
@@ -157,24 +157,20 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         flags.error(f"--jpeg-quality {args.jpeg_quality}: must be between 1 and 100")
     line = LiveLine()
     try:
-        output = StoragePath.of(args.output or "shards")
-        if not args.dry_run and (output / shards.MANIFEST).size() is not None and not args.overwrite:
-            flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
-        options = Options(
-            format=args.format, verify=args.verify, labels=args.labels, image_column=args.image_column,
-            label_column=args.label_column, label_pattern=args.label_pattern, config=args.config,
-            val_fraction=args.val_fraction, seed=args.seed,
-        )  # fmt: skip
-        source = open_source(args.source, options, say=line.print)
-        quality = args.jpeg_quality if args.encoding == "jpeg" else None
         if args.dry_run:
-            PrepareView(source, output)
+            show_source(open_source(args.source, options_of(args), say=line.print), line)
             return 0
+        output = StoragePath.of(args.output)
+        if (output / shards.MANIFEST).size() is not None and not args.overwrite:
+            flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
+        source = open_source(args.source, options_of(args), say=line.print)
+        quality = args.jpeg_quality if args.encoding == "jpeg" else None
         check_apart(args.source, output)
         check_space(source, output, args.image_size or source.image_size, quality, args.rows_per_shard)
     except ValueError as error:
         flags.error(str(error))
-    view = PrepareView(source, output)
+    show_source(source, line)
+    view = PrepareView(output)
     connect()
     manifest = prepare(
         source,
@@ -194,8 +190,18 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     return 0
 
 
+def options_of(args: argparse.Namespace) -> Options:
+    """What the flags state about the source."""
+    return Options(
+        format=args.format, verify=args.verify, labels=args.labels, image_column=args.image_column,
+        label_column=args.label_column, label_pattern=args.label_pattern, config=args.config,
+        val_fraction=args.val_fraction, seed=args.seed,
+    )  # fmt: skip
+
+
 def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
-    """A command that trains on these shards: the settings are checked as a run would check them."""
+    """A command that trains on these shards; its settings are checked as a run would check them. Where they do not go
+    together, the reason."""
     recipe = "imagenette" if manifest.image_size >= 224 else DEFAULT_RECIPE
     config, flags = RECIPES[recipe]().changed(data=str(output)), [] if recipe == DEFAULT_RECIPE else [recipe]
     flags += ["--data", shlex.quote(str(output))]
@@ -203,7 +209,10 @@ def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
     if config.global_batch_size > rows:
         config = config.changed(global_batch_size=2 ** (rows.bit_length() - 1))
         flags += ["--global-batch-size", str(config.global_batch_size)]
-    Dataset(config, output, verify=False)
+    try:
+        Dataset(config, output, verify=False)
+    except (ValueError, shards.DamagedData) as error:  # the shards are written all the same
+        return f"no settings that are known to fit: {error}"
     return " ".join([command("train"), *flags])
 
 

@@ -1,4 +1,4 @@
-"""The console scripts, and jobs/*.py: signals are caught before a command and all that it needs are imported"""
+"""The console scripts, and jobs/*.py: signals are caught before a command and all that it needs are imported."""
 
 import importlib
 

@@ -22,28 +22,28 @@ SHOWN = 5  # names in a line
 CAPTION = 40  # characters, below an image
 
 
+def show_source(source: "Source", line: LiveLine) -> None:
+    """What a source holds, what is left out of it, and what looks wrong."""
+    counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
+    names = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
+    line.print(f"{shown(source.name, LONGEST_VALUE)}: {len(source.classes)} classes ({names}), {counts} images")
+    if source.left_out:
+        rules = Counter(rule for _, rule in source.left_out)
+        kinds = ", ".join(f"{count} {rule}" for rule, count in rules.most_common(SHOWN))
+        line.print(f"left out: {len(source.left_out)} files or folders ({kinds}), such as {source.left_out[0][0]}")
+    if source.misplaced:
+        name, reason = source.misplaced[0]
+        line.print(f"rejected: {len(source.misplaced)} files without a class, such as {name}: {reason}")
+    for warning in source.warnings:
+        line.print(f"warning: {warning}")
+
+
 class PrepareView:
     """A preparation."""
 
-    def __init__(self, source: "Source", output: "StoragePath") -> None:
+    def __init__(self, output: "StoragePath") -> None:
         self.line, self.output = LiveLine(), output
         self.last: Progress | None = None
-        counts = ", ".join(f"{len(entries)} {split}" for split, entries in source.splits.items())
-        names = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
-        self.line.print(
-            f"{shown(source.name, LONGEST_VALUE)}: {len(source.classes)} classes ({names}), {counts} images"
-        )
-        if source.left_out:
-            rules = Counter(rule for _, rule in source.left_out)
-            kinds = ", ".join(f"{count} {rule}" for rule, count in rules.most_common(SHOWN))
-            self.line.print(
-                f"left out: {len(source.left_out)} files or folders ({kinds}), such as {source.left_out[0][0]}"
-            )
-        if source.misplaced:
-            name, reason = source.misplaced[0]
-            self.line.print(f"rejected: {len(source.misplaced)} files without a class, such as {name}: {reason}")
-        for warning in source.warnings:
-            self.line.print(f"warning: {warning}")
 
     def progress(self, progress: "Progress") -> None:
         new = progress.images_done - progress.images_kept

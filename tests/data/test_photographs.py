@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 
+from orchestrator.data.images import NotAnImage
 from orchestrator.data.sources import Options, open_source, read
 
 CLASSES = ("bird", "cat", "dog")
@@ -414,6 +416,56 @@ def test_bad_zips_are_refused_in_one_line(tmp_path, kind, words):
     with pytest.raises(ValueError, match=words) as error:
         open_source(str(tmp_path / "x.zip"))
     assert "\n" not in str(error.value)
+
+
+def test_a_member_that_unpacks_to_gigabytes_is_no_image(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("cat/0.jpg", "dog/0.jpg", "cat/1.jpg", "dog/1.jpg"):
+            archive.writestr(name, jpeg(1))
+        archive.writestr("cat/bomb.jpg", bytes(2**29))
+    assert path.stat().st_size < 2**20
+    entries = [entry for entries in open_source(str(path)).splits.values() for entry in entries]
+    bomb = next(entry for entry in entries if entry.name.endswith("bomb.jpg"))
+    with pytest.raises(NotAnImage, match="unpacks to 536870912 bytes"):
+        read(bomb)
+
+
+def test_shards_within_the_source_are_no_part_of_it(tmp_path):
+    files = folders("", None, counts=(6, 0))
+    before = listed(open_source(str(write(tmp_path, files))))
+    written = {"out/manifest.json": b"{}", "out/train/shard-00000.parquet": b"x", "out/contact_sheet.png": jpeg(5)}
+    source = open_source(str(write(tmp_path, written)))
+    assert source.classes == CLASSES
+    assert listed(source) == before
+    assert source.left_out == [("out/", "shards that were prepared")]
+
+
+@pytest.mark.parametrize("form", ["table", "webdataset", "parquet", "imagefolder"])
+def test_a_val_part_that_is_drawn_anew_is_left_out_in_words(tmp_path, form):
+    names = {"train": [(i, i % 3) for i in range(30)], "val": VAL, "test": [(200 + i, i % 3) for i in range(3)]}
+    for part, rows in names.items():
+        if form == "webdataset":
+            members = [(f"{n:04d}.jpg", jpeg(n)) for n, _ in rows] + [(f"{n:04d}.cls", b"%d" % k) for n, k in rows]
+            write(tmp_path, {f"set-{part}-0.tar": tar(dict(sorted(members, key=lambda member: member[0][:4])))})
+        elif form == "parquet":
+            hub(tmp_path / f"{part}.parquet", rows, names=CLASSES)
+        else:
+            prefix = "{part}/{label}/{n}.jpg" if form == "imagefolder" else "{part}/{n}.jpg"
+            write(tmp_path, {prefix.format(part=part, label=CLASSES[k], n=n): jpeg(n) for n, k in rows})
+    if form == "table":
+        lines = [f"{part}/{n}.jpg,{CLASSES[k]}" for part, rows in names.items() for n, k in rows]
+        write(tmp_path, {"labels.csv": "file_name,label\n" + "\n".join(lines)})
+    source, said = said_of(tmp_path)
+    assert {split: len(entries) for split, entries in source.splits.items()} == {"train": 30, "val": 3}
+    assert any("test" in line and "left out" in line for line in said.splitlines()), said
+    drawn, said = said_of(tmp_path, Options(val_fraction=0.2))
+    assert {split: len(entries) for split, entries in drawn.splits.items()} == {"train": 24, "val": 6}
+    together = sorted(data for entries in listed(drawn).values() for _, data in entries)
+    assert together == sorted(jpeg(n) for n, _ in names["train"])
+    shown = said + "".join(f"{name}: {rule}" for name, rule in drawn.left_out)
+    assert "val" in re.sub("0.2 of every.*", "", shown)
+    assert "left out" in shown or "--val-fraction draws" in shown
 
 
 # Parquet as it lies on Hugging Face's hub

@@ -191,7 +191,7 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     odd = many / "train/apple/float.tif"
     PIL.Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(odd, "TIFF")
     source = open_source(str(many))
-    view = PrepareView(source, StoragePath.of(tmp_path / "out"))
+    view = PrepareView(StoragePath.of(tmp_path / "out"))
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=48, on_progress=view.progress)
     assert manifest.rejected == 0
     assert view.last.guessed == (

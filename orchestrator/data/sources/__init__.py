@@ -15,7 +15,7 @@ from orchestrator.data.sources import cifar, ilsvrc, parquet, tables, webdataset
 from orchestrator.data.sources.cifar import open_cifar10
 from orchestrator.data.sources.digits import DIGITS, open_digits
 from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
-from orchestrator.data.sources.imagefolder import find_layout, open_imagefolder
+from orchestrator.data.sources.imagefolder import has_classes, open_imagefolder
 from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
 from orchestrator.data.sources.parquet import Columns, open_parquet
 from orchestrator.data.sources.splits import in_both
@@ -97,7 +97,8 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
         return "table", f"labels come from {options.labels}", tree
     if options.label_pattern is not None:
         return "imagefolder", "labels come from the names of its files", tree
-    if tabled is not None and (tree.root is not None) and not _is_folders(tree):
+    folders = has_classes(tree)
+    if tabled is not None and tree.root is not None and not folders:
         return "parquet", f"it has {tabled}", tree
     if tree.root is not None and not images:
         archives = [name for name in tree.files if name.lower().endswith((*ZIP, *TARS))]
@@ -106,9 +107,10 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
             return "webdataset", f"{tars[0]} has images and their labels", tree
         if archives:
             tree = unpacked(tree, archives)
-    if set(tables.CAFFE) <= tree.files.keys() and not _is_folders(tree):
+            folders = has_classes(tree)
+    if set(tables.CAFFE) <= tree.files.keys() and not folders:
         return "caffe", "it has train.txt and val.txt", tree
-    if not _is_folders(tree) and (table := tables.find_table(tree)):
+    if not folders and (table := tables.find_table(tree)):
         return "table", f"it has {table}, and no folders of classes", tree
     return "imagefolder", tree.summary(), tree
 
@@ -165,12 +167,3 @@ def _tree(root: StoragePath) -> Tree:
     if root.name.endswith((parquet.SUFFIX, ARROW)):
         return parquet.single(root)
     raise ValueError(f"--source {root}: is neither a folder nor a zip, tar, Parquet or Arrow file")
-
-
-def _is_folders(tree: Tree) -> bool:
-    """Whether its folders are like classes of images."""
-    try:
-        find_layout(tree)
-    except ValueError:
-        return False
-    return True

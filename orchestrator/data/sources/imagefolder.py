@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
-from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
-from orchestrator.data.sources.splits import WORDS, draw_val, split_of_name
+from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
+from orchestrator.data.sources.splits import WORDS, split_of_name, with_val_drawn
 from orchestrator.data.sources.tree import IMAGES, Tree, extension, may_be_image
 
 DEPTH = 4  # folders down to where train/ may be
@@ -47,15 +47,13 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
     if val is None or val_fraction is not None:
         if val is not None:
             found.leave_out(val, "--val-fraction draws the validation images from the training images")
-        drawn = val_fraction or 0.2
-        said = "as --val-fraction says" if val_fraction else "there is no val/; --val-fraction changes that"
-        say(f"{train or tree.name}/: {drawn:g} of every class is for validation, by seed {seed}: {said}")
-        splits = draw_val(found.splits["train"], drawn, seed)
+        where = f"{train or tree.name}/: "
+        splits = with_val_drawn(found.splits["train"], say, val_fraction, seed, where)
     else:
         if val.rpartition("/")[2].lower() not in WORDS["val"]:
             say(f"{val}/ is used for validation: there is no val/")
         in_val = _by_class(tree, val)
-        truth = None if _has_classes(tree, val) else _truth(tree, val, found.label_of, synsets, say)
+        truth = None if _is_by_class(tree, val) else _truth(tree, val, found.label_of, synsets, say)
         if truth is None:
             unknown = sorted(set(in_val) - set(in_train))
             if unknown:
@@ -67,11 +65,10 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
         splits = found.splits
     for folder in layout.unused:
         found.leave_out(folder, "a part that is neither for training nor for validation")
-        say(f"{folder}/ is left out: {val}/ is used for validation")
+        say(f"{folder}/ is left out: it is neither for training nor for validation, or has no labels")
     found.leave_out_rest()
     classes = tuple(in_train)
-    entries = splits["train"]
-    size = stored_size(entries[:: -(-len(entries) // SAMPLE)], say) if entries else 256
+    size = stored_size(sample(splits["train"]), say)
     return Source(
         tree.name, "imagefolder", classes, splits, image_size=size, class_names=synsets.in_words(classes),
         misplaced=found.misplaced, left_out=[*tree.left_out, *found.left_out], warnings=wrong,
@@ -153,6 +150,15 @@ def find_layout(tree: Tree) -> Layout:
     return Layout(base, {})
 
 
+def has_classes(tree: Tree) -> bool:
+    """Whether its folders are like classes of images."""
+    try:
+        layout = find_layout(tree)
+    except ValueError:
+        return False
+    return len(_by_class(tree, layout.folders.get("train", layout.base))) > 1
+
+
 def _splits_in(tree: Tree, base: str, folders: set[str]) -> Layout | None:
     """The splits that the folders in `base` are, if one of them is for training."""
     named: dict[str, list[str]] = defaultdict(list)
@@ -223,7 +229,7 @@ def _by_class(tree: Tree, folder: str) -> dict[str, list[str]]:
     return dict(sorted((named or found).items()))  # where some are images by their names, a class has one
 
 
-def _has_classes(tree: Tree, folder: str) -> bool:
+def _is_by_class(tree: Tree, folder: str) -> bool:
     if f"{folder}/{ANNOTATIONS}" in tree.files:
         return False
     return bool(_by_class(tree, folder))

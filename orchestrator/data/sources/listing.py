@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, MutableMapping
@@ -26,6 +27,7 @@ OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
 }  # fmt: skip
 SAMPLE = 16  # images whose size is looked at
 SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
+MAX_INFLATED_BYTES = 2**28  # of a file in a zip
 ARROW = ".arrow"
 RECENT_BYTES = 2**28  # of row groups that a process caches
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
@@ -179,6 +181,8 @@ def arrow_batches(file: Any) -> list[pa.RecordBatch]:
 
 def _inflated(data: bytes, length: int) -> bytes:
     """A deflated member of a zip, which unpacks to no more than it says."""
+    if length > MAX_INFLATED_BYTES:
+        raise NotAnImage(f"unpacks to {length} bytes: a decompression bomb?")
     try:
         found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length + 1)
     except zlib.error as error:
@@ -199,6 +203,19 @@ def image_column(schema: Any) -> str | None:
             found.append(column.name)
     named = [name for name in found if name.split(".")[0] in IMAGE_NAMES]
     return next(iter(named or found), None)
+
+
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Classes in the order of their labels: numbers by their value, words by the alphabet."""
+    found = set(names)
+    if all(re.fullmatch(r"-?\d{1,9}", name, re.ASCII) for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
+
+
+def sample(entries: list[Entry]) -> list[Entry]:
+    """Some of them, evenly."""
+    return entries[:: -(-len(entries) // SAMPLE)] if entries else []
 
 
 def stored_size(entries: list[Entry], say: Say) -> int:

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.listing import (
     ARROW,
     SAMPLE,
@@ -28,7 +27,7 @@ from orchestrator.data.sources.listing import (
     image_column,
     stored_size,
 )
-from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_name
+from orchestrator.data.sources.splits import renumbered, split_of_name, with_val_drawn
 from orchestrator.data.sources.tree import Tree, Where, may_be_image
 
 SUFFIX = ".parquet"
@@ -87,10 +86,10 @@ def open_parquet(
                 next_id += 1
             runs[split].append(len(entries) - before)
     if "val" not in files or val_fraction is not None:
-        drawn = val_fraction or VAL_FRACTION
-        said = "as --val-fraction says" if val_fraction else "there is no val part; --val-fraction changes that"
-        say(f"{drawn:g} of every class is for validation, by seed {seed}: {said}")
-        splits = renumbered(draw_val(splits["train"], drawn, seed))
+        if "val" in files:
+            say(f"the val part ({len(splits['val'])} images) is left out, as --val-fraction is given")
+            misplaced = [each for each in misplaced if not each[0].startswith("val/")]
+        splits = renumbered(with_val_drawn(splits["train"], say, val_fraction, seed))
         runs = {split: [len(list(same)) for _, same in itertools.groupby(splits[split], _group_of)] for split in SPLITS}
     if classes.said:
         say(classes.said)
@@ -187,9 +186,9 @@ def _check_sizes(place: StoragePath, metadata: Any, read: tuple[str | None, ...]
 
 def split_files(tree: Tree, config: str | None, say: Say) -> dict[str, list[str]]:
     """The files of train and, if there is one, val. Raises ValueError if there are several sets of them."""
-    names = _without_shards([name for name in tree.files if name.endswith((SUFFIX, ARROW))], list(tree.files))
+    names = [name for name in tree.files if name.endswith((SUFFIX, ARROW))]
     if not names:
-        raise ValueError(f"--source {tree.shown}: has no Parquet or Arrow file but shards")
+        raise ValueError(f"--source {tree.shown}: has no Parquet or Arrow file: {tree.summary()}")
     sets: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in names:
         folder, split = _set_of(name)
@@ -234,15 +233,6 @@ def _set_of(name: str) -> tuple[str, str | None]:
         if split := split_of_name(parts[i]):
             return "/".join(parts[:i]), split
     return "/".join(parts[:-1]), None
-
-
-def _without_shards(names: list[str], files: list[str]) -> list[str]:
-    """Without the shards that a preparation has written, or is writing, into a folder below."""
-    paths = [PurePosixPath(name) for name in files]
-    ours = {path.parent for path in paths if path.name == MANIFEST}
-    ours |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
-    ours.discard(PurePosixPath("."))  # shards may be the source themselves, to be stored at another size
-    return [name for name in names if not ours & {*PurePosixPath(name).parents}]
 
 
 def _followed(tree: Tree, file: str, text: str | None) -> tuple[dict[str, Any] | None, str]:

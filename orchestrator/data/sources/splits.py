@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -66,6 +66,39 @@ def draw_val(entries: list[Entry], fraction: float, seed: int) -> dict[str, list
         "train": [entry for entry in entries if entry.id not in chosen],
         "val": [entry for entry in entries if entry.id in chosen],
     }
+
+
+def with_val_drawn(
+    train: list[Entry], say: Say, val_fraction: float | None, seed: int, where: str = ""
+) -> dict[str, list[Entry]]:
+    """`draw_val`, and a line about it. val_fraction: the user's; None: there is no part for validation."""
+    fraction = val_fraction or VAL_FRACTION
+    why = "as --val-fraction says" if val_fraction else "there is no part for it; --val-fraction changes that"
+    say(f"{where}{fraction:g} of every class is for validation, by seed {seed}: {why}")
+    return draw_val(train, fraction, seed)
+
+
+def into_two(
+    parts: Mapping[str, list[Entry]],
+    say: Say,
+    val_fraction: float | None,
+    seed: int,
+    left_out: list[tuple[str, str]],
+) -> dict[str, list[Entry]]:
+    """Images of the parts train, val, test and "", which is none of them, as train and val. What belongs to neither is
+    said and added to `left_out`."""
+    train, val, test = [*parts["train"], *parts[""]], parts["val"], parts["test"]
+    if not val and test and val_fraction is None:
+        say(f"the test part ({len(test)} images) is used as val: there is no other")
+        val, test = test, []
+    unused = [*val, *test] if val_fraction is not None else test
+    if unused:
+        rule = "a part that is neither for training nor for validation"
+        say(f"{len(unused)} images are left out, such as {unused[0].name}: {rule}")
+        left_out += [(entry.name, rule) for entry in unused]
+    if val and val_fraction is None:
+        return {"train": train, "val": val}
+    return with_val_drawn(train, say, val_fraction, seed)
 
 
 def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]]:

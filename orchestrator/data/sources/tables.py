@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from orchestrator.data.sources.imagefolder import is_utf8, near_equal
-from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
-from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_name, split_of_path
+from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
+from orchestrator.data.sources.splits import into_two, renumbered, split_of_name, split_of_path
 from orchestrator.data.sources.tree import Tree, extension, may_be_image
 
 TABLES = ("csv", "tsv", "jsonl", "txt")
@@ -170,7 +170,7 @@ def _listed(
     """A source of the images that lists name; the others are misplaced."""
     misplaced = list(misplaced or ())
     names = {row.label for rows in lists.values() for row in rows if row.label}
-    classes = tuple(sorted(names, key=_in_order(names)))
+    classes = class_order(names)
     if len(classes) < 2:
         raise ValueError(
             f"--source {tree.shown}: its labels name {len(classes)} class(es); a classifier needs at least 2"
@@ -199,39 +199,15 @@ def _listed(
             misplaced.append((name, "has no label in " + " or ".join(filter(None, lists))))
         elif name not in seen and name not in lists:
             left_out.append((name, f"not an image by its name: .{extension(name)}"))
-    made = _into_two(splits, say, val_fraction, seed)
+    made = into_two(splits, say, val_fraction, seed, left_out)
     for split in made:
         made[split].sort(key=lambda entry: entry.name.split("/"))
     made = renumbered(made)
-    train = made["train"]
-    size = stored_size(train[:: -(-len(train) // SAMPLE)], say) if train else 256
+    size = stored_size(sample(made["train"]), say)
     return Source(
         tree.name, form, classes, made, image_size=size, misplaced=misplaced, left_out=left_out,
         warnings=near_equal(list(classes)),
     )  # fmt: skip
-
-
-def _into_two(
-    splits: dict[str, list[Entry]], say: Say, val_fraction: float | None, seed: int
-) -> dict[str, list[Entry]]:
-    train = [*splits["train"], *splits[""]]
-    val = splits["val"] or splits["test"]
-    if splits["test"]:
-        used = "is used as val: there is no other" if val is splits["test"] else "is left out: there is a val part"
-        say(f"the test part ({len(splits['test'])} images) {used}")
-    if val and val_fraction is None:
-        return {"train": train, "val": val}
-    drawn = val_fraction or VAL_FRACTION
-    said = "as --val-fraction says" if val_fraction else "there is no val part; --val-fraction changes that"
-    say(f"{drawn:g} of every class is for validation, by seed {seed}: {said}")
-    return draw_val(train, drawn, seed)
-
-
-def _in_order(names: set[str]) -> Callable[[str], tuple[int, str]]:
-    """Numbers by their value, words by the alphabet."""
-    if all(re.fullmatch(r"-?\d{1,9}", name) for name in names):
-        return lambda name: (int(name), name)
-    return lambda name: (0, name)
 
 
 def _finder(tree: Tree, table: str) -> Callable[[str], str | None]:

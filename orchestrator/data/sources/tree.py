@@ -11,113 +11,23 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.devkit import MAX_BYTES
 from orchestrator.data.sources.ilsvrc import members
 from orchestrator.data.sources.listing import Entry, read
 
-IMAGES = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "gif",
-        "bmp",
-        "dib",
-        "webp",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "jp2",
-        "j2k",
-        "avif",
-        "tga",
-        "ico",
-        "pcx",
-        "sgi",
-        "heic",
-        "heif",
-    ]
-)
+IMAGES = frozenset((
+    "jpg", "jpeg", "jpe", "jfif", "png", "gif", "bmp", "dib", "webp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm",
+    "jp2", "j2k", "avif", "tga", "ico", "pcx", "sgi", "heic", "heif",
+))  # fmt: skip
 # what lies beside images and is none; a file of any other name, or of none, is looked at
-OTHERS = frozenset(
-    [
-        "xml",
-        "json",
-        "jsonl",
-        "txt",
-        "csv",
-        "tsv",
-        "md",
-        "rst",
-        "html",
-        "htm",
-        "pdf",
-        "db",
-        "ini",
-        "cfg",
-        "yaml",
-        "yml",
-        "toml",
-        "py",
-        "ipynb",
-        "sh",
-        "log",
-        "mat",
-        "npy",
-        "npz",
-        "pkl",
-        "pickle",
-        "pt",
-        "pth",
-        "safetensors",
-        "h5",
-        "hdf5",
-        "zip",
-        "tar",
-        "gz",
-        "tgz",
-        "bz2",
-        "xz",
-        "zst",
-        "7z",
-        "rar",
-        "mp4",
-        "mov",
-        "avi",
-        "mkv",
-        "webm",
-        "mp3",
-        "wav",
-        "aac",
-        "thm",
-        "doc",
-        "docx",
-        "xls",
-        "xlsx",
-        "ppt",
-        "pptx",
-        "lnk",
-        "url",
-        "sqlite",
-        "parquet",
-        "arrow",
-        "tfrecord",
-        "cls",
-        "lock",
-        "sha256",
-        "md5",
-        "info",
-        "xmp",
-        "aae",
-        "psd",
-        "svg",
-    ]
-)
+OTHERS = frozenset((
+    "xml", "json", "jsonl", "txt", "csv", "tsv", "md", "rst", "html", "htm", "pdf", "db", "ini", "cfg", "yaml",
+    "yml", "toml", "py", "ipynb", "sh", "log", "mat", "npy", "npz", "pkl", "pickle", "pt", "pth", "safetensors",
+    "h5", "hdf5", "zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar", "mp4", "mov", "avi", "mkv",
+    "webm", "mp3", "wav", "aac", "thm", "doc", "docx", "xls", "xlsx", "ppt", "pptx", "lnk", "url", "sqlite",
+    "parquet", "arrow", "tfrecord", "cls", "lock", "sha256", "md5", "info", "xmp", "aae", "psd", "svg",
+))  # fmt: skip
 ZIP, TARS, PACKED_TARS = (".zip",), (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 JUNK_FOLDERS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information", "__pycache__")
@@ -126,6 +36,7 @@ JUNK_FILES = re.compile(
     r"(?i)(thumbs|ehthumbs(_vista)?)\.db|desktop\.ini|icon\r|synophoto_.*"
     r"|.*(~|\.(part|crdownload|download|partial|tmp|temp|bak|swp))"
 )
+SHARD = re.compile(r"shard-\d{5,}\.parquet")
 LINKS_DOWN_TO = 2  # folders deep: a split, or a class, may be a link
 LOCAL_HEADER = 30  # bytes of a zip's local header before the name
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -210,6 +121,7 @@ def tree_of(root: StoragePath) -> Tree:
         else:
             _walk(tree, root.local)
             tree.files = dict(sorted(tree.files.items()))
+        _leave_out_shards(tree)
         return tree
     name = root.name.lower()
     if name.endswith(PACKED_TARS):
@@ -279,6 +191,17 @@ def _sort_out(tree: Tree, found: Iterable[tuple[str, Where]]) -> None:
             whole["/".join(parts)] = at
     tree.files = dict(sorted(whole.items()))
     tree.left_out += sorted(junk.items())
+
+
+def _leave_out_shards(tree: Tree) -> None:
+    """What a preparation has written, or is writing, into a folder below. The source may be shards itself."""
+    paths = [PurePosixPath(name) for name in tree.files]
+    noted = {path.parent for path in paths if path.name == MANIFEST}
+    noted |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
+    ours = {path.parent.parent for path in paths if SHARD.fullmatch(path.name)} & noted - {PurePosixPath(".")}
+    if ours:
+        tree.files = {name: at for name, at in tree.files.items() if not ours & {*PurePosixPath(name).parents}}
+        tree.left_out += [(f"{folder}/", "shards that were prepared") for folder in sorted(ours)]
 
 
 def _walk(tree: Tree, root: Any) -> None:

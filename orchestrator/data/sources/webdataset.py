@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.ilsvrc import members
-from orchestrator.data.sources.listing import SAMPLE, Entry, Say, Source, stored_size
-from orchestrator.data.sources.splits import VAL_FRACTION, draw_val, renumbered, split_of_path
+from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
+from orchestrator.data.sources.splits import into_two, renumbered, split_of_path
 from orchestrator.data.sources.tables import LABEL_COLUMNS
 from orchestrator.data.sources.tree import IMAGES, TARS, Tree
 
@@ -43,9 +43,7 @@ def open_webdataset(
                 misplaced.append((f"{path}/{key}", "has no image" if image is None else "has no label"))
                 continue
             found.append((split, label, f"{path}/{key}", archive, *image))
-    names = {label for _, label, *_ in found}
-    numbers = all(text.isascii() and text.isdigit() and len(text) < 10 for text in names)
-    classes = tuple(sorted(names, key=(lambda text: (int(text), text)) if numbers else lambda text: (0, text)))
+    classes = class_order(label for _, label, *_ in found)
     if len(classes) < 2:
         raise ValueError(f"--source {name}: its labels name {len(classes)} class(es); a classifier needs at least 2")
     label_of = {text: label for label, text in enumerate(classes)}
@@ -53,16 +51,8 @@ def open_webdataset(
     for number, (split, label, shown, archive, start, length) in enumerate(found):
         entry = Entry(number, label_of[label], shown, path=archive.text, start=start, length=length)
         splits[split].append(entry)
-    train, val = [*splits["train"], *splits[""]], splits["val"] or splits["test"]
-    if splits["test"] and val is splits["test"]:
-        say(f"the test part ({len(val)} images) is used as val: there is no other")
-    made = {"train": train, "val": val}
-    if not val or val_fraction is not None:
-        drawn = val_fraction or VAL_FRACTION
-        say(f"{drawn:g} of every class is for validation, by seed {seed}; --val-fraction changes that")
-        made = draw_val(train, drawn, seed)
-    made = renumbered(made)
-    size = stored_size(made["train"][:: -(-len(made["train"]) // SAMPLE)], say) if made["train"] else 256
+    made = renumbered(into_two(splits, say, val_fraction, seed, left_out))
+    size = stored_size(sample(made["train"]), say)
     return Source(name, "webdataset", classes, made, image_size=size, misplaced=misplaced, left_out=left_out)
 
 
