@@ -36,7 +36,7 @@ from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.images import WHITE
-from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_space, prepare
+from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
 from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView, show_source
 
@@ -158,13 +158,16 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     line = LiveLine()
     try:
         if args.dry_run:
-            show_source(open_source(args.source, options_of(args), say=line.print), line)
+            source = open_source(args.source, options_of(args), say=line.print)
+            show_source(source, line)
+            check_rejected(source, args.max_rejected)
             return 0
         output = StoragePath.of(args.output)
         if (output / shards.MANIFEST).size() is not None and not args.overwrite:
             flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
         source = open_source(args.source, options_of(args), say=line.print)
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
+        check_rejected(source, args.max_rejected)
         check_apart(args.source, output)
         check_space(source, output, args.image_size or source.image_size, quality, args.rows_per_shard)
     except ValueError as error:
@@ -212,7 +215,7 @@ def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
     try:
         Dataset(config, output, verify=False)
     except (ValueError, shards.DamagedData) as error:  # the shards are written all the same
-        return f"no settings that are known to fit: {error}"
+        return f"(no command is known to fit these data: {error})"
     return " ".join([command("train"), *flags])
 
 

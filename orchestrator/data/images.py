@@ -3,6 +3,7 @@
 import functools
 import importlib
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,9 @@ MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
 MAX_SCANNED_PIXELS = 1_000_000_000  # scans times pixels: about ten seconds
 STRIP_PIXELS = 1_000_000
 MAX_ASPECT = 4  # longer images are cut to this before resizing, or a line of 1 x 30000 pixels would fill gigabytes
+
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)  # of a JPEG, but for restarts, and for 255 itself
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 Image = NDArray[np.uint8]
 
@@ -231,9 +235,23 @@ def _scaled_to_8_bits(gray: NDArray[np.generic], white: int | None, warn: Callab
 
 def _check_scans(data: bytes, height: int, width: int) -> None:
     """Raises NotAnImage for a JPEG whose scans, each of which goes over all pixels, would take minutes."""
-    scans = data.count(b"\xff\xda")  # a thumbnail's among them; never part of the coded pixels
+    scans = data.count(b"\xff\xda")
+    if scans > 4:  # some may be by chance in what follows the image, such as the film of a motion photo
+        scans = _count_scans(data)
     if scans > MAX_SCANS or (scans > 4 and scans * height * width > MAX_SCANNED_PIXELS):
         raise NotAnImage(f"{scans} scans of {width}x{height} pixels: a decompression bomb?")
+
+
+def _count_scans(data: bytes) -> int:
+    """The scans of a JPEG up to its end: each begins with a marker that is followed by coded pixels."""
+    scans, at = 0, 2
+    while (found := MARKER.search(data, at)) is not None and found[0] != END_OF_IMAGE:
+        at = found.end()
+        if found[0] == START_OF_SCAN:
+            scans += 1
+        elif len(data) >= at + 2:  # a segment, whose length is given; a scan's coded pixels have no marker in them
+            at += int.from_bytes(data[at : at + 2])
+    return scans
 
 
 def _check_bytes(image: "PIL.Image.Image") -> None:

@@ -136,6 +136,17 @@ def exif_rule(source: Source) -> str:
     return "ignore" if source.format in ("ilsvrc", "cifar10") or imagenet else "apply"
 
 
+def check_rejected(source: Source, max_rejected: float) -> None:
+    """Raises ValueError where more files of a listing have no class or label than may be rejected."""
+    count, rejected = sum(map(len, source.splits.values())) + len(source.misplaced), len(source.misplaced)
+    if rejected > max_rejected * count:
+        name, reason = source.misplaced[0]
+        raise ValueError(
+            f"--source {source.name}: {rejected} of {count} files have no class or label, more than --max-rejected "
+            f"{max_rejected:g}; such as {name}: {reason}"
+        )
+
+
 def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows_per_shard: int) -> int:
     """Roughly the disk space that a preparation takes: the shards, and its notes."""
     count = sum(len(entries) for entries in source.splits.values())

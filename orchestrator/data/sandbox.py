@@ -78,7 +78,7 @@ def _child() -> None:
 
 
 def _address_space() -> int:
-    """Bytes of address space that this process has now; none where the system does not say."""
+    """Bytes of address space that this process has now; 4 GB where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:

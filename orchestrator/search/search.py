@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, catch_signals, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
@@ -130,7 +130,7 @@ class Search:
             raise
         except BaseException as error:
             log.info("the search failed", exc_info=True)  # one line of it is for the terminal
-            text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {last_line(error)}"
             self._wrap_up("FAILED", text)
             raise
         finally:

@@ -34,8 +34,8 @@ def warn_if_unequal(config: TrainConfig, manifest: Manifest) -> str | None:
     most, least = max(counts), min(counts)
     if config.class_weights != "none" or most <= UNEQUAL * least:
         return None
-    one, other = (f"{count} of {manifest.classes[counts.index(count)]}" for count in (most, least))
-    return f"training images are unequal: most/least {one} / {other}; --class-weights balanced weights them"
+    other, one = (f"{count} ({manifest.classes[counts.index(count)]})" for count in (most, least))
+    return f"training images by class: from {one} to {other}; --class-weights balanced compensates"
 
 
 class ClassErrors:

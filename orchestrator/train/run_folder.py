@@ -109,6 +109,13 @@ class RunFolder:
                 )
         if any(not isinstance(entry, dict) or "epoch" not in entry for entry in found.get("history") or ()):
             raise ValueError(f"{file}: damaged: history has no epochs; restore it, or remove it to resume without it")
+        rows = found.get("per_class") or ()
+        if any(
+            not isinstance(row, dict) or not row.keys() >= {"class", "top1_error", "best_top1_error"} for row in rows
+        ):
+            raise ValueError(
+                f"{file}: damaged: per_class has no classes; restore it, or remove it to resume without it"
+            )
         return found
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
 from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
@@ -128,7 +128,9 @@ class Session:
             raise
         except BaseException as error:
             log.info("the run failed", exc_info=True)  # one line of it is for the terminal
-            self._end("FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
+            self._end(
+                "FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {last_line(error)}"
+            )
             raise
         self._end("FINISHED")
         self._show_results()

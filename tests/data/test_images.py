@@ -246,3 +246,13 @@ def test_heic_names_what_reads_it():
         pytest.skip("pillow-heif is installed")
     with pytest.raises(images.NotAnImage, match="HEIC: pip install pillow-heif"):
         images.decode(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+def test_what_follows_a_photograph_is_no_scan_of_it():
+    """A motion photo: a film after the end of the image, in which bytes are by chance like markers."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    data = images.encode(pixels, 90)
+    film = (b"\xff\xda" + bytes(50)) * 3 * images.MAX_SCANS
+    np.testing.assert_array_equal(images.decode(data + film), images.decode(data))
+    with pytest.raises(images.NotAnImage, match="scans of 400x300 pixels"):
+        images.decode(data[:-2] + film + data[-2:])

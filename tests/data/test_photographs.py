@@ -16,6 +16,7 @@ from conftest import picture
 
 from orchestrator.data.images import NotAnImage
 from orchestrator.data.sources import Options, open_source, read
+from orchestrator.data.sources.imagefolder import near_equal
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -427,7 +428,7 @@ def test_a_member_that_unpacks_to_gigabytes_is_no_image(tmp_path):
     assert path.stat().st_size < 2**20
     entries = [entry for entries in open_source(str(path)).splits.values() for entry in entries]
     bomb = next(entry for entry in entries if entry.name.endswith("bomb.jpg"))
-    with pytest.raises(NotAnImage, match="unpacks to 536870912 bytes"):
+    with pytest.raises(NotAnImage, match="536870912 bytes are more than any photograph has"):
         read(bomb)
 
 
@@ -617,3 +618,178 @@ def test_what_save_to_disk_writes(tmp_path):
     assert source.classes == CLASSES
     assert [(e.label, read(e)) for e in source.splits["train"]] == [(label, jpeg(n)) for n, label in TRAIN]
     assert [(e.label, read(e)) for e in source.splits["val"]] == [(label, jpeg(n)) for n, label in VAL]
+
+
+# what a reader of the code found
+
+
+def test_an_interrupted_preparation_within_the_source_is_no_part_of_it(tmp_path):
+    files = flat("") | {"labels.csv": b"file_name,label\n" + b"".join(
+        f"{name},{class_of(name)}\n".encode() for name in flat(""))}  # fmt: skip
+    before = open_source(str(write(tmp_path, files)))
+    write(
+        tmp_path, {"shards/train/shard-00000.parquet": b"x", "shards/_unfinished/train/shard-00000.parquet.npz": b"x"}
+    )
+    after = open_source(str(tmp_path))
+    assert (after.format, listed(after), after.warnings) == ("table", listed(before), before.warnings)
+    assert ("shards/", "shards that were prepared") in after.left_out
+
+
+def test_a_class_whose_name_begins_like_a_part_is_no_empty_part(tmp_path):
+    files = {f"{name}/{i}.jpg": jpeg(10 * n + i) for n, name in enumerate(("Val_d_Isere", "dev_board", "laptop"))
+             for i in range(5)}  # fmt: skip
+    (tmp_path / ".dev").mkdir(parents=True)
+    assert open_source(str(write(tmp_path, files))).classes == ("Val_d_Isere", "dev_board", "laptop")
+
+
+def test_a_listed_image_that_is_missing_takes_no_other_s_place(tmp_path):
+    files = {"b/1.jpg": jpeg(1), "b/2.jpg": jpeg(2), "c/3.jpg": jpeg(3), "c/4.jpg": jpeg(4)}
+    text = "file,label\na/1.jpg,cat\nb/1.jpg,dog\n2.jpg,cat\ndata/c/3.jpg,dog\n4,cat\n"
+    write(tmp_path, files | {"labels.csv": text})
+    _, said = said_of(tmp_path)
+    assert "labels.csv is not used: --labels labels.csv reads it" in said
+    source = open_source(str(tmp_path), Options(labels="labels.csv", val_fraction=0.5))
+    together = listed(source)
+    assert sorted(together["train"] + together["val"]) == sorted(
+        [("dog", jpeg(1)), ("cat", jpeg(2)), ("dog", jpeg(3)), ("cat", jpeg(4))]
+    )
+    assert source.misplaced == [("a/1.jpg", "labels.csv lists it, and it is not there")]
+
+
+def zipped(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def test_archives_of_classes_keep_their_folders_and_files_beside_archives_are_seen(tmp_path):
+    for part, first in (("train", 0), ("val", 100)):
+        for n, name in enumerate(("cat", "dog")):
+            zipped(tmp_path / part / f"{name}.zip", {f"{i}.jpg": jpeg(first + 10 * n + i) for i in range(4)})
+    write(tmp_path, {"LICENSE": b"x"})
+    source = open_source(str(tmp_path))
+    assert source.classes == ("cat", "dog")
+    assert listed(source)["val"] == sorted(("cat", jpeg(100 + i)) for i in range(4)) + sorted(
+        ("dog", jpeg(110 + i)) for i in range(4)
+    )
+    assert ("LICENSE", "in no class folder") in source.left_out
+
+
+def test_a_table_beside_an_archive_and_names_that_are_there_twice(tmp_path):
+    names = flat("")
+    zipped(tmp_path / "images.zip", names)
+    text = "file_name,label\n" + "".join(f"{name},{class_of(name)}\n" for name in names)
+    for options in (Options(), Options(labels="labels.csv")):
+        source = open_source(str(write(tmp_path, {"labels.csv": text})), options)
+        assert (source.format, sum(map(len, source.splits.values()))) == ("table", 18)
+    zipped(tmp_path / "more" / "images.zip", {"a.jpg": b"x"})
+    zipped(tmp_path / "more.zip", {"images/a.jpg": b"y"})
+    with pytest.raises(ValueError, match=r"more/images/a\.jpg is there twice, once in"):
+        open_source(str(tmp_path))
+
+
+def test_train_itself_comes_before_folders_that_are_called_like_it(tmp_path):
+    files = folders() | {f"{part}/{name}/0.jpg": jpeg(900 + n) for n, (part, name) in enumerate(
+        (part, name) for part in ("train_masks", "Valid_old") for name in CLASSES)}  # fmt: skip
+    assert listed(open_source(str(write(tmp_path, files)))) == expected(folders())
+    only = {name.replace("train/", "train_a/"): data for name, data in folders().items()}
+    only |= {name.replace("train/", "train_b/"): data for name, data in folders(val=None, counts=(6, 0)).items()}
+    with pytest.raises(ValueError, match="several folders may be for training: train_a/, train_b/"):
+        open_source(str(write(tmp_path / "x", only)))
+
+
+def test_a_contest_s_test_part_without_labels_is_left_out(tmp_path):
+    files = {f"train/{name}.{i}.jpg": jpeg(10 * n + i) for n, name in enumerate(("cat", "dog")) for i in range(6)}
+    files |= {f"test1/{i}.jpg": jpeg(300 + i) for i in range(8)}
+    source = open_source(str(write(tmp_path, files)), Options(label_pattern="^(cat|dog)"))
+    assert source.misplaced == []
+    assert sum(rule == "of the test part, and without a label" for _, rule in source.left_out) == 8
+    assert sum(map(len, source.splits.values())) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("labels.csv", "file_name,label,split\n0-0.jpg,cat,holdout\n", "split = 'holdout': is no part; expected train"),
+        ("labels.csv", "file_name, label, Split\n0-0.jpg,cat,2\n", "Split = '2': is no part"),
+        ("labels.csv", 'file_name,label\n0-0.jpg,"' + "x" * 200_000, "cannot be read: field larger than field limit"),
+    ],
+)
+def test_a_table_that_says_what_is_not_understood_is_refused(tmp_path, name, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(str(write(tmp_path, flat("") | {name: text})), Options(labels=name))
+    assert "\n" not in str(error.value)
+
+
+def test_json_lines_may_have_blank_ones_and_other_separators_in_texts(tmp_path):
+    lines = [json.dumps({"file_name": n, "label": class_of(n) + "\u2028x"}, ensure_ascii=False) for n in flat("")]
+    source = open_source(str(write(tmp_path, flat("") | {"metadata.jsonl": "\n\n".join(lines) + "\n"})))
+    assert source.classes == tuple(f"{name}\u2028x" for name in CLASSES)
+
+
+def test_an_unrelated_table_and_a_link_to_itself_end_nothing(tmp_path):
+    files = folders() | {"notes.csv": 'a,b\n1,"' + "x" * 200_000}
+    write(tmp_path, files)
+    os.symlink("a", tmp_path / "train" / "a")
+    source = open_source(str(tmp_path))
+    assert listed(source) == expected(folders())
+    assert any(name == "train/a" and "cannot be looked at" in rule for name, rule in source.left_out)
+
+
+def test_a_linked_class_deep_below_is_followed(tmp_path):
+    write(tmp_path / "elsewhere", {f"{i}.jpg": jpeg(500 + i) for i in range(4)})
+    root = write(tmp_path / "root", folders("archive/imagenet/train/", "archive/imagenet/val/"))
+    (root / "archive/imagenet/train/eagle").symlink_to(tmp_path / "elsewhere")
+    assert open_source(str(root)).classes == ("bird", "cat", "dog", "eagle")
+
+
+def test_files_that_are_larger_than_any_photograph_are_not_read(tmp_path):
+    write(tmp_path, folders())
+    with open(tmp_path / "train/cat/film.3gp", "wb") as file:
+        file.truncate(2**33)  # a hole: no byte on the disk
+    entry = next(e for e in open_source(str(tmp_path)).splits["train"] if e.name.endswith("film.3gp"))
+    with pytest.raises(NotAnImage, match="8589934592 bytes are more than any photograph has"):
+        read(entry)
+
+
+def test_of_a_webdataset_s_sample_the_first_image_counts_and_null_is_no_label(tmp_path):
+    members = {}
+    for i in range(6):
+        members |= {f"{i}.jpg": jpeg(i), f"{i}.mask.png": jpeg(90 + i), f"{i}.json": json.dumps({"label": "ab"[i % 2]})}
+    members |= {"8.jpg": jpeg(8), "8.json": '{"label": null}', "8.cls": ""}
+    write(tmp_path, {"a.tar": tar({name: d.encode() if isinstance(d, str) else d for name, d in members.items()}),
+                     "notes.md": b"x"})  # fmt: skip
+    source = open_source(str(tmp_path), Options(format="webdataset"))
+    assert source.classes == ("a", "b")
+    assert sorted(data for entries in listed(source).values() for _, data in entries) == sorted(map(jpeg, range(6)))
+    assert source.misplaced == [("a.tar/8", "has no label")]
+    assert ("notes.md", "not a tar") in source.left_out
+    assert sum("mask.png" in name for name, _ in source.left_out) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_column": "image.nosuch"}, "--image-column image.nosuch: is not bytes in"),
+        ({"label_column": "annotation.label"}, "--label-column annotation.label: is not a column of"),
+        ({"format": "caffe"}, "has no train.txt"),
+    ],
+)
+def test_what_is_stated_wrongly_is_one_line(tmp_path, options, words):
+    path = tmp_path / "train.parquet"
+    hub(path, TRAIN, names=CLASSES, more={"annotation": {"label": 1}})
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(str(tmp_path), Options(**options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", [{"val_fraction": 0.3}, {"labels": "x.csv"}, {"label_pattern": "(a)"}])
+def test_forms_of_fixed_parts_refuse_what_they_have_no_use_for(option):
+    with pytest.raises(ValueError, match="digits has parts and labels of its own; leave it out"):
+        open_source("digits", Options(**option))
+
+
+def test_classes_that_differ_by_a_sign_are_not_alike():
+    assert near_equal(["-1", "1", "C", "C++", "a b"]) == []
+    assert len(near_equal(["a_b", "A b", "caf\u00e9", "cafe"])) == 2

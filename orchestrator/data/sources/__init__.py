@@ -3,7 +3,6 @@
 What a source is, is detected from the names in it, unless the user states it.
 """
 
-import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from orchestrator.data.sources.imagefolder import has_classes, open_imagefolder
 from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
 from orchestrator.data.sources.parquet import Columns, open_parquet
 from orchestrator.data.sources.splits import in_both
-from orchestrator.data.sources.tree import PACKED_TARS, TARS, ZIP, Tree, may_be_image, tree_of, unpacked
+from orchestrator.data.sources.tree import IMAGES, PACKED_TARS, TARS, ZIP, Tree, Where, extension, tree_of, unpacked
 
 __all__ = [
     "DIGITS", "FORMATS", "SPLITS", "Entry", "Options", "Say", "Source", "open_source", "read", "versions",
 ]  # fmt: skip
 
 FORMATS = ("imagefolder", "ilsvrc", "parquet", "cifar10", "table", "caffe", "webdataset")
-DEVKIT_LIST = re.compile(r"(^|/)ILSVRC2012_img_(train|val)\.tar$")
 SHOWN = 3
 
 
@@ -51,6 +49,7 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
     `say` gets lines for the user: what was detected and why, and what was taken as what.
     """
     if source == DIGITS:
+        _refuse_options(DIGITS, options)
         if options.verify:
             raise ValueError(f"--verify: {DIGITS} has no archives to verify; leave it out")
         return open_digits()
@@ -74,6 +73,7 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
 
 def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
     """The format, what it is known by, and what is there unless the format looks for itself."""
+    listed = options.labels is not None or options.label_pattern is not None
     if options.format != "auto":
         why = "as given by --format"
         return options.format, why, None if options.format in ("ilsvrc", "cifar10") else _tree(root)
@@ -88,31 +88,31 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
             return "cifar10", f"it has {known}", None
     elif root.name.endswith((parquet.SUFFIX, ARROW)):
         return "parquet", f"it is {root.name}", _tree(root)
-    elif root.name.lower().endswith(TARS) and webdataset.is_webdataset(root):
+    elif root.name.lower().endswith(TARS) and not listed and webdataset.is_webdataset(root):
         return "webdataset", "its members are images and their labels", None
     tree = _tree(root)
-    images = sum(may_be_image(name) for name in tree.files)
-    tabled = next((name for name in tree.files if name.endswith((parquet.SUFFIX, ARROW))), None)
+    archives = [name for name in tree.files if name.lower().endswith((*ZIP, *TARS))]
+    if tree.root is not None and archives and not any(extension(name) in IMAGES for name in tree.files):
+        tars = [name for name in archives if name.lower().endswith(TARS)]
+        if tars and not listed and webdataset.is_webdataset(tree.root / tars[0]):
+            return "webdataset", f"{tars[0]} has images and their labels", tree
+        tree = unpacked(tree, archives)
     if options.labels is not None:
         return "table", f"labels come from {options.labels}", tree
     if options.label_pattern is not None:
         return "imagefolder", "labels come from the names of its files", tree
     folders = has_classes(tree)
+    tabled = next((name for name in tree.files if name.endswith((parquet.SUFFIX, ARROW))), None)
     if tabled is not None and tree.root is not None and not folders:
         return "parquet", f"it has {tabled}", tree
-    if tree.root is not None and not images:
-        archives = [name for name in tree.files if name.lower().endswith((*ZIP, *TARS))]
-        tars = [name for name in archives if name.lower().endswith(TARS)]
-        if tars and webdataset.is_webdataset(tree.root / tars[0]):
-            return "webdataset", f"{tars[0]} has images and their labels", tree
-        if archives:
-            tree = unpacked(tree, archives)
-            folders = has_classes(tree)
     if set(tables.CAFFE) <= tree.files.keys() and not folders:
         return "caffe", "it has train.txt and val.txt", tree
-    if not folders and (table := tables.find_table(tree)):
-        return "table", f"it has {table}, and no folders of classes", tree
-    return "imagefolder", tree.summary(), tree
+    table = tables.find_table(tree)
+    if table is None:
+        return "imagefolder", tree.summary(), tree
+    if folders:
+        return "imagefolder", f"{tree.summary()}; {table} is not used: --labels {shlex.quote(table)} reads it", tree
+    return "table", f"it has {table}, and no folders of classes", tree
 
 
 def inspect(source: Source) -> list[str]:
@@ -124,7 +124,10 @@ def inspect(source: Source) -> list[str]:
         if empty:
             more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
             lines.append(f"no {what} images of {', '.join(empty[:SHOWN])}{more}")
-    if both := in_both(source.splits):
+    both = in_both(source.splits)
+    if both is None:
+        lines.append("whether photographs are in both parts was not looked for: too much would have to be read")
+    elif both:
         first, second = both[0]
         lines.append(
             f"{len(both)} validation image(s) are training images, too: {second.name} is {first.name}; errors on them "
@@ -135,13 +138,16 @@ def inspect(source: Source) -> list[str]:
 
 def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, say: Say) -> Source:
     drawn = {"val_fraction": options.val_fraction, "seed": options.seed}
+    if name in ("ilsvrc", "cifar10"):
+        _refuse_options(name, options)
     if name == "ilsvrc":
         return open_ilsvrc(root, say)
     if name == "cifar10":
         return open_cifar10(root, say)
     if name == "webdataset":
-        tars = {t: root / t for t in webdataset.tars_of(tree)} if tree is not None and tree.root else {root.name: root}
-        return webdataset.open_webdataset(tars, root.name, say, **drawn)  # type: ignore[arg-type]
+        if tree is None or tree.root is None:
+            tree = Tree(root.name, root.text, {root.name: Where(root.text)}, root=root.parent)
+        return webdataset.open_webdataset(tree, say, **drawn)  # type: ignore[arg-type]
     assert tree is not None
     if name == "parquet":
         columns = Columns(options.image_column, options.label_column)
@@ -159,6 +165,13 @@ def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, say
             **drawn,  # type: ignore[arg-type]
         )  # fmt: skip
     return open_imagefolder(tree, say, **drawn)  # type: ignore[arg-type]
+
+
+def _refuse_options(form: str, options: Options) -> None:
+    """Raises ValueError for what a form of fixed parts and labels has no use for."""
+    for name in ("labels", "image_column", "label_column", "label_pattern", "config", "val_fraction"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: {form} has parts and labels of its own; leave it out")
 
 
 def _tree(root: StoragePath) -> Tree:

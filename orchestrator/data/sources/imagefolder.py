@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
 from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
-from orchestrator.data.sources.splits import WORDS, split_of_name, with_val_drawn
-from orchestrator.data.sources.tree import IMAGES, Tree, extension, may_be_image
+from orchestrator.data.sources.splits import WORDS, split_of_name, split_of_path, with_val_drawn
+from orchestrator.data.sources.tree import IMAGES, Tree, extension, is_junk, may_be_image
 
 DEPTH = 4  # folders down to where train/ may be
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images/
@@ -50,7 +50,7 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
         where = f"{train or tree.name}/: "
         splits = with_val_drawn(found.splits["train"], say, val_fraction, seed, where)
     else:
-        if val.rpartition("/")[2].lower() not in WORDS["val"]:
+        if split_of_path(val) != "val":
             say(f"{val}/ is used for validation: there is no val/")
         in_val = _by_class(tree, val)
         truth = None if _is_by_class(tree, val) else _truth(tree, val, found.label_of, synsets, say)
@@ -134,17 +134,16 @@ def find_layout(tree: Tree) -> Layout:
     images = named or [name for name in tree.files if may_be_image(name)]  # a LICENSE is none if there are others
     if not images:
         raise ValueError(f"--source {tree.shown}: has no images: {tree.summary()}; expected folders CLASS/IMAGE")
-    folders = _folders_of(images)
+    folders = _Folders(images)
     for depth in range(DEPTH):
-        bases = sorted({"/".join(path.split("/")[:depth]) for path in folders if path.count("/") >= depth or not depth})
-        found = [layout for base in bases if (layout := _splits_in(tree, base, folders)) is not None]
+        found = [layout for base in folders.at_depth(depth) if (layout := _splits_in(tree, base, folders)) is not None]
         if len(found) > 1:
             shown = ", ".join(f"{layout.base}/" for layout in found[:SHOWN])
             raise ValueError(f"--source {tree.shown}: holds several data sets, in {shown}; choose one with --source")
         if found:
             return found[0]
     base = _unwrapped(tree, "", folders)
-    classes = _children(base, folders)
+    classes = folders.children(base)
     if len(classes) < 2:
         raise ValueError(_no_classes(tree, base, classes))
     return Layout(base, {})
@@ -159,17 +158,24 @@ def has_classes(tree: Tree) -> bool:
     return len(_by_class(tree, layout.folders.get("train", layout.base))) > 1
 
 
-def _splits_in(tree: Tree, base: str, folders: set[str]) -> Layout | None:
+def _splits_in(tree: Tree, base: str, folders: "_Folders") -> Layout | None:
     """The splits that the folders in `base` are, if one of them is for training."""
     named: dict[str, list[str]] = defaultdict(list)
-    for child in _children(base, folders):
+    for child in folders.children(base):
         if split := split_of_name(child.rpartition("/")[2]):
             named[split].append(child)
+    for split, words in WORDS.items():  # train/ itself before train_masks/
+        named[split] = [child for child in named[split] if child.rpartition("/")[2].lower() in words] or named[split]
+    if len(named["train"]) > 1 and any(folders.children(child) for child in named["train"]):
+        shown = ", ".join(f"{child}/" for child in named["train"][:SHOWN])
+        raise ValueError(
+            f"--source {tree.shown}: several folders may be for training: {shown}; leave one, or call it train"
+        )
     if len(named["train"]) != 1:
         return None
     train = named["train"][0]
     others = [*named["val"], *named["test"]]
-    if not others and len(_children(train, folders)) < 2 and len(_children(base, folders)) > 1:
+    if not others and len(folders.children(train)) < 2 and len(folders.children(base)) > 1:
         return None  # a class that is called train
     found = {"train": _unwrapped(tree, train, folders)}
     val, unused = None, []
@@ -182,41 +188,51 @@ def _splits_in(tree: Tree, base: str, folders: set[str]) -> Layout | None:
                 unused.append(folder)
     if val is not None:
         inside = _unwrapped(tree, val, folders)
-        found["val"] = inside if _children(inside, folders) else val
+        found["val"] = inside if folders.children(inside) else val
     return Layout(base, found, tuple(unused))
 
 
-def _usable_for_val(tree: Tree, folder: str, folders: set[str]) -> bool:
+def _usable_for_val(tree: Tree, folder: str, folders: "_Folders") -> bool:
     """Whether its images can have labels: a test part often has none."""
-    return bool(_children(_unwrapped(tree, folder, folders), folders)) or f"{folder}/{ANNOTATIONS}" in tree.files
+    return bool(folders.children(_unwrapped(tree, folder, folders))) or f"{folder}/{ANNOTATIONS}" in tree.files
 
 
-def _unwrapped(tree: Tree, folder: str, folders: set[str]) -> str:
+def _unwrapped(tree: Tree, folder: str, folders: "_Folders") -> str:
     """The folder, or the only folder in it that holds folders of images, and so on."""
     while True:
-        children = _children(folder, folders)
-        if len(children) != 1 or folder in folders or len(_children(children[0], folders)) < 1:
+        children = folders.children(folder)
+        if len(children) != 1 or folder in folders or len(folders.children(children[0])) < 1:
             return folder
-        if len(_children(children[0], folders)) == 1 and children[0] in folders:
+        if len(folders.children(children[0])) == 1 and children[0] in folders:
             return folder
         folder = children[0]
 
 
-def _folders_of(images: list[str]) -> set[str]:
-    """The folders that hold images directly."""
-    return {name.rpartition("/")[0] for name in images}
+class _Folders:
+    """The folders that hold images directly, and the tree that they are in."""
 
+    def __init__(self, images: list[str]) -> None:
+        self.direct = {name.rpartition("/")[0] for name in images}
+        self._children: dict[str, set[str]] = defaultdict(set)
+        for path in self.direct:
+            while path and path not in self._children[path.rpartition("/")[0]]:
+                above = path.rpartition("/")[0]
+                self._children[above].add(path)
+                path = above
 
-def _children(folder: str, folders: set[str]) -> list[str]:
-    """The folders in a folder that hold images, directly or below."""
-    prefix = f"{folder}/" if folder else ""
-    return sorted(
-        {
-            prefix + path[len(prefix) :].partition("/")[0]
-            for path in folders
-            if path.startswith(prefix) and path != folder
-        }
-    )
+    def __contains__(self, folder: str) -> bool:
+        return folder in self.direct
+
+    def children(self, folder: str) -> list[str]:
+        """The folders in a folder that hold images, directly or below, sorted."""
+        return sorted(self._children.get(folder, ()))
+
+    def at_depth(self, depth: int) -> list[str]:
+        """The folders so far down that hold others."""
+        found = [""]
+        for _ in range(depth):
+            found = [child for folder in found for child in self.children(folder)]
+        return [folder for folder in found if self.children(folder)]
 
 
 def _by_class(tree: Tree, folder: str) -> dict[str, list[str]]:
@@ -302,8 +318,8 @@ def near_equal(classes: list[str]) -> list[str]:
     """A line for class names that differ in case, spaces or accents alone."""
     by_key: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        plain = unicodedata.normalize("NFKD", name).casefold()
-        by_key["".join(c for c in plain if c.isalnum()) or name].append(name)
+        plain = "".join(c for c in unicodedata.normalize("NFKD", name).casefold() if not unicodedata.combining(c))
+        by_key[re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", plain.strip())].append(name)
     pairs = [names for names in by_key.values() if len(names) > 1]
     return [f"the classes {' and '.join(map(repr, names))} differ in their spelling alone" for names in pairs[:SHOWN]]
 
@@ -312,8 +328,10 @@ def _empty_val(tree: Tree, base: str) -> str | None:
     """A folder for validation that has no images."""
     if tree.root is None:
         return None
+    with_files = set(tree.folders(base))
     children = (tree.root / base if base else tree.root).children()
-    return next((name for name, is_folder in children.items() if is_folder and split_of_name(name) == "val"), None)
+    empty = (name for name, is_folder in children.items() if is_folder and name not in with_files)
+    return next((name for name in empty if split_of_name(name) == "val" and not is_junk(name, folder=True)), None)
 
 
 def _empty_folders(tree: Tree, train: str) -> set[str]:

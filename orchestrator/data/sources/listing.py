@@ -27,7 +27,7 @@ OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
 }  # fmt: skip
 SAMPLE = 16  # images whose size is looked at
 SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
-MAX_INFLATED_BYTES = 2**28  # of a file in a zip
+MAX_FILE_BYTES = 2**28  # of an image, as it is stored or unpacked
 ARROW = ".arrow"
 RECENT_BYTES = 2**28  # of row groups that a process caches
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
@@ -93,13 +93,18 @@ def read(entry: Entry) -> bytes:
             if data is None:
                 raise NotAnImage("the row has no bytes")
             return bytes(data)
+        if max(entry.packed or 0, entry.length or 0) > MAX_FILE_BYTES:
+            raise NotAnImage(f"{max(entry.packed or 0, entry.length or 0)} bytes are more than any photograph has")
         if entry.packed is not None and entry.start is not None:
             return _inflated(place.read_at(entry.start, entry.packed), entry.length or 0)
         if entry.start is not None and entry.length is not None:
             return place.read_at(entry.start, entry.length)
         if place.local is not None:
-            if not stat.S_ISREG(place.local.stat().st_mode):
+            found = place.local.stat()
+            if not stat.S_ISREG(found.st_mode):
                 raise NotAnImage("not a regular file")
+            if found.st_size > MAX_FILE_BYTES:
+                raise NotAnImage(f"{found.st_size} bytes are more than any photograph has")
             return place.local.read_bytes()
         return place.read()
     except OSError as error:
@@ -181,8 +186,6 @@ def arrow_batches(file: Any) -> list[pa.RecordBatch]:
 
 def _inflated(data: bytes, length: int) -> bytes:
     """A deflated member of a zip, which unpacks to no more than it says."""
-    if length > MAX_INFLATED_BYTES:
-        raise NotAnImage(f"unpacks to {length} bytes: a decompression bomb?")
     try:
         found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length + 1)
     except zlib.error as error:

@@ -24,6 +24,7 @@ from orchestrator.data.sources.listing import (
     Say,
     Source,
     arrow_batches,
+    class_order,
     image_column,
     stored_size,
 )
@@ -58,14 +59,16 @@ def open_parquet(
 
     Raises ValueError naming the file and what it lacks.
     """
-    files = split_files(tree, config, say)
     root = tree.root
-    assert root is not None
+    if root is None:
+        raise ValueError(f"--source {tree.shown}: Parquet files have to be unpacked first")
+    files = split_files(tree, config, say)
     groups = {split: [group for name in files[split] for group in _row_groups(root, name, columns)] for split in files}
     classes = _Classes(root, groups["train"])
     splits: dict[str, list[Entry]] = {"train": [], "val": []}
     runs: dict[str, list[int]] = {}
     misplaced: list[tuple[str, str]] = []
+    followed: set[str | None] = set()  # files that rows name
     next_id = 0
     for split in SPLITS:
         entries = splits[split]
@@ -77,8 +80,9 @@ def open_parquet(
                 label, why = classes.label(value, group)
                 where: dict[str, Any] = {"path": (root / group.file).text, "row_group": group.index, "row": row}
                 if label is not None and group.has_no_bytes:
-                    followed, why = _followed(tree, group.file, text)
-                    label, where = (label, followed) if followed else (None, where)
+                    file, why = _followed(tree, group.file, text)
+                    followed.add(file)
+                    label, where = (label, tree.files[file].at()) if file else (None, where)
                 if label is None:
                     misplaced.append((name, why))
                 else:
@@ -94,10 +98,11 @@ def open_parquet(
     if classes.said:
         say(classes.said)
     size = stored_size(splits["train"][:SAMPLE], say)
-    followed_any = any(entry.row is None for entries in splits.values() for entry in entries)
+    used = {name for names in files.values() for name in names} | followed
+    rest = [(name, "not a file of train or val") for name in tree.files if name not in used]
     return Source(
-        root.name, "parquet", classes.names, splits, image_size=size, misplaced=misplaced, left_out=tree.left_out,
-        runs=None if followed_any else runs,
+        tree.name, "parquet", classes.names, splits, image_size=size, misplaced=misplaced,
+        left_out=[*tree.left_out, *rest], runs=None if followed else runs,
     )  # fmt: skip
 
 
@@ -139,7 +144,12 @@ def _row_groups(root: StoragePath, name: str, columns: Columns) -> Iterator[_Row
             parquet = pq.ParquetFile(file)
             found = _columns(place, parquet.schema_arrow, columns)
             _check_sizes(place, parquet.metadata, (found.label, found.name))
-            leaf = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == found.image)
+            paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+            if found.image not in paths:
+                raise ValueError(
+                    f"--image-column {found.image}: is not bytes in {place}; its columns are {', '.join(paths)}"
+                )
+            leaf = paths.index(found.image)
             for index in range(parquet.num_row_groups):
                 wanted = [found.label, *([found.name] if found.name else [])]
                 table = parquet.read_row_group(index, columns=wanted)
@@ -159,7 +169,8 @@ def _group(
     name: str, index: int, table: Any, found: "_Found", columns: Columns, schema: Any, missing: bool
 ) -> _RowGroup:
     rows = table.flatten()
-    labels = [None if isinstance(v, float) and math.isnan(v) else v for v in rows[found.label].to_pylist()]
+    values = rows[found.label].to_pylist()
+    labels = [None if v == "" or (isinstance(v, float) and math.isnan(v)) else v for v in values]
     if any(isinstance(value, float) and not value.is_integer() for value in labels):
         raise ValueError(f"{name}: column {found.label} has numbers that are not whole; expected classes' numbers")
     names = rows[found.name].to_pylist() if found.name else [None] * len(labels)
@@ -235,12 +246,12 @@ def _set_of(name: str) -> tuple[str, str | None]:
     return "/".join(parts[:-1]), None
 
 
-def _followed(tree: Tree, file: str, text: str | None) -> tuple[dict[str, Any] | None, str]:
-    """Where the image is that a row names by its path, which must be one of the source's files."""
+def _followed(tree: Tree, file: str, text: str | None) -> tuple[str | None, str]:
+    """The image that a row names by its path, which must be one of the source's files; or None, and why."""
     path = (text or "").replace("\\", "/").removeprefix("./")
     for candidate in (str(PurePosixPath(file).parent / path), path):
         if candidate in tree.files and may_be_image(candidate):
-            return tree.files[candidate].at(), ""
+            return candidate, ""
     return None, f"the row has no bytes, and its path {path!r} is not a file of the source"
 
 
@@ -256,7 +267,8 @@ def _columns(place: StoragePath, schema: Any, columns: Columns) -> _Found:
     by_name = {name.lower(): name for name in reversed(schema.names)}
     shown = ", ".join(f"{column.name} ({column.type})" for column in schema)
     for flag, given in (("--image-column", columns.image), ("--label-column", columns.label)):
-        if given is not None and given.split(".")[0] not in schema.names:
+        outer = given.split(".")[0] if given is not None and flag == "--image-column" else given
+        if outer is not None and outer not in schema.names:
             raise ValueError(f"{flag} {given}: is not a column of {place}; its columns are {shown}")
     image = columns.image or image_column(schema)
     if image is not None and "." not in image:
@@ -291,7 +303,7 @@ class _Classes:
         values = {value for group in train for value in group.labels if value is not None}
         self.named = next((group.class_names for group in train if group.class_names), ())
         if any(isinstance(value, str | bool) for value in values):
-            self.named, self.names = (), tuple(sorted(map(str, values)))
+            self.named, self.names = (), class_order(map(str, values))
         else:
             numbers = sorted(int(value) for value in values if value >= 0 and value == int(value))
             rows = sum(len(group.labels) for group in train)

@@ -38,9 +38,9 @@ def split_of_path(path: str) -> str | None:
 
 def draw_val(entries: list[Entry], fraction: float, seed: int) -> dict[str, list[Entry]]:
     """Of every class this fraction for validation, at least one of two or more; the same ones whenever seed, fraction
-    and files are the same. Files of the same content stay together. Where every class has one image, by lot among all
-    of them: the classes that are drawn then have no training images."""
-    twins = same_content(entries)
+    and files are the same. Files of a class with the same content stay together. Where every class has one image, they
+    are drawn from all of them: the classes that are drawn then have no training images."""
+    twins = _same_content(_by_size(entries).values()) or {}
     by_class: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_class[entry.label].append(entry)
@@ -101,35 +101,44 @@ def into_two(
     return with_val_drawn(train, say, val_fraction, seed)
 
 
-def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]]:
-    """Pairs of a training and a validation image of the same content."""
-    twins = same_content([*splits["train"], *splits["val"]])
-    of_train = {twins[entry.id]: entry for entry in splits["train"] if entry.id in twins}
-    return [(of_train[twins[entry.id]], entry) for entry in splits["val"] if twins.get(entry.id) in of_train]
+def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]] | None:
+    """Pairs of a training and a validation image of the same content; None if too much would have to be read."""
+    of_train, of_val = (_by_size(splits[split]) for split in ("train", "val"))
+    shared = [[*of_train[size], *of_val[size]] for size in of_train.keys() & of_val.keys()]
+    twins = _same_content(shared)
+    if twins is None:
+        return None
+    first = {twins[entry.id]: entry for entry in reversed(splits["train"]) if entry.id in twins}
+    return [(first[twins[entry.id]], entry) for entry in splits["val"] if twins.get(entry.id) in first]
 
 
-def same_content(entries: Iterable[Entry], say: Say = lambda line: None) -> dict[int, str]:
-    """For entries that are not the only ones of their content: a name of it. Files of this machine are compared by
-    size, then by hash; ranges of archives, rows and remote files are not."""
+def _by_size(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    """Entries that are files of this machine, by their size; not ranges of archives, rows and remote files."""
     by_size: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.path is None or entry.start is not None or entry.row is not None or "://" in entry.path:
             continue
         try:
             found = os.stat(entry.path)
-            if stat.S_ISREG(found.st_mode) and found.st_size:  # to open a pipe would wait for ever
-                by_size[found.st_size].append(entry)
         except OSError:
             continue  # it is named when it is read
-    alike = {size: found for size, found in by_size.items() if len(found) > 1}
-    if sum(size * len(found) for size, found in alike.items()) > HASHED_BYTES:
-        return {}
+        if stat.S_ISREG(found.st_mode) and found.st_size:  # to open a pipe would wait for ever
+            by_size[found.st_size].append(entry)
+    return by_size
+
+
+def _same_content(groups: Iterable[list[Entry]]) -> dict[int, str] | None:
+    """For entries of groups of one size that are not the only ones of their content: a name of it. None if that would
+    take the reading of more than HASHED_BYTES."""
+    alike = [group for group in groups if len(group) > 1]
+    sizes = (os.stat(group[0].path or "").st_size * len(group) for group in alike)
+    if sum(sizes) > HASHED_BYTES:
+        return None
     by_hash: dict[str, list[Entry]] = defaultdict(list)
-    for members in alike.values():
-        for entry in members:
-            assert entry.path is not None
+    for group in alike:
+        for entry in group:
             try:
-                with open(entry.path, "rb") as file:
+                with open(entry.path or "", "rb") as file:
                     by_hash[hashlib.file_digest(file, "sha256").hexdigest()].append(entry)
             except OSError:
                 continue

@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -31,7 +31,7 @@ LABEL_COLUMNS = (
     "breed",
     "label_name",
 )
-SPLIT_COLUMNS = ("split", "subset", "partition", "set", "fold_name")
+SPLIT_COLUMNS = ("split", "subset", "partition")
 CAFFE = ("train.txt", "val.txt")
 
 
@@ -96,7 +96,7 @@ def open_pattern(tree: Tree, say: Say, *, pattern: str, val_fraction: float | No
             else:
                 without.append((name, f"its name does not match {pattern}"))
     if not rows:
-        raise ValueError(f"--label-pattern {pattern!r}: matches none of {len(without)} names, such as {without[:1]}")
+        raise ValueError(f"--label-pattern {pattern!r}: matches none of the {len(without)} names of images")
     say(f"labels are the part of the files' names that {pattern} finds")
     return _listed(tree, "pattern", {"": rows}, say, val_fraction, seed, without)
 
@@ -107,7 +107,9 @@ def read_rows(tree: Tree, table: str, image_column: str | None, label_column: st
     rows: list[dict[str, str]]
     if extension(table) == "jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 found = json.loads(line)
                 rows.append({str(key): "" if value is None else str(value) for key, value in found.items()})
@@ -116,20 +118,35 @@ def read_rows(tree: Tree, table: str, image_column: str | None, label_column: st
     else:
         first = text.partition("\n")[0]
         delimiter = max("\t;,", key=first.count)
-        rows = [
-            {key: value or "" for key, value in row.items() if isinstance(key, str) and isinstance(value, str | None)}
-            for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)
-        ]
+        try:
+            rows = [
+                {
+                    key: value or ""
+                    for key, value in row.items()
+                    if isinstance(key, str) and isinstance(value, str | None)
+                }
+                for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)
+            ]
+        except csv.Error as error:
+            raise ValueError(f"--labels {table}: cannot be read: {error}") from None
     columns = list(rows[0]) if rows else []
     image = _column(columns, image_column, IMAGE_COLUMNS, "--image-column", table)
     label = _column(columns, label_column, LABEL_COLUMNS, "--label-column", table)
-    by_name = {column.lower(): column for column in columns}
+    by_name = _by_name(columns)
     split = next((by_name[name] for name in SPLIT_COLUMNS if name in by_name), None)
-    say(
-        f"labels come from {table}: column {label} of the images in column {image}" + (f", by {split}" if split else "")
-    )
+    by = f"; column {split} has their parts" if split else ""
+    say(f"labels come from {table}: column {label} has those of the images in column {image}{by}")
     for row in rows:
-        yield Row(row.get(image, ""), row.get(label, "").strip(), split_of_name(row.get(split, "")) if split else None)
+        yield Row(
+            row.get(image, ""), row.get(label, "").strip(), _part(row.get(split, ""), split, table) if split else None
+        )
+
+
+def _part(value: str, column: str, table: str) -> str | None:
+    found = split_of_name(value)
+    if found is None and value.strip():
+        raise ValueError(f"--labels {table}: {column} = {value!r}: is no part; expected train, val or test")
+    return found
 
 
 def find_table(tree: Tree) -> str | None:
@@ -145,13 +162,17 @@ def find_table(tree: Tree) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def _by_name(columns: list[str]) -> dict[str, str]:
+    return {column.lower().strip(): column for column in columns}
+
+
 def _column(columns: list[str], given: str | None, known: tuple[str, ...], flag: str, table: str) -> str:
     shown = ", ".join(columns[:12]) or "none"
     if given is not None:
         if given not in columns:
             raise ValueError(f"{flag} {given}: is not a column of {table}; its columns are {shown}")
         return given
-    by_name = {column.lower().strip(): column for column in columns}
+    by_name = _by_name(columns)
     found = next((by_name[name] for name in known if name in by_name), None)
     if found is None:
         raise ValueError(f"--labels {table}: name the column with {flag}; its columns are {shown}")
@@ -177,16 +198,16 @@ def _listed(
         )
     label_of = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
-    seen: set[str] = {name for name, _ in misplaced}
+    unlabelled = dict(misplaced or ())
+    misplaced, seen = [], set[str]()
+    find = _Finder(tree, lists)
     for source, rows in lists.items():
-        find = _finder(tree, source)
         for row in rows:
-            name = find(row.image)
+            name, why = find(source, row.image)
             if name is None:
-                misplaced.append((row.image or "a row", f"{source} lists it, and it is not there"))
+                misplaced.append((row.image or "a row", f"{source} lists it, and {why}"))
             elif not row.label:
-                misplaced.append((name, f"has no label in {source}"))
-                seen.add(name)
+                unlabelled[name] = f"has no label in {source}"
             elif name in seen:
                 misplaced.append((name, f"{source} lists it a second time"))
             else:
@@ -194,11 +215,16 @@ def _listed(
                 split = row.split or split_of_path(name.rpartition("/")[0]) or ""
                 splits[split].append(Entry(len(seen), label_of[row.label], name, **tree.files[name].at()))
     left_out = list(tree.left_out)
+    where = " or ".join(filter(None, lists)) or "its name"
     for name in tree.files:
-        if name not in seen and may_be_image(name):
-            misplaced.append((name, "has no label in " + " or ".join(filter(None, lists))))
-        elif name not in seen and name not in lists:
+        if name in seen or name in lists:
+            continue
+        if not may_be_image(name):
             left_out.append((name, f"not an image by its name: .{extension(name)}"))
+        elif split_of_path(name.rpartition("/")[0]) == "test":  # the test parts of contests have no labels
+            left_out.append((name, "of the test part, and without a label"))
+        else:
+            misplaced.append((name, unlabelled.get(name, f"has no label in {where}")))
     made = into_two(splits, say, val_fraction, seed, left_out)
     for split in made:
         made[split].sort(key=lambda entry: entry.name.split("/"))
@@ -210,24 +236,38 @@ def _listed(
     )  # fmt: skip
 
 
-def _finder(tree: Tree, table: str) -> Callable[[str], str | None]:
-    """From an image as a list names it to a file of the tree: a path from the list's folder or the top, or a name or
-    stem that only one file has."""
-    images = [name for name in tree.files if may_be_image(name)]
-    folder = table.rpartition("/")[0]
-    by_name, by_stem = defaultdict(list), defaultdict(list)
-    for name in images:
-        by_name[PurePosixPath(name).name].append(name)
-        by_stem[PurePosixPath(name).stem].append(name)
-    known = set(images)
+class _Finder:
+    """From an image as a list names it to a file of the tree."""
 
-    def find(text: str) -> str | None:
-        path = text.strip().replace("\\", "/").removeprefix("./").lstrip("/")
-        for candidate in (f"{folder}/{path}" if folder else path, path):
-            if candidate in known:
-                return candidate
-        last = PurePosixPath(path).name
-        found = by_name.get(last) or by_stem.get(last) or []
-        return found[0] if len(found) == 1 else None
+    def __init__(self, tree: Tree, lists: dict[str, list[Row]]) -> None:
+        self.images = {name for name in tree.files if may_be_image(name)}
+        exact = {self._exact(source, row.image) for source, rows in lists.items() for row in rows}
+        self._by_last = defaultdict[str, list[str]](list)  # those that no row names exactly, by name and by stem
+        for name in sorted(self.images - exact):
+            path = PurePosixPath(name)
+            for last in {path.name, path.stem}:
+                self._by_last[last].append(name)
 
-    return find
+    def __call__(self, source: str, text: str) -> tuple[str | None, str]:
+        """A path from the list's folder or from the top; else the only file that ends so. None, and why, if neither."""
+        if found := self._exact(source, text):
+            return found, ""
+        path = _plain(text)
+        ends = [
+            name
+            for name in self._by_last.get(path.rpartition("/")[2], ())
+            if "/" not in path or f"/{name}".endswith(f"/{path}") or f"/{path}".endswith(f"/{name}")
+            or f"/{name.rpartition('.')[0]}".endswith(f"/{path}")
+        ]  # fmt: skip
+        if len(ends) == 1:
+            return ends[0], ""
+        return None, f"{len(ends)} files are called so" if ends else "it is not there"
+
+    def _exact(self, source: str, text: str) -> str:
+        folder, path = source.rpartition("/")[0], _plain(text)
+        candidates = (f"{folder}/{path}" if folder else path, path)
+        return next((candidate for candidate in candidates if candidate in self.images), "")
+
+
+def _plain(text: str) -> str:
+    return text.strip().replace("\\", "/").removeprefix("./").lstrip("/")

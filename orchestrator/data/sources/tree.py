@@ -36,8 +36,8 @@ JUNK_FILES = re.compile(
     r"(?i)(thumbs|ehthumbs(_vista)?)\.db|desktop\.ini|icon\r|synophoto_.*"
     r"|.*(~|\.(part|crdownload|download|partial|tmp|temp|bak|swp))"
 )
-SHARD = re.compile(r"shard-\d{5,}\.parquet")
-LINKS_DOWN_TO = 2  # folders deep: a split, or a class, may be a link
+SHARD = re.compile(r"(train|val)/shard-\d{5,}\.parquet|" + UNFINISHED + r"/.*")
+LINKS_DOWN_TO = 5  # folders deep: a split, or a class, may be a link
 LOCAL_HEADER = 30  # bytes of a zip's local header before the name
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 ENCRYPTED = 0x1  # flag of a zip's member
@@ -78,11 +78,14 @@ class Tree:
         return sorted({name.partition("/")[0] for name in self.below(prefix) if "/" in name})
 
     def read(self, name: str) -> bytes:
-        """A small file of it. Raises ValueError for one that is not small."""
-        data = read(Entry(0, 0, name, **self.files[name].at()))
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"--source {self.shown}: {name}: {len(data)} bytes are too many for a list of labels")
-        return data
+        """A small file of it. Raises ValueError for one that is not there, or not small."""
+        if name not in self.files:
+            raise ValueError(f"--source {self.shown}: has no {name}: {self.summary()}")
+        at = self.files[name]
+        size = (at.length if at.length is not None else StoragePath(at.path).size()) or 0
+        if size > MAX_BYTES:
+            raise ValueError(f"--source {self.shown}: {name}: {size} bytes are too many for a list of labels")
+        return read(Entry(0, 0, name, **at.at()))
 
     def summary(self) -> str:
         """What is there: files by the ends of their names, and the folders at the top."""
@@ -95,7 +98,8 @@ class Tree:
 
 def extension(name: str) -> str:
     """In lower case, without the dot."""
-    return PurePosixPath(name).suffix[1:].lower()
+    stem, dot, end = name.rpartition("/")[2].rpartition(".")
+    return end.lower() if dot and stem else ""
 
 
 def may_be_image(name: str) -> bool:
@@ -136,15 +140,21 @@ def tree_of(root: StoragePath) -> Tree:
 
 
 def unpacked(tree: Tree, archives: Iterable[str]) -> Tree:
-    """A tree of what these archives of it hold: train.zip becomes the folder train, unless that is what it holds."""
+    """A tree of what these archives of it hold, and of the files beside them: train.zip becomes the folder train,
+    unless that is what it holds. Raises ValueError for a name that is there twice."""
     assert tree.root is not None
-    whole = Tree(tree.name, tree.shown, {}, list(tree.left_out), tree.root)
     archives = list(archives)
+    files = {name: at for name, at in tree.files.items() if name not in archives}
+    whole = Tree(tree.name, tree.shown, files, list(tree.left_out), tree.root)
     for name in archives:
         inner = tree_of(tree.root / name)
-        stem = PurePosixPath(name).stem
-        prefix = "" if len(archives) == 1 or inner.folders() == [stem] else stem + "/"
-        whole.files |= {prefix + below: at for below, at in inner.files.items()}
+        folder, _, file = name.rpartition("/")
+        stem = PurePosixPath(file).stem
+        parts = [folder, "" if len(archives) == 1 or inner.folders() == [stem] else stem]
+        prefix = "".join(f"{part}/" for part in parts if part)
+        for below, at in inner.files.items():
+            if whole.files.setdefault(prefix + below, at) is not at:
+                raise ValueError(f"--source {tree.shown}: {prefix + below} is there twice, once in {name}; unpack them")
         whole.left_out += [(prefix + below, rule) for below, rule in inner.left_out]
     whole.files = dict(sorted(whole.files.items()))
     return whole
@@ -158,7 +168,7 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
                 if info.is_dir():
                     continue
                 path = PurePosixPath(info.filename)
-                if path.is_absolute() or ".." in path.parts or "\\" in info.filename:
+                if path.is_absolute() or ".." in path.parts:
                     raise ValueError(f"{archive}: member {info.filename!r} has an absolute or parent path")
                 if info.flag_bits & ENCRYPTED:
                     raise ValueError(f"{archive}: member {info.filename!r} is encrypted; unpack the archive first")
@@ -195,12 +205,17 @@ def _sort_out(tree: Tree, found: Iterable[tuple[str, Where]]) -> None:
 
 def _leave_out_shards(tree: Tree) -> None:
     """What a preparation has written, or is writing, into a folder below. The source may be shards itself."""
-    paths = [PurePosixPath(name) for name in tree.files]
-    noted = {path.parent for path in paths if path.name == MANIFEST}
-    noted |= {path.parent.parent for path in paths if path.parent.name == UNFINISHED}
-    ours = {path.parent.parent for path in paths if SHARD.fullmatch(path.name)} & noted - {PurePosixPath(".")}
+    noted, mark = set(), UNFINISHED + "/"
+    for name in tree.files:
+        if name.endswith("/" + MANIFEST):
+            noted.add(name.removesuffix("/" + MANIFEST))
+        elif "/" + mark in name:
+            noted.add(name.partition("/" + mark)[0])
+    ours = {folder for folder in noted if any(SHARD.fullmatch(name) for name in tree.below(folder))}
     if ours:
-        tree.files = {name: at for name, at in tree.files.items() if not ours & {*PurePosixPath(name).parents}}
+        tree.files = {
+            name: at for name, at in tree.files.items() if not any(name.startswith(folder + "/") for folder in ours)
+        }
         tree.left_out += [(f"{folder}/", "shards that were prepared") for folder in sorted(ours)]
 
 
@@ -217,7 +232,11 @@ def _walk(tree: Tree, root: Any) -> None:
             raise ValueError(f"--source {folder}: cannot be listed: {error.strerror or error}") from None
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
-            is_folder = entry.is_dir()
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself, or into a folder that is closed
+                tree.left_out.append((name, f"cannot be looked at: {error.strerror or error}"))
+                continue
             if rule := is_junk(entry.name, folder=is_folder):
                 tree.left_out.append((name + "/" * is_folder, rule))
             elif not is_folder:

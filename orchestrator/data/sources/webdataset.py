@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.ilsvrc import members
+from orchestrator.data.sources.imagefolder import is_utf8
 from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
 from orchestrator.data.sources.splits import into_two, renumbered, split_of_path
 from orchestrator.data.sources.tables import LABEL_COLUMNS
@@ -13,10 +14,6 @@ from orchestrator.data.sources.tree import IMAGES, TARS, Tree
 
 LABELS = ("cls", "cls.txt", "label", "label.txt", "class", "json")
 MAX_LABEL_BYTES = 2**16
-
-
-def tars_of(tree: Tree) -> list[str]:
-    return [name for name in tree.files if name.lower().endswith(TARS)]
 
 
 def is_webdataset(archive: StoragePath) -> bool:
@@ -29,23 +26,27 @@ def is_webdataset(archive: StoragePath) -> bool:
     return False
 
 
-def open_webdataset(
-    archives: dict[str, StoragePath], name: str, say: Say, *, val_fraction: float | None, seed: int
-) -> Source:
-    """archives: by the path that may say their split. Raises ValueError of one line."""
+def open_webdataset(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -> Source:
+    """All tars of a tree, whose paths may say their parts. Raises ValueError of one line."""
+    assert tree.root is not None
     found: list[tuple[str, str, str, StoragePath, int, int]] = []  # split, label, name, archive, start, length
     misplaced: list[tuple[str, str]] = []
-    left_out: list[tuple[str, str]] = []
-    for path, archive in archives.items():
+    left_out = list(tree.left_out)
+    for path in tree.files:
+        if not path.lower().endswith(TARS):
+            left_out.append((path, "not a tar"))
+            continue
+        archive = tree.root / path
         split = split_of_path(path) or ""
         for key, image, label in _samples(archive, path, left_out):
             if image is None or label is None:
                 misplaced.append((f"{path}/{key}", "has no image" if image is None else "has no label"))
                 continue
+            if not is_utf8(key):
+                misplaced.append((ascii(f"{path}/{key}")[1:-1], "the name is not UTF-8"))
+                continue
             found.append((split, label, f"{path}/{key}", archive, *image))
     classes = class_order(label for _, label, *_ in found)
-    if len(classes) < 2:
-        raise ValueError(f"--source {name}: its labels name {len(classes)} class(es); a classifier needs at least 2")
     label_of = {text: label for label, text in enumerate(classes)}
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
     for number, (split, label, shown, archive, start, length) in enumerate(found):
@@ -53,7 +54,7 @@ def open_webdataset(
         splits[split].append(entry)
     made = renumbered(into_two(splits, say, val_fraction, seed, left_out))
     size = stored_size(sample(made["train"]), say)
-    return Source(name, "webdataset", classes, made, image_size=size, misplaced=misplaced, left_out=left_out)
+    return Source(tree.name, "webdataset", classes, made, image_size=size, misplaced=misplaced, left_out=left_out)
 
 
 def _samples(
@@ -67,12 +68,12 @@ def _samples(
             yield last, image, label
             image = label = None
         last = key
-        if kind.rpartition(".")[2] in IMAGES:
+        if kind.rpartition(".")[2] in IMAGES and image is None:
             image = start, member.size
         elif kind in LABELS and member.size <= MAX_LABEL_BYTES:
             label = _label(archive.read_at(start, member.size), kind) or label
         else:
-            left_out.append((f"{path}/{member.name}", f"neither an image nor a label by its name: .{kind}"))
+            left_out.append((f"{path}/{member.name}", f"neither a sample's first image nor its label: .{kind}"))
     if last is not None:
         yield last, image, label
 
@@ -83,8 +84,8 @@ def _label(data: bytes, kind: str) -> str | None:
         return text or None
     try:
         found = json.loads(text)
-        return next((str(found[name]) for name in LABEL_COLUMNS if name in found), None)
-    except (ValueError, TypeError, RecursionError):
+        return next((str(found[name]) for name in LABEL_COLUMNS if found.get(name) is not None), None)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
