@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .lrn import LocalResponseNorm, local_response_norm
     from .net import LRN, PRESETS, AlexNet, build, num_parameters
     from .optim import PaperSGD, plateau_schedule
+    from .trained import Description, TrainedNet, load
 
 __version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestrator read it here
 
@@ -27,20 +28,24 @@ _HOMES = {
     "lrn": ("LocalResponseNorm", "local_response_norm"),
     "net": ("LRN", "PRESETS", "AlexNet", "build", "num_parameters"),
     "optim": ("PaperSGD", "plateau_schedule"),
+    "trained": ("Description", "TrainedNet", "load"),
 }
 
 __all__ = [
     "LRN",
     "PRESETS",
     "AlexNet",
+    "Description",
     "LocalResponseNorm",
     "MeanSubtraction",
     "PaperSGD",
+    "TrainedNet",
     "__version__",
     "build",
     "count_errors",
     "errors_by_class",
     "keep_freed_memory",
+    "load",
     "local_response_norm",
     "num_parameters",
     "plateau_schedule",

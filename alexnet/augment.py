@@ -59,6 +59,27 @@ def center(num_images: int, *, margin: int) -> Draws:
     return Draws(middle, middle, np.zeros(num_images, np.bool_), np.zeros((num_images, 3), np.float32))
 
 
+def views(num_images: int, *, margin: int, number: int) -> list[Draws]:
+    """The fixed crops of every image that a net's answers are averaged over: the centre's (1); or the four corners' and
+    the centre's, and their mirror images (10; paper, 4.1). Raises ValueError for another number."""
+    middle = center(num_images, margin=margin)
+    if number == 1:
+        return [middle]
+    if number != 10:
+        raise ValueError(f"views = {number}: choose 1, the centre crop, or 10, the paper's")
+    corners = [(top, left) for top in (0, margin) for left in (0, margin)]
+    places = [*corners, (margin // 2, margin // 2)]
+    return [
+        middle._replace(
+            top=np.full(num_images, top, np.int32),
+            left=np.full(num_images, left, np.int32),
+            flip=np.full(num_images, flip, np.bool_),
+        )
+        for flip in (False, True)
+        for top, left in places
+    ]
+
+
 def color_shift(
     normal: NDArray[np.float32], eigenvalues: NDArray[np.float64], eigenvectors: NDArray[np.float64], noise: str
 ) -> NDArray[np.float32]:

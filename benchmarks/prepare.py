@@ -25,10 +25,9 @@ import PIL.Image
 import torch
 from torchvision.transforms import v2
 
-from alexnet import keep_freed_memory
+from alexnet import images, keep_freed_memory
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import imagenette
-from orchestrator.data import images
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD
 from orchestrator.data.reader import Task, TaskReader
 from orchestrator.data.shard_writer import ShardWriter

@@ -26,6 +26,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from alexnet.images import WHITE
 from orchestrator.base.environment import command
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
@@ -35,7 +36,6 @@ from orchestrator.config.recipes import RECIPES
 from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
-from orchestrator.data.images import WHITE
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
 from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView, show_source

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from alexnet.images import COUNTED, WHITE
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.images import COUNTED, WHITE
 from orchestrator.data.order import plan_epoch
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alexnet import images
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.schema import KEY, check_version
 from orchestrator.base.storage import StoragePath
-from orchestrator.data import images
 from orchestrator.data.shards import ROW_GROUP_ROWS, UNFINISHED, schema, sha256
 from orchestrator.data.sources import Entry, read, versions
 

@@ -26,11 +26,11 @@ from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
 from orchestrator.base.storage import StoragePath
 
 MANIFEST = "manifest.json"
+MEAN_IMAGE = "mean_image.npy"
 SCHEMA_VERSION: Final = 2  # of the manifest
 CHECKSUM = "manifest_sha256"  # since version 2
 UNFINISHED = "_unfinished"  # folder of the notes of finished tasks; removed at the end
 REJECTED = "rejected.jsonl"
-MEAN_IMAGE = "mean_image.npy"
 ROW_GROUP_ROWS = 128
 READ_AT_A_TIME = 8  # shards
 LONGEST_REASON = 200  # characters

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from alexnet.trained import WEIGHTS
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
@@ -15,7 +16,7 @@ from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.tracking.run import FINISH_TIMEOUT_S, HURRIED_TIMEOUT_S, Run
 from orchestrator.tracking.store import Store
 from orchestrator.tracking.training_run import Tracker
-from orchestrator.train.checkpoints import WEIGHTS, checkpoint_name
+from orchestrator.train.checkpoints import checkpoint_name
 from orchestrator.train.model_log import EPOCH_TAG, log_model
 
 PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each

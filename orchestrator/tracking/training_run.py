@@ -1,8 +1,6 @@
 """The MLflow run of a training run: parameters, dataset, model."""
 
 import contextlib
-import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -65,13 +63,9 @@ class Tracker:
         self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=bool(run_id))
         self._monitor.start()
 
-    def log_model(
-        self, weights: Path, mean_image: Path, description: dict[str, Any], image_size: int, num_classes: int
-    ) -> None:
-        """The net as an MLflow model: stored images in, class probabilities out. Nothing in it is pickled.
-
-        `description` is what orchestrator/tracking/served_model.py reads.
-        """
+    def log_model(self, folder: Path, image_size: int, num_classes: int) -> None:
+        """The net of a model's folder (alexnet/trained.py) as an MLflow model: stored images in, class probabilities
+        out. Nothing in it is pickled."""
         import mlflow
         import numpy as np
         from mlflow.models import ModelSignature
@@ -84,26 +78,23 @@ class Tracker:
         # advice for authors of models; not catch_warnings, which is no good beside MLflow's own threads
         warnings.filterwarnings("ignore", message="(?is).*input example", category=UserWarning)
         here = Path(__file__).parent
-        with tempfile.TemporaryDirectory() as folder:
-            described = Path(folder, "net.json")
-            described.write_text(json.dumps(description, indent=1))
 
-            def log() -> None:
-                with mlflow.start_run(run_id=self.run.run_id, log_system_metrics=False):
-                    mlflow.pyfunc.log_model(
-                        name="model",
-                        python_model=str(here / "served_model.py"),
-                        artifacts={"weights": str(weights), "mean_image": str(mean_image), "net": str(described)},
-                        code_paths=[str(here.parent.parent / "alexnet")],
-                        signature=signature,
-                        pip_requirements=["torch", "numpy", "numba", "safetensors"],
-                    )
+        def log() -> None:
+            with mlflow.start_run(run_id=self.run.run_id, log_system_metrics=False):
+                mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(here / "served_model.py"),
+                    artifacts={"net": str(folder)},
+                    code_paths=[str(here.parent.parent / "alexnet")],
+                    signature=signature,
+                    pip_requirements=["torch", "numpy", "numba", "pillow", "safetensors", "simplejpeg"],
+                )
 
-            try:
-                self.run.patiently(log)
-            except Exception as error:
-                run = self.run
-                run.warn(f"the model did not reach MLflow; its weights are in {weights}: {run.store.reason(error)}")
+        try:
+            self.run.patiently(log)
+        except Exception as error:
+            run = self.run
+            run.warn(f"the model did not reach MLflow; its checkpoint is kept: {run.store.reason(error)}")
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         if self._monitor is not None:  # it sends its last values itself, to a server that may be away

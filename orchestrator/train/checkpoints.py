@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
+from alexnet.trained import WEIGHTS
 from orchestrator.base.schema import KEY, check_version, load_json
 from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
-WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
 NEEDED = {"best", "num_bad_epochs", "last_epoch"}  # of PyTorch's schedule

@@ -15,6 +15,7 @@ import torch
 
 import alexnet
 from alexnet.layouts import Layout, ShardedNet
+from alexnet.trained import write_description
 from orchestrator.base import logs
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
@@ -25,7 +26,7 @@ from orchestrator.train.classes import has_top5, loss_weights
 from orchestrator.train.driver_link import STOP_CODES, DriverLink
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import EpochEnded, Failed, Started, StartFrom, Step, Stopped, Warned, WorkerPayload
-from orchestrator.train.model import build_net
+from orchestrator.train.model import build_net, describe
 from orchestrator.train.rendezvous import rendezvous
 from orchestrator.train.step import Pending, WorkerStep
 from orchestrator.train.stuck import StuckWatch
@@ -108,7 +109,8 @@ class Worker:
         self.net = ShardedNet(build_net(config, num_classes).to(self.device, dtype), self.layout, link.rank)
         self.optimizer = alexnet.PaperSGD(self.net.parameters(), config.lr, config.momentum, config.weight_decay)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
-        mean = torch.from_numpy(read_mean_image(folder, self.manifest)).to(self.device)
+        self.mean_image = read_mean_image(folder, self.manifest)
+        mean = torch.from_numpy(self.mean_image).to(self.device)
         weights = loss_weights(config, self.manifest, num_classes)
         self.step = WorkerStep(
             self.net, self.optimizer, mean, config, self.manifest.rows, bf16=self.agreed.bf16,
@@ -227,6 +229,8 @@ class Worker:
         if folder is None:
             ray.train.report(metrics)
             return
+        description = describe(self.config, self.manifest, self.num_classes, self.state.epoch)
+        write_description(folder, description, self.mean_image)
         name = checkpoints.checkpoint_name(self.state.epoch, len(self.state.losses))
         ray.train.report(
             metrics,

@@ -159,7 +159,7 @@ def test_images_and_labels_belong_together(digit_shards):
     """Every row of val, decoded here without the feed, equals what the feed delivers."""
     import pyarrow.parquet as pq
 
-    from orchestrator.data import images
+    from alexnet import images
 
     folder, manifest = digit_shards
     batches = take(feed_for(digit_shards, digits().changed(epochs=1), 0, 1), 1)[0, "val"]

@@ -10,8 +10,9 @@ import hostile
 import pytest
 from conftest import ROOT
 
+from alexnet import images
 from orchestrator.base.storage import StoragePath
-from orchestrator.data import images, sandbox
+from orchestrator.data import sandbox
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.sources import Entry
 
@@ -34,7 +35,7 @@ READ = {
 SCRIPT = """
 import resource, sys
 from orchestrator.base.storage import StoragePath
-from orchestrator.data import images
+from alexnet import images
 data = sys.stdin.buffer.read()
 try:
     {read}

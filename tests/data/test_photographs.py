@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 
-from orchestrator.data.images import NotAnImage
+from alexnet.images import NotAnImage
 from orchestrator.data.sources import Options, open_source, read
 from orchestrator.data.sources.imagefolder import near_equal
 

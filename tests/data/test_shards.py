@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_photographs, picture
 
+from alexnet import images
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
-from orchestrator.data import images, shards
+from orchestrator.data import shards
 from orchestrator.data.prepare import prepare
 from orchestrator.data.shard_writer import ShardWriter
 from orchestrator.data.sources import open_source

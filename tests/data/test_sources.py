@@ -19,8 +19,8 @@ import pytest
 import scipy.io
 from conftest import picture
 
+from alexnet import images
 from orchestrator.base.storage import StorageError, StoragePath
-from orchestrator.data import images
 from orchestrator.data.sources import Options, listing, open_source, read
 from orchestrator.data.sources import ilsvrc as archives
 

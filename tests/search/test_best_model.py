@@ -1,5 +1,6 @@
 """The model of a search's best trial in MLflow: logged to its run, which stays as it ended."""
 
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,11 @@ def ended(tmp_path):
     run.finish("KILLED", hurry=False)
     runs = SearchRuns(store, config, journal, "search", resume=False, warn=said.append)
     np.save(tmp_path / "mean.npy", np.zeros((72, 72, 3), np.float32))
-    manifest = SimpleNamespace(mean_image_file="mean.npy", classes=["0"], image_size=72)
+    digest = hashlib.sha256((tmp_path / "mean.npy").read_bytes()).hexdigest()
+    manifest = SimpleNamespace(
+        mean_image_file="mean.npy", mean_image_sha256=digest, classes=["0"], class_names=[], image_size=72,
+        source="mine", digest="d",
+    )  # fmt: skip
     data = SimpleNamespace(manifest=manifest, folder=StoragePath.of(tmp_path), num_classes=lambda config: 10)
     yield SimpleNamespace(
         runs=runs, trials=StoragePath.of(tmp_path / "trials"), run=run, said=said, data=data, record=journal.trials[0]

@@ -12,7 +12,6 @@ import pytest
 import requests
 import torch
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from safetensors.torch import save_file
 
 import alexnet
 from orchestrator.base.redaction import redact
@@ -233,25 +232,23 @@ def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri
 def test_the_logged_model_predicts_what_the_net_predicts(uri, digit_shards, tmp_path):
     import pyarrow.parquet as pq
 
-    from orchestrator.data import images
+    from alexnet import images
 
     folder, manifest = digit_shards
     net = alexnet.build("paper", 10, width=0.25, input_size=64, init="he").eval()
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "w.safetensors")
     build = {"preset": "paper", "num_classes": 10, "width": 0.25, "input_size": 64, "lrn": {}}
-    description = {"build": build, "pixel_scale": 1 / 64, "classes": manifest.classes}
+    mean = np.load(folder / manifest.mean_image_file)
+    description = alexnet.Description(build, tuple(manifest.classes), pixel_scale=1 / 64)
+    alexnet.TrainedNet(net, description, mean).save(tmp_path / "net")
     tracker = Tracker(uri)
     tracker.start("model", digits(), manifest, StoragePath.of(folder))
-    tracker.log_model(
-        tmp_path / "w.safetensors", folder / manifest.mean_image_file, description, manifest.image_size, 10
-    )
+    tracker.log_model(tmp_path / "net", manifest.image_size, 10)
     tracker.finish("FINISHED")
 
     rows = pq.read_table(folder / manifest.split("val")[0].file).slice(0, 6).to_pylist()
     stored = np.array([images.decode(row["image"]) for row in rows])
     model = mlflow.pyfunc.load_model(f"runs:/{tracker.run.run_id}/model")
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, 72, 72, 3)
-    mean = np.load(folder / manifest.mean_image_file)
     x = torch.from_numpy((stored - mean)[:, 4:68, 4:68] / 64).permute(0, 3, 1, 2).float()
     with torch.no_grad():
         expected = torch.softmax(net(x), 1).numpy()

@@ -1,10 +1,12 @@
 """What a run refuses before anything is started, what it writes of its events, and what its log holds."""
 
+import hashlib
 import io
 import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from orchestrator.base import logs
@@ -92,24 +94,36 @@ def test_a_run_is_refused_other_classes_before_anything_is_touched(digit_shards,
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+def model_data(folder, name="mean.npy", classes=("0",)):
+    """Data of which a model is logged: the mean image of 72 pixels, in a file of that name below the folder."""
+    mean = np.full((72, 72, 3), 7, np.float32)
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as opened:
+        np.save(opened, mean)
+    manifest = SimpleNamespace(
+        mean_image_file=name, mean_image_sha256=hashlib.sha256(file.read_bytes()).hexdigest(), image_size=72,
+        classes=classes, class_names=(), source="mine", digest="d",
+    )  # fmt: skip
+    return SimpleNamespace(folder=StoragePath.of(folder), num_classes=lambda config: 10, manifest=manifest)
+
+
 def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session, tmp_path):
     """It is under a plain name in a temporary folder, even if a manifest's check were to fail."""
-    (tmp_path / "data" / "below").mkdir(parents=True)
-    (tmp_path / "mine.npy").write_bytes(b"mine")
-    (tmp_path / "data" / "below" / "mean.npy").write_bytes(b"mean")
     logged = []
 
-    def log_model(weights, mean_image, *rest):
-        logged.append((mean_image.name, mean_image.read_bytes()))
+    def log_model(folder, *rest):
+        logged.append(sorted(path.name for path in folder.iterdir()))
+        assert np.load(folder / "mean_image.npy").max() == 7
 
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     session.tracker.log_model = log_model
     session.result = {"history": [entry(1, 0.5)], "best": entry(1, 0.5), "best_checkpoint": str(tmp_path)}
-    session.data = SimpleNamespace(folder=StoragePath.of(tmp_path / "data"), num_classes=lambda config: 10)
     for name in ("below/mean.npy", "../mine.npy"):
-        session.data.manifest = SimpleNamespace(mean_image_file=name, classes=("a",) * 10, image_size=72)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        session.data = model_data(tmp_path / "data", name)
         session._log_outcome()
-    assert logged == [("mean_image.npy", b"mean"), ("mean_image.npy", b"mine")]
-    assert (tmp_path / "mine.npy").read_bytes() == b"mine"
+    assert logged == 2 * [["mean_image.npy", "model.safetensors", "net.json"]]
 
 
 # events
@@ -177,19 +191,21 @@ def test_the_model_in_mlflow_is_of_the_epoch_that_it_is_said_to_be(session, tmp_
     session.on_event(EpochEnded(epochs=4, metrics=history[-1], history=history))
     for epoch in (3, 4):
         (session.run.path / f"checkpoint-epoch-{epoch:04d}" / "model.safetensors").write(str(epoch).encode())
-    (tmp_path / "mean.npy").write_bytes(b"mean")
     session.on_event(
         Finished(
             checkpoint=f"{session.run.path}/checkpoint-epoch-0004",
             best_checkpoint=f"{session.run.path}/checkpoint-epoch-0003",
         )
     )
-    manifest = SimpleNamespace(mean_image_file="mean.npy", classes=["0"], image_size=72)
-    session.data = SimpleNamespace(manifest=manifest, folder=RunFolder(tmp_path, "x").output, num_classes=lambda _: 10)
+    session.data, models = model_data(tmp_path), []
+
+    def log_model(folder, *rest):
+        models.append(((folder / "model.safetensors").read_text(), json.loads((folder / "net.json").read_text())))
+
+    session.tracker.log_model = log_model
     session._log_outcome()
-    [model] = [call for call in session.tracker.calls if call[0] == "log_model"]
-    assert model[1].read_text() == "3"
-    assert model[3]["epoch"] == 3
+    [(weights, described)] = models
+    assert (weights, described["epoch"]) == ("3", 3)
     assert ("tag", ("model.epoch", "3")) in session.tracker.calls
     assert session.result["best"]["epoch"] == 3
 

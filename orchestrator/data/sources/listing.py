@@ -15,10 +15,10 @@ import cachetools
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alexnet.images import NotAnImage, decode
 from orchestrator.base.exits import last_line
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StorageError, StoragePath
-from orchestrator.data.images import NotAnImage, decode
 
 SPLITS = ("train", "val")
 

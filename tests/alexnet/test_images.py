@@ -10,7 +10,7 @@ import PIL.ImageOps
 import pytest
 from conftest import picture
 
-from orchestrator.data import images
+from alexnet import images
 
 
 def encoded(image: PIL.Image.Image, form: str, **options) -> bytes:

@@ -1,0 +1,192 @@
+"""A trained net as a thing that can be used: its weights, and with them all that an image must go through before.
+
+    trained = alexnet.load("runs/digits-20261126-102157/checkpoint-epoch-0030")
+    probabilities = trained.probabilities(np.stack([trained.stored(file.read_bytes()) for file in files]), views=10)
+
+A model's folder holds WEIGHTS, DESCRIPTION and MEAN_IMAGE; every checkpoint is one, and so is the model in MLflow.
+N images, S the side at which they are stored, in pixels, K classes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from . import augment, images
+from .augment import MeanSubtraction
+from .net import LRN, AlexNet, build
+
+WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
+DESCRIPTION = "net.json"
+MEAN_IMAGE = "mean_image.npy"
+VERSION = 1  # of DESCRIPTION
+VIEWS = (1, 10)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What using a net takes besides its weights and its mean image."""
+
+    build: Mapping[str, Any]  # arguments of alexnet.build; `lrn` as a mapping of its constants
+    classes: tuple[str, ...]  # by the label; a net may have more outputs than these
+    pixel_scale: float = 1.0  # multiplies the pixels after the mean image is subtracted
+    class_names: tuple[str, ...] = ()  # the classes in words, where the data has them
+    epoch: int | None = None  # passes that it was trained for
+    data: str = ""  # name of what it was trained on
+    digest: str = ""  # of the images that it was trained on
+    schema_version: int = field(default=VERSION)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def of_json(text: str | bytes, where: str) -> "Description":
+        """What `to_json` wrote. Raises ValueError of one line that names `where` and the field."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}: is not JSON; take the model from its run again") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: is not a JSON object; take the model from its run again")
+        version = found.pop("schema_version", VERSION)
+        if type(version) is not int or version > VERSION:
+            raise ValueError(f"{where}: is of version {version!r:.20}, this program reads up to {VERSION}: upgrade it")
+        kinds: dict[str, Any] = {
+            "build": dict, "classes": list, "pixel_scale": (int, float), "class_names": list,
+            "epoch": (int, type(None)), "data": str, "digest": str,
+        }  # fmt: skip
+        for name, value in found.items():
+            if name not in kinds or not isinstance(value, kinds[name]) or isinstance(value, bool):
+                raise ValueError(f"{where}: {name!r:.40} is {value!r:.40}, which is not what a net's description has")
+        if missing := {"build", "classes"} - found.keys():
+            raise ValueError(f"{where}: has no {min(missing)}; take the model from its run again")
+        for name in ("classes", "class_names"):
+            if not all(isinstance(each, str) for each in found.setdefault(name, [])):
+                raise ValueError(f"{where}: {name} are not all text")
+            found[name] = tuple(found[name])
+        if not (math.isfinite(found.setdefault("pixel_scale", 1.0)) and found["pixel_scale"] > 0):
+            raise ValueError(f"{where}: pixel_scale is {found['pixel_scale']}; it is more than 0")
+        return Description(**found)
+
+
+class TrainedNet:
+    """A net with its classes and its input: from images to probabilities."""
+
+    def __init__(self, net: AlexNet, description: Description, mean_image: NDArray[np.float32]) -> None:
+        """mean_image: (S, S, 3), in grey levels from 0 to 255."""
+        self.net, self.description, self.mean_image = net.eval(), description, mean_image
+        self.image_size = len(mean_image)
+        self.subtract_mean = MeanSubtraction(torch.from_numpy(mean_image), net.input_size, description.pixel_scale)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each of the net's outputs."""
+        named = self.description.classes
+        return (*named, *(f"class {number}" for number in range(len(named), self.net.num_classes)))
+
+    def stored(self, data: bytes, *, exif: bool = True) -> NDArray[np.uint8]:
+        """The bytes of an image file as (S, S, 3): shorter side to S, then the centre, as preparing data does.
+
+        Raises images.NotAnImage.
+        """
+        return images.resize_and_center(images.decode(data, exif=exif), self.image_size)
+
+    @torch.inference_mode()
+    def scores(self, stored_NHWC: NDArray[np.uint8], draws: augment.Draws) -> torch.Tensor:
+        """Class scores (N, K), before the softmax, of one crop of each image."""
+        none = np.zeros((len(stored_NHWC), 3), np.float32)
+        crops = augment.crop_flip_shift(stored_NHWC, draws, none, self.net.input_size)
+        device = next(self.net.parameters()).device
+        cut = (torch.from_numpy(part).to(device) for part in (crops, draws.top, draws.left, draws.flip))
+        scores: torch.Tensor = self.net(self.subtract_mean(*cut))
+        return scores
+
+    def probabilities(self, stored_NHWC: NDArray[np.uint8], views: int = 1) -> NDArray[np.float32]:
+        """(N, K) float32 of images (N, S, S, 3): of the centre crop, or the mean over ten views (paper, 4.1)."""
+        total: torch.Tensor | float = 0.0
+        stored = np.ascontiguousarray(stored_NHWC)
+        for draws in augment.views(len(stored), margin=self.image_size - self.net.input_size, number=views):
+            total = total + torch.softmax(self.scores(stored, draws).float(), 1)
+        assert isinstance(total, torch.Tensor)
+        mean: NDArray[np.float32] = (total / views).cpu().numpy()
+        return mean
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model's folder, which `load` reads."""
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(state, str(Path(folder, WEIGHTS)))
+        write_description(Path(folder), self.description, self.mean_image)
+
+
+def write_description(folder: Path, description: Description, mean_image: NDArray[np.float32]) -> None:
+    """Write what makes a folder with WEIGHTS a model's folder."""
+    np.save(folder / MEAN_IMAGE, mean_image, allow_pickle=False)
+    (folder / DESCRIPTION).write_text(description.to_json())
+
+
+def load(path: str | os.PathLike[str]) -> TrainedNet:
+    """The net of a model's folder, such as a checkpoint, on the CPU. Raises ValueError of one line."""
+    folder = Path(path)
+    missing = next((name for name in (WEIGHTS, DESCRIPTION, MEAN_IMAGE) if not (folder / name).is_file()), None)
+    if missing:
+        raise ValueError(
+            f"{folder}: has no {missing}; a model's folder holds {WEIGHTS}, {DESCRIPTION} and {MEAN_IMAGE}"
+        )
+    description = Description.of_json((folder / DESCRIPTION).read_bytes(), str(folder / DESCRIPTION))
+    net = build_described(description, str(folder / DESCRIPTION))
+    load_weights(net, folder / WEIGHTS)
+    return TrainedNet(net, description, read_mean_image(folder / MEAN_IMAGE, net.input_size))
+
+
+def build_described(description: Description, where: str) -> AlexNet:
+    """A net of the described form, its weights not yet those that it was trained to. Raises ValueError of one line."""
+    arguments = dict(description.build)
+    try:
+        lrn = arguments.pop("lrn", None)
+        net = build(**arguments, lrn=None if lrn is None else LRN(**lrn))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: build: {error}") from None
+    if len(description.classes) > net.num_classes:
+        raise ValueError(f"{where}: {len(description.classes)} classes, but the net has {net.num_classes} outputs")
+    return net
+
+
+def load_weights(net: AlexNet, file: Path) -> None:
+    """Fill a net from a safetensors file of canonical names. Raises ValueError of one line, the net untouched."""
+    try:
+        found = load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: is not a whole safetensors file ({str(error).splitlines()[0]:.100})") from None
+    state = net.state_dict()
+    if surplus := sorted(found.keys() ^ state.keys()):
+        there = "the file has" if surplus[0] in found else "the net has"
+        raise ValueError(f"{file}: {there} {surplus[0]!r:.60}, and the other does not: is it of another net?")
+    for name, tensor in found.items():
+        if tensor.shape != state[name].shape:
+            has, wants = (" x ".join(map(str, each.shape)) for each in (tensor, state[name]))
+            raise ValueError(f"{file}: {name} is {has}, and the net's is {wants}: is it of another net?")
+    net.load_state_dict(found)
+
+
+def read_mean_image(file: Path, input_size: int) -> NDArray[np.float32]:
+    """(S, S, 3) float32, S at least the net's input. Raises ValueError of one line."""
+    try:
+        mean: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"{file}: is no array of numpy") from None
+    side = mean.shape[0] if mean.ndim == 3 else 0
+    if mean.dtype != np.float32 or mean.shape != (side, side, 3) or side < input_size or not np.isfinite(mean).all():
+        raise ValueError(f"{file}: has {mean.dtype} {mean.shape}; expected float32 (S, S, 3), S at least {input_size}")
+    return mean
