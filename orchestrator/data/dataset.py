@@ -23,15 +23,19 @@ def with_absolute_data(config: TrainConfig) -> TrainConfig:
     return config.changed(data=str(StoragePath.of(config.data)))
 
 
+def shards_of(config: TrainConfig, output: StoragePath) -> StoragePath:
+    """Where the shards are that the settings name. Those of the bundled digits are kept with the runs."""
+    return output / "_data" / BUNDLED if config.data == BUNDLED else StoragePath.of(config.data)
+
+
 class Dataset:
     """The shards that the settings name. Those of the bundled digits are kept with the runs, and made when needed."""
 
     def __init__(self, config: TrainConfig, output: StoragePath, *, verify: bool = True) -> None:
         """Raises ValueError of one line if there are no shards or the settings do not fit, DamagedData for damage."""
         self._labels: list[tuple[int, int]] | None = None  # of each shard the least and the greatest, once read
-        bundled = config.data == BUNDLED
-        self.folder = output / "_data" / BUNDLED if bundled else StoragePath.of(config.data)
-        self.to_prepare = bundled and (self.folder / shards.MANIFEST).size() is None
+        self.folder = shards_of(config, output)
+        self.to_prepare = config.data == BUNDLED and (self.folder / shards.MANIFEST).size() is None
         if self.to_prepare:
             source = open_source(BUNDLED)
             self.name, self.classes, self.image_size = f"the {BUNDLED}", len(source.classes), source.image_size
