@@ -20,6 +20,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -175,10 +176,11 @@ class Search:
         self.runs.begin(self.config, digest=manifest.digest if new_data else None)
         self.classes, self.digest = list(manifest.classes), manifest.digest
         self.folder.write_result(self._outcome("RUNNING", None))  # for a --resume after this process was killed
+        each = f"{count_of(train.worker_range[1], 'worker')} of {count_of(train.threads or 1, 'thread')} each"
         self.view.say(
-            f"search {self.folder.name}: {left} of {self.config.num_trials} trials of {train.epochs} epochs to go, "
-            f"{at_once} at a time, {train.workers} worker(s) of {train.threads} thread(s) each; "
-            f"{self.config.searcher}, {self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
+            f"search {self.folder.name}: {left} of {count_of(self.config.num_trials, 'trial')} of "
+            f"{count_of(train.epochs, 'epoch')} to go, {at_once} at a time, {each}; {self.config.searcher}, "
+            f"{self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
             f"{manifest.rows['val']} val images"
         )
         if self.config.left_out:
@@ -195,7 +197,8 @@ class Search:
             self._wrap_up("FINISHED")
         if self.stop is not None:
             why = "the time budget is used up" if self.stop is StopReason.TIME_BUDGET else "stopped"
-            self.view.say(f"{why}; {len(unfinished)} trial(s) have saved checkpoints; resume with: {self._command()}")
+            saved = f"{count_of(len(unfinished), 'trial')} {'has' if len(unfinished) == 1 else 'have'}"
+            self.view.say(f"{why}; {saved} saved checkpoints; resume with: {self._command()}")
 
     def _tune(self, at_once: int) -> None:
         """Hand the trials to Ray Tune and wait until the last one ends."""

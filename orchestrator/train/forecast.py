@@ -13,6 +13,7 @@ import torch
 from alexnet.cost import Cost, estimate
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.connection import connect
@@ -71,7 +72,7 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
     num_classes, machines = data.num_classes(config), Machines.of(config)
     try:
         plan = make_plan(config, machines.nodes, num_classes)
-        reason = plan.reason if plan else f"none: the cluster is too small for {config.workers} workers"
+        reason = plan.reason if plan else f"none: the cluster is too small for --workers {config.workers}"
     except JobError as error:
         plan, reason = None, f"none: {error}"
     gpus = sum(node.gpus for node in machines.nodes)
@@ -123,7 +124,10 @@ def time_and_cost(
     else:
         rate, whence = _expected_rate(config, output, cost, workers, at_once, machines, use_gpu)
     seconds = epochs * (data.rows["train"] + data.rows["val"] / 3) / rate  # a forward pass is a third of a step
-    lines = [("speed", f"{rate:,.0f} images/s: {whence}"), ("time", f"about {duration(seconds)} for {epochs} epochs")]
+    lines = [
+        ("speed", f"{rate:,.0f} images/s: {whence}"),
+        ("time", f"about {duration(seconds)} for {count_of(epochs, 'epoch')}"),
+    ]
     if machines.usd_per_hour is not None:
         usd = machines.usd_per_hour * seconds / 3600
         lines.append(("cost", f"about ${usd:,.2f}, at ${machines.usd_per_hour:.2f} per hour for all nodes"))

@@ -11,7 +11,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
-from orchestrator.base.shown import LONGEST_VALUE, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
@@ -143,10 +143,11 @@ class Session:
         wait_for_nodes(self.config, 1, self.run.output, say)
         self.data.prepare(self.config, say)
         manifest = self.data.manifest
+        workers = f"{self.config.workers} worker{'' if self.config.workers == 1 else 's'}"
         say(
             f"run {self.run.name}: {shown(manifest.source, LONGEST_VALUE)}, {len(manifest.classes)} classes, "
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
-            f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
+            f"{workers}, global batch {self.config.global_batch_size}"
         )
         if text := warn_if_unequal(self.config, manifest):
             say(text)
@@ -199,7 +200,7 @@ class Session:
                 self.class_errors.add(event.metrics["epoch"], event.wrong)
                 self._keep(event.history)
             case Stopped():
-                where = f"{event.epoch} epochs and {event.step} steps"
+                where = f"{count_of(event.epoch, 'epoch')} and {count_of(event.step, 'step')}"
                 self.view.event(Note(text=f"a checkpoint was saved after {where}"))
             case Finished():
                 self._on_finish(event)
@@ -236,8 +237,8 @@ class Session:
         if self.resume and first:
             self.run.change(self.config)  # now that it is known to train
         self.under_way = True
-        text = f"training on {event.device} in {event.precision}, {event.workers} worker(s)"
-        where = f"epoch {event.epoch}" + (f" and {event.step} steps" if event.step else "")
+        text = f"training on {event.device} in {event.precision}, {count_of(event.workers, 'worker')}"
+        where = f"epoch {event.epoch}" + (f" and {count_of(event.step, 'step')}" if event.step else "")
         if event.crashed:
             text = f"a worker was lost; resuming from the last checkpoint, after {where}"
         elif event.epoch or event.step:
@@ -296,5 +297,5 @@ class Session:
             ("MLflow run", result["mlflow_run_id"]),
             ("open the UI", ui_command(self.tracker.run.store.uri)),
         ]
-        self.view.line.print("", f"results after {last['epoch']} epochs", *table(rows).splitlines())
+        self.view.line.print("", f"results after {count_of(last['epoch'], 'epoch')}", *table(rows).splitlines())
         sys.stdout.flush()

@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.placement import Plan
 from orchestrator.config.train import TrainConfig
@@ -142,7 +143,7 @@ class Training:
         )
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
-        log.info("starting %d worker(s): %s; %s", plan.layout.workers, plan.reason, plan)
+        log.info("starting %s: %s; %s", count_of(plan.layout.workers, "worker"), plan.reason, plan)
         pool, self.pool = self.pool, None
         self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
@@ -278,7 +279,8 @@ class Training:
     def _end_for_lost_nodes(self, on_event: Callable[[Event], None]) -> None:
         lost = self.planner.lost_nodes()
         log.info("lost nodes: %s", ", ".join(sorted(lost)) or "none")
-        on_event(Note(text=f"{len(lost)} node(s) were lost; resuming from the last checkpoint"))
+        were = f"{count_of(len(lost), 'node')} {'was' if len(lost) == 1 else 'were'}"
+        on_event(Note(text=f"{were} lost; resuming from the last checkpoint"))
         self.end()
 
     def _stop(self, on_event: Callable[[Event], None], how: str) -> None:

@@ -250,9 +250,9 @@ def test_events_are_tracked_shown_and_written(session):
     session.on_event(Started(**{**vars(started), "crashed": True}))
     session.on_event(Stopped(epoch=1, step=7))
     assert session.shown.getvalue().splitlines() == [
-        "training on cpu in fp32, 2 worker(s), resumed after epoch 1 and 5 steps",
+        "training on cpu in fp32, 2 workers, resumed after epoch 1 and 5 steps",
         "a worker was lost; resuming from the last checkpoint, after epoch 1 and 5 steps",
-        "a checkpoint was saved after 1 epochs and 7 steps",
+        "a checkpoint was saved after 1 epoch and 7 steps",
     ]
     assert written(session)["history"] == [entry(1, 0.5)]
     assert session.tracker.calls == []
@@ -283,9 +283,9 @@ def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal
     result = json.loads((tmp_path / "runs" / "logged" / "result.json").read_text())
     for words in (
         r"orchestrator\.train\.session: run logged, new: .*'epochs': 1",
-        r"orchestrator\.train\.training: starting 1 worker\(s\): layout single",
+        r"orchestrator\.train\.training: starting 1 worker: layout single",
         rf"MLflow run {result['mlflow_run_id']} at sqlite",
-        r"training on cpu in \w+, 1 worker\(s\); nodes of the workers: \w+",
+        r"training on cpu in \w+, 1 worker; nodes of the workers: \w+",
         r"epoch 1 of 1: .*'val/top1_error'",
         r"decision: the fit is over",
         r"logging the model of epoch 1 to MLflow, from \S+checkpoint-epoch-0001",

@@ -248,7 +248,7 @@ def test_a_fit_whose_node_is_lost_is_followed_by_another_on_the_nodes_that_are_l
     events = run.follow()
     assert [fit.plan.layout.workers for fit in run.fits] == [2, 1]
     assert run.fits[0].killed
-    assert "1 node(s) were lost; resuming from the last checkpoint" in run.notes
+    assert "1 node was lost; resuming from the last checkpoint" in run.notes
     assert [type(event) for event in events] == [Started, Started, Finished]
     assert not events[1].crashed, "another fit is no crash"
 
