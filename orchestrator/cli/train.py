@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
+from orchestrator.base.terminal import LiveLine
 from orchestrator.cli.flags import (
     DEFAULT_RECIPE,
     Parser,
@@ -65,6 +66,9 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         folder, config, resume = resolve(args)
         if args.dry_run:
             print(describe(config, StoragePath.of(args.output), args.images_per_s))
+            return 0
+        if resume and (lines := session.nothing_left(folder, config)):
+            LiveLine().print(*lines)
             return 0
         prepared = session.Session(
             folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else DEFAULT_RECIPE)

@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, catch_signals, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
 from orchestrator.base.shown import count_of
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
@@ -131,7 +131,7 @@ class Search:
             raise
         except BaseException as error:
             log.info("the search failed", exc_info=True)  # one line of it is for the terminal
-            text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {last_line(error)}"
+            text = str(error) if isinstance(error, JobError) else name_and_line(error)
             self._wrap_up("FAILED", text)
             raise
         finally:
@@ -183,6 +183,11 @@ class Search:
             f"{self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
             f"{manifest.rows['val']} val images"
         )
+        if not left:
+            can_grow = self.config.searcher != "grid" or self.config.left_out
+            more = "; --num-samples N adds more" if can_grow else ""
+            ended = count_of(len(self.journal.trials), "trial")
+            self.view.say(f"nothing is left to do: all of its {ended} have ended{more}")
         if self.config.left_out:
             self._warn(self.config.left_out)
         if left:

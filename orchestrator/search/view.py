@@ -33,7 +33,7 @@ class SearchView:
             return  # it came late
         if isinstance(event, TrialStarted):
             self.running[number] = "running"
-            if event.crashed:
+            if event.lost:
                 self.say(f"trial {number}: a worker was lost; resuming after epoch {event.epoch}")
         elif isinstance(event, Step):
             share = event.step / event.steps
