@@ -21,9 +21,11 @@ class JobError(RuntimeError):
 class Interrupted(BaseException):
     """The job was told to stop. Like KeyboardInterrupt not an Exception, so that nothing swallows it."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, *, said: bool = False) -> None:
+        """said: whether the user has been told already, with what was saved."""
         super().__init__(signal.Signals(signum).name)
         self.exit_status = 128 + signum
+        self.said = said
 
 
 def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: None) -> int:
@@ -39,7 +41,8 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         _say_error(str(error), f"log: {path}" if path else "")
         return FAILED
     except Interrupted as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
+        if not stop.said:
+            print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
     except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
         if path := log():

@@ -56,17 +56,30 @@ class _RunLog(logging.FileHandler):
             self._copy.write_bytes(path.read())
         super().__init__(self._copy, encoding="utf-8")
         self.setFormatter(_Formatter())
-        self._done, self._uploaded = threading.Event(), -1  # bytes
+        self._done, self._uploaded, self._told = threading.Event(), -1, False  # bytes
         self._thread = threading.Thread(target=self._upload_now_and_then, name="run-log", daemon=True)
         if self._folder is not None:
             self._thread.start()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A full disk, say: a run is worth more than its log."""
+        """A full disk, say: it is told once, and tried again, for a run is worth more than its log."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            text = f"warning: the log can no longer be written: {last_line(error)} ({self.path})"
+            print(shown(redact_all(text), None), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk; a file that is closed already
+        try:
             super().close()
+        except OSError as error:  # what was kept of it until now
+            self._tell(error)
+        except ValueError:  # a file that is closed already
+            pass
         if self._folder is not None and not self._done.is_set():
             self._done.set()
             self._thread.join()  # an older upload that is under way must not come after the last one
@@ -78,11 +91,14 @@ class _RunLog(logging.FileHandler):
             self._upload()
 
     def _upload(self) -> None:
-        with contextlib.suppress(Exception):  # it is tried again; the run goes on without
+        try:
             data = self._copy.read_bytes()
             if len(data) != self._uploaded:
                 self.path.write(data)
                 self._uploaded = len(data)
+        except Exception as error:  # the run goes on without
+            if self._done.is_set():  # else it is tried again
+                self._tell(error)
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]

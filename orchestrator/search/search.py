@@ -128,6 +128,7 @@ class Search:
         except Interrupted as stop:  # before or after the trials
             self._wrap_up("KILLED", f"stopped by {stop}")
             self.view.say(f"stopped; resume with: {self._command()}")
+            stop.said = True
             raise
         except BaseException as error:
             log.info("the search failed", exc_info=True)  # one line of it is for the terminal
@@ -141,7 +142,7 @@ class Search:
                 logs.close_run_log()  # before another process may open it
                 self.lock.release()
         if self.stop is not None and self.stop.signum is not None:
-            raise Interrupted(self.stop.signum)
+            raise Interrupted(self.stop.signum, said=True)
 
     def _search(self) -> None:
         """Ray, the data, the MLflow runs, the trials, and their outcome."""

@@ -140,6 +140,7 @@ class Session:
             log.info("stopped by %s", stop)
             self._end("KILLED", f"stopped by {stop}")
             self.view.line.print(f"stopped; resume with: {command('train')}{self.run.flag} --resume {self.run.name}")
+            stop.said = True
             raise
         except BaseException as error:
             log.info("the run failed", exc_info=True)  # one line of it is for the terminal

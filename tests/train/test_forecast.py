@@ -104,7 +104,10 @@ def test_the_time_of_a_dry_run_has_the_start_up_of_the_run_whose_speed_it_takes(
     earlier(output, "before", 1437 + 120, written=1000)
 
     def time_of(**search):
-        cost, machines = estimate(num_classes=10, input_size=64, width=0.25, global_batch_size=64), Machines([], None, "", 36.0)
+        cost, machines = (
+            estimate(num_classes=10, input_size=64, width=0.25, global_batch_size=64),
+            Machines([], None, "", 36.0),
+        )
         data = SimpleNamespace(rows={"train": 1437, "val": 360})
         return dict(time_and_cost(config, output, data, 30, machines, cost, 1, stated, **search))
 
