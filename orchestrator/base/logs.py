@@ -25,6 +25,8 @@ OURS = ("orchestrator", "alexnet")
 THEIRS = ("ray", "mlflow")
 APART = ("ray", "ray.data", "ray.train", "mlflow")  # loggers that libraries may keep from passing lines on
 CHATTY = ("matplotlib", "PIL", "numba", "asyncio", "urllib3", "botocore", "s3fs", "fsspec")  # thousands of DEBUG lines
+# warnings that every trial or search repeats, about progress bars and files of Ray Tune that are switched off here
+MEANINGLESS = ("ray.data._internal.progress", "ray.tune.analysis.experiment_analysis")
 EARLY_LINES = 1000  # kept until the run's folder is there
 UPLOAD_EVERY_S = 30.0
 ON_TERMINAL = "orchestrator.base.terminal"  # the logger of what the terminal shows anyway
@@ -196,6 +198,8 @@ def open_run_log(path: StoragePath) -> str | None:
     root.setLevel(logging.DEBUG)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.INFO)
+    for name in MEANINGLESS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)
     _open.append(handler)
@@ -234,5 +238,7 @@ def forward(send: Send) -> None:
             logger.removeHandler(handler)
         if logger is root or not logger.propagate:
             logger.addHandler(ours)
+    for name in MEANINGLESS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)

@@ -57,6 +57,7 @@ def test_a_resumed_run_appends_and_other_libraries_debug_lines_stay_out(tmp_path
     for text in ("first", "second"):
         logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
         logging.getLogger("numba.core.byteflow").debug("thousands of these")
+        logging.getLogger("ray.data._internal.progress").warning("Progress bars disabled.")
         log.info(text)
         logs.close_run_log()
     assert [line[1].rpartition(" ")[2] for line in lines(tmp_path / "run.log")] == ["first", "second"]
