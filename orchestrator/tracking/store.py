@@ -151,7 +151,10 @@ class Store:
 
 @contextlib.contextmanager
 def said_if_slow(uri: str) -> Iterator[None]:
-    """Say that MLflow is waited for, once it has taken SLOW_S: a server that hangs would be silent for a minute."""
+    """Say that MLflow is waited for, once a server has taken SLOW_S: one that hangs would be silent for a minute."""
+    if not is_server(uri):  # a database that is made takes its time, and does not hang
+        yield
+        return
     waiting = threading.Timer(SLOW_S, LiveLine().print, [f"waiting for MLflow at {redact(uri)}, which does not answer"])
     waiting.daemon = True
     waiting.start()

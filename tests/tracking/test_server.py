@@ -132,3 +132,10 @@ def test_a_store_whose_server_hangs_is_waited_for_aloud(monkeypatch, capsys):
         with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached"):
             store.Store(uri)
     assert capsys.readouterr().out == f"waiting for MLflow at {uri}, which does not answer\n"
+
+
+def test_a_database_that_takes_its_time_is_not_waited_for_aloud(monkeypatch, capsys):
+    monkeypatch.setattr(store, "SLOW_S", 0.0)
+    with store.said_if_slow("sqlite:///mlflow.db"):
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""
