@@ -21,9 +21,11 @@ class JobError(RuntimeError):
 class Interrupted(BaseException):
     """The job was told to stop. Like KeyboardInterrupt not an Exception, so that nothing swallows it."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, *, said: bool = False) -> None:
+        """said: whether the user has been told already, with what was saved."""
         super().__init__(signal.Signals(signum).name)
         self.exit_status = 128 + signum
+        self.said = said
 
 
 def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: None) -> int:
@@ -39,18 +41,19 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         _say_error(str(error), f"log: {path}" if path else "")
         return FAILED
     except Interrupted as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
+        if not stop.said:
+            print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
     except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
         if path := log():
-            _say_error(f"{type(error).__name__}: {last_line(error)}", f"log: {path}")
+            _say_error(name_and_line(error), f"log: {path}")
             return FAILED
         import tempfile  # not above: a job can be stopped as soon as this file is imported
         import traceback
 
         with tempfile.NamedTemporaryFile("w", prefix="alexnet-error-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
-        _say_error(f"{type(error).__name__}: {last_line(error)}", f"traceback in {file.name}")
+        _say_error(name_and_line(error), f"traceback in {file.name}")
         return FAILED
 
 
@@ -67,6 +70,12 @@ def last_line(error: BaseException) -> str:
     """The reason at the end of an exception's text, without the tracebacks that Ray puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def name_and_line(error: BaseException) -> str:
+    """An exception as a traceback ends, "ZeroDivisionError: division by zero"; of a JobError only its text, a line."""
+    name, line = type(error).__name__, last_line(error)
+    return line if isinstance(error, JobError) or line == name else f"{name}: {line}"
 
 
 def catch_signals() -> None:

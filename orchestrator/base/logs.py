@@ -25,6 +25,8 @@ OURS = ("orchestrator", "alexnet")
 THEIRS = ("ray", "mlflow")
 APART = ("ray", "ray.data", "ray.train", "mlflow")  # loggers that libraries may keep from passing lines on
 CHATTY = ("matplotlib", "PIL", "numba", "asyncio", "urllib3", "botocore", "s3fs", "fsspec")  # thousands of DEBUG lines
+# warnings that every trial or search repeats, about progress bars and files of Ray Tune that are switched off here
+MEANINGLESS = ("ray.data._internal.progress", "ray.tune.analysis.experiment_analysis")
 EARLY_LINES = 1000  # kept until the run's folder is there
 UPLOAD_EVERY_S = 30.0
 ON_TERMINAL = "orchestrator.base.terminal"  # the logger of what the terminal shows anyway
@@ -56,17 +58,30 @@ class _RunLog(logging.FileHandler):
             self._copy.write_bytes(path.read())
         super().__init__(self._copy, encoding="utf-8")
         self.setFormatter(_Formatter())
-        self._done, self._uploaded = threading.Event(), -1  # bytes
+        self._done, self._uploaded, self._told = threading.Event(), -1, False  # bytes
         self._thread = threading.Thread(target=self._upload_now_and_then, name="run-log", daemon=True)
         if self._folder is not None:
             self._thread.start()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """A full disk, say: a run is worth more than its log."""
+        """A full disk, say: it is told once, and tried again, for a run is worth more than its log."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            text = f"warning: the log can no longer be written: {last_line(error)} ({self.path})"
+            print(shown(redact_all(text), None), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk; a file that is closed already
+        try:
             super().close()
+        except OSError as error:  # what was kept of it until now
+            self._tell(error)
+        except ValueError:  # a file that is closed already
+            pass
         if self._folder is not None and not self._done.is_set():
             self._done.set()
             self._thread.join()  # an older upload that is under way must not come after the last one
@@ -78,11 +93,14 @@ class _RunLog(logging.FileHandler):
             self._upload()
 
     def _upload(self) -> None:
-        with contextlib.suppress(Exception):  # it is tried again; the run goes on without
+        try:
             data = self._copy.read_bytes()
             if len(data) != self._uploaded:
                 self.path.write(data)
                 self._uploaded = len(data)
+        except Exception as error:  # the run goes on without
+            if self._done.is_set():  # else it is tried again
+                self._tell(error)
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
@@ -180,6 +198,8 @@ def open_run_log(path: StoragePath) -> str | None:
     root.setLevel(logging.DEBUG)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.INFO)
+    for name in MEANINGLESS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)
     _open.append(handler)
@@ -218,5 +238,7 @@ def forward(send: Send) -> None:
             logger.removeHandler(handler)
         if logger is root or not logger.propagate:
             logger.addHandler(ours)
+    for name in MEANINGLESS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)

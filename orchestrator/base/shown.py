@@ -20,6 +20,11 @@ def shown(text: object, limit: int | None = LONGEST) -> str:
     return line
 
 
+def count_of(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: 1 file, 2 files; `many` where it is not `one` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def quoted(value: Any, limit: int = LONGEST_VALUE) -> str:
     """A value as a message quotes it: like repr, on one line, shortened."""
     if isinstance(value, str | bytes) and len(value) > limit:

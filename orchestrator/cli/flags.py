@@ -19,6 +19,7 @@ from orchestrator.base.environment import command, installed
 from orchestrator.base.exits import USAGE, one_line, run_job
 
 DEFAULT_RECIPE = "digits"
+METAVARS = {"data": "DIR", "workers": "N", "time_budget": "TIME"}  # where the type alone says too little
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +72,7 @@ def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> No
             groups[title] = flags.add_argument_group(title)
         default = getattr(defaults, name)
         shown = (
-            "automatic"
+            ("automatic" if "automatic" in (field.description or "") else "none")
             if default is None
             else {True: "yes", False: "no"}[default]
             if field.annotation is bool
@@ -87,7 +88,7 @@ def add_fields(flags: Parser, model: type[BaseModel], defaults: BaseModel) -> No
 
 def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
     """Add the positional argument; `recipe_of` reads it."""
-    shown = f"{', '.join(recipes)} (default: {DEFAULT_RECIPE}); its defaults are shown below"
+    shown = f"one of {', '.join(recipes)} (default: {DEFAULT_RECIPE}); the defaults below are those of this recipe"
     flags.add_argument("recipe", nargs="?", metavar="RECIPE", help=shown)
 
 
@@ -163,5 +164,5 @@ def _reading(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     for plain, metavar in ((int, "N"), (float, "X"), (str, "TEXT")):
         if kind is plain:
-            return {"type": plain, "metavar": metavar}
+            return {"type": plain, "metavar": METAVARS.get(name, metavar)}
     raise AssertionError(f"no flag for {name} of type {kind}")

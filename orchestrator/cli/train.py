@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
+from orchestrator.base.terminal import LiveLine
 from orchestrator.cli.flags import (
     DEFAULT_RECIPE,
     Parser,
@@ -47,15 +48,17 @@ def parser() -> Parser:
         metavar="DIR",
         help="where runs are stored: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
-    place.add_argument("--name", help="of the run and of its folder in --output (default: the recipe and the time)")
+    place.add_argument("--name", help="name of the run and of its folder in --output (default: RECIPE-TIME)")
     place.add_argument(
         "--resume",
         metavar="NAME",
-        help="resume this run from its last checkpoint: its name, or its folder OUTPUT/NAME",
+        help="resume a run, given by its name or its folder OUTPUT/NAME, from its last checkpoint",
     )
-    place.add_argument("--config", metavar="FILE", help="YAML of settings, such as a run's config.yaml")
-    place.add_argument("--dry-run", action="store_true", help="print settings, data, size and cost, and exit")
-    place.add_argument("--images-per-s", type=positive, metavar="X", help="assumed speed for --dry-run")
+    place.add_argument("--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
+    place.add_argument(
+        "--dry-run", action="store_true", help="print the settings, the data, the size and the cost, and exit"
+    )
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="training speed that --dry-run assumes")
     add_fields(flags, TrainConfig, RECIPES[shown_recipe(RECIPES)]())
     return flags
 
@@ -65,6 +68,9 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         folder, config, resume = resolve(args)
         if args.dry_run:
             print(describe(config, StoragePath.of(args.output), args.images_per_s))
+            return 0
+        if resume and (lines := session.nothing_left(folder, config)):
+            LiveLine().print(*lines)
             return 0
         prepared = session.Session(
             folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else DEFAULT_RECIPE)

@@ -51,21 +51,22 @@ def parser() -> Parser:
         help="where searches are stored: a folder, or a URI such as s3://BUCKET/runs (default: %(default)s)",
     )
     place.add_argument(
-        "--name", help="of the search and of its folder in --output (default: tune, the recipe and the time)"
+        "--name",
+        help="name of the search and of its folder in --output (default: tune-RECIPE-TIME)",
     )
     place.add_argument(
         "--resume",
         metavar="NAME",
-        help="resume this search, by its name or its folder OUTPUT/NAME; finished trials are not run again",
+        help="resume a search, given by its name or its folder OUTPUT/NAME; finished trials are not run again",
     )
     place.add_argument(
         "--space",
         type=Path,
         metavar="FILE",
-        help="YAML of the settings to search: choice, uniform, loguniform, randint or grid (default: the recipe's)",
+        help="YAML file of what to search: choice, uniform, loguniform, randint or grid (default: the recipe's)",
     )
     place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost, and exit")
-    place.add_argument("--images-per-s", type=positive, metavar="X", help="assumed speed of a trial for --dry-run")
+    place.add_argument("--images-per-s", type=positive, metavar="X", help="speed of a trial that --dry-run assumes")
     defaults = SEARCHES[shown_recipe(SEARCHES)]()
     add_fields(flags, SearchSettings, defaults)
     add_fields(flags, TrainConfig, defaults.train)

@@ -20,9 +20,13 @@ from orchestrator.tracking.server import CLIENT, FOLDER, PORT
 def parser() -> Parser:
     flags = Parser("ui", __doc__)
     flags.add_argument("cluster", nargs="?", type=Path, default=Path("cluster.yaml"), metavar="FILE",
-                       help="the yaml that was passed to `ray up` (default: cluster.yaml)")  # fmt: skip
-    flags.add_argument("--dashboard-port", type=int, default=DASHBOARD, metavar="N", help="local port (default: 8265)")
-    flags.add_argument("--mlflow-port", type=int, default=PORT, metavar="N", help="local port (default: 5000)")
+                       help="the YAML file that was passed to `ray up` (default: cluster.yaml)")  # fmt: skip
+    flags.add_argument(
+        "--dashboard-port", type=int, default=DASHBOARD, metavar="N", help="local port of the dashboard (default: 8265)"
+    )
+    flags.add_argument(
+        "--mlflow-port", type=int, default=PORT, metavar="N", help="local port of MLflow (default: 5000)"
+    )
     return flags
 
 

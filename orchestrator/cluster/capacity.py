@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, signals_deferred
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.join import check_shared
 from orchestrator.cluster.nodes import alive, uses_gpu
@@ -40,7 +41,7 @@ def wait_for_nodes(config: TrainConfig, runs: int, output: StoragePath, say: Cal
         has = "; ".join(f"{kind.at_most} {kind}" for kind in types)
         raise JobError(f"--workers {config.workers}: more than this cluster can grow to: {has}")
     kind, count, runs = found
-    log.info("%d run(s) at a time need %d node(s) such as %s", runs, count, kind)
+    log.info("%s at a time: %s such as %s", count_of(runs, "run"), count_of(count, "node"), kind)
     _wait_for_capacity(config, kind, 1, math.inf, say)
     if runs > 1 and not _wait_for_capacity(config, kind, runs, GROW_TIMEOUT_S, say):
         log.info("no nodes for %d runs within %.0f s; starting with those that are there", runs, GROW_TIMEOUT_S)
@@ -74,7 +75,8 @@ class CapacityRequest:
         strategy = "STRICT_SPREAD" if config.spread and runs == 1 else "PACK"
         with signals_deferred():
             self._group: Any = placement_group(bundles, strategy=strategy)
-        log.info("requested capacity for %d worker(s) of %d run(s): %s, %s", workers, runs, bundles, strategy)
+        what = f"{count_of(workers, 'worker')} of {count_of(runs, 'run')}"
+        log.info("requested capacity for %s: %s, %s", what, bundles, strategy)
 
     def ready(self, within_s: float) -> bool:
         """Whether the room is there, or is within so many seconds. Call with signals deferred."""
@@ -113,7 +115,7 @@ def _wait_for_capacity(
         while time.monotonic() - began < timeout_s:
             with signals_deferred():
                 if request.ready(0.5):
-                    log.info("capacity for %d run(s) after %.0f s", runs, time.monotonic() - began)
+                    log.info("capacity for %s after %.0f s", count_of(runs, "run"), time.monotonic() - began)
                     return True
                 here = len(alive(ray.nodes()))
             if time.monotonic() - reported > REPORT_EVERY_S:

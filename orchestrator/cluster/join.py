@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.base.environment import OUTPUT, on_cluster
 from orchestrator.base.exits import JobError, last_line, signals_deferred
 from orchestrator.base.redaction import redact
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.nodes import alive
@@ -62,7 +63,7 @@ def check_shared(output: StoragePath) -> None:
             f"--output {output}: node {name} does not see this folder of {ray.util.get_node_ip_address()}; give one "
             f"that all nodes share, such as s3://BUCKET/runs, or set {OUTPUT} in the cluster's yaml"
         )
-    log.info("%d other node(s) see %s", len(others), output)
+    log.info("%s: seen by %s", output, count_of(len(others), "other node"))
 
 
 def on_node(node_id: str, function: Callable[..., Any]) -> Any:

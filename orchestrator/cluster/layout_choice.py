@@ -4,6 +4,7 @@ import logging
 
 from alexnet.cost import Cost, Exchange, communication, estimate
 from alexnet.layouts import KINDS, Layout
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.nodes import Node, worker_slots
 from orchestrator.config.train import TrainConfig
 
@@ -59,7 +60,7 @@ def choose_layout(
     if config.layout != "auto":
         layout = Layout(config.layout, workers)
         _cost(config, layout, num_classes)
-        return layout, f"layout {layout.kind} over {workers} worker(s), as asked"
+        return layout, f"layout {layout.kind} over {count_of(workers, 'worker')}, as asked"
     if workers == 1:
         return Layout("single", 1), "layout single: one worker"
     memory = memory_per_worker(nodes, workers, use_gpu)

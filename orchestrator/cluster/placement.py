@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from alexnet.layouts import Layout
 from orchestrator.base.exits import JobError
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.layout_choice import choose_layout, worker_counts
 from orchestrator.cluster.nodes import Node, uses_gpu, worker_slots
 from orchestrator.config.train import TrainConfig
@@ -54,7 +55,7 @@ def share_cpus(total_cpus: float, total_gpus: float, workers: int, device: str =
     use_gpu = uses_gpu(device, total_gpus)
     if use_gpu and total_gpus < workers:
         raise JobError(
-            f"--workers {workers}: the cluster has {total_gpus:g} GPU(s), and each worker needs one; "
+            f"--workers {workers}: the cluster has {count_of(int(total_gpus), 'GPU')}, and each worker needs one; "
             "use fewer workers or --device cpu"
         )
     if total_cpus <= 0:
@@ -74,10 +75,11 @@ def make_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_conc
     """
     plan = _find_plan(config, nodes, num_classes, num_concurrent)
     if plan is None:
-        log.debug("no plan for workers = %s on %d node(s)", config.workers, len(nodes))
+        log.debug("no plan for workers = %s on %s", config.workers, count_of(len(nodes), "node"))
     else:
         where = ", ".join(plan.node_of_worker) or plan.strategy()
-        log.debug("plan on %d node(s): %s; %s; workers on: %s", len(nodes), plan.reason, plan.resources, where)
+        on = count_of(len(nodes), "node")
+        log.debug("plan on %s: %s; %s; workers on: %s", on, plan.reason, plan.resources, where)
     return plan
 
 
@@ -109,8 +111,8 @@ def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_con
             if elastic:
                 continue
             raise JobError(
-                f"--workers {workers} --spread: one node per worker is needed, and the cluster has {able} node(s) "
-                f"with {'GPUs' if use_gpu else 'CPUs'}; use fewer workers or --no-spread"
+                f"--workers {workers} --spread: one node per worker is needed, and the cluster has "
+                f"{count_of(able, 'node')} with {'GPUs' if use_gpu else 'CPUs'}; use fewer workers or --no-spread"
             )
         if len(nodes) == 1 or layout.kind != "columns":  # Ray packs them
             return plan
@@ -120,8 +122,8 @@ def _find_plan(config: TrainConfig, nodes: list[Node], num_classes: int, num_con
         if not elastic:
             size = layout.group_size
             raise JobError(
-                f"--workers {workers}: the nodes have no room for {layout.replicas} group(s) of {size} workers, each "
-                f"group on one node; use fewer workers or --layout data"
+                f"--workers {workers}: the nodes have no room for {count_of(layout.replicas, 'group')} of {size} "
+                f"workers, each group on one node; use fewer workers or --layout data"
             )
     return None
 
@@ -137,12 +139,12 @@ def too_many_workers(config: TrainConfig, cpus: float, gpus: float) -> str | Non
     room = int(gpus) if use_gpu else int(cpus) if elastic else int(cpus) * WORKERS_PER_CPU
     if fewest <= room:
         return None
-    has = f"{gpus:g} GPU(s)" if use_gpu else f"{cpus:g} CPU(s)"
+    has = count_of(int(gpus), "GPU") if use_gpu else count_of(int(cpus), "CPU")
     remedies = [f"--workers {room}"] if room else []
     remedies += ["--device cpu"] if use_gpu and fewest <= int(cpus) else []
     remedies += ["a cluster that has more (docs/cluster.md)"]
     return (
-        f"--workers {config.workers}: this machine has {has}, room for {room} worker(s) at most; "
+        f"--workers {config.workers}: this machine has {has}, room for {count_of(room, 'worker')} at most; "
         f"use {' or '.join(remedies)}"
     )
 
@@ -162,12 +164,16 @@ def room_for(config: TrainConfig, nodes: list[Node], wanted: int, at_most: int |
         room = sum(int(node.gpus) // together for node in nodes) * together // workers
         if not room:
             raise JobError(
-                f"a trial of {workers} worker(s) needs as many GPUs"
+                f"a trial of {count_of(workers, 'worker')} needs {'one GPU' if workers == 1 else 'as many GPUs'}"
                 + (", two at a time on one node," if together > 1 else "")
-                + f" and the cluster has {gpus:g} on {len(nodes)} node(s); use fewer --workers or --device cpu"
+                + f" and the cluster has {gpus:g} on {count_of(len(nodes), 'node')}; "
+                "use fewer --workers or --device cpu"
             )
         if at_most and at_most > room:
-            raise JobError(f"max_concurrent = {at_most}: the cluster's {gpus:g} GPU(s) have room for {room} trial(s)")
+            raise JobError(
+                f"max_concurrent = {at_most}: the cluster has {count_of(int(gpus), 'GPU')}, "
+                f"room for {count_of(room, 'trial')} at a time"
+            )
     else:
         if cpus <= 0:
             raise JobError("the cluster has no CPUs for Ray tasks; start a node with --num-cpus above 0")

@@ -49,18 +49,18 @@ class OptimizerSettings(BaseModel):
 
     epochs: int = Field(90, ge=1, description="passes over the training set")
     global_batch_size: int = Field(128, ge=1, description="images per update, over all workers")
-    lr: float = Field(0.01, gt=0, description="learning rate at the start")
+    lr: float = Field(0.01, gt=0, description="initial learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the update")
     weight_decay: float = Field(
         0.0005, ge=0, description="weight decay of all weights and biases, multiplied by the learning rate"
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
-        description="weights of the classes in the training loss; balanced: inversely to their training images, 1 on "
-        "average over the images",
+        description="weights of the classes in the training loss; balanced: inversely proportional to their numbers of "
+        "training images, 1 on average over the images",
     )
     lr_drops: int = Field(
-        3, ge=0, description="how many times the learning rate is divided by 10 when validation stops improving"
+        3, ge=0, description="how often at most the learning rate is divided by 10, when validation stops improving"
     )
     lr_patience: int = Field(5, ge=0, description="epochs without improvement before the learning rate drops")
     seed: int = Field(

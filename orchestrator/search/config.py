@@ -22,15 +22,16 @@ MUTABLE_BY_PBT = (
 
 
 class SearchSettings(BaseModel):
-    """The search."""
+    """How trials are chosen and judged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_samples: int = Field(
-        16, ge=1, description="trials, the first of which has the paper's constants; a grid of more is cut there"
+        16, ge=1, description="number of trials, the first with the paper's constants; a larger grid is cut off there"
     )
     searcher: Literal["random", "grid", "tpe"] = Field(
-        "random", description="random: drawn by the seed; grid: all combinations of listed values; tpe: Optuna's"
+        "random",
+        description="random: drawn with --search-seed; grid: all combinations of the listed values; tpe: Optuna's TPE",
     )
     scheduler: Literal["asha", "hyperband", "pbt", "fifo"] = Field(
         "asha",
@@ -41,16 +42,16 @@ class SearchSettings(BaseModel):
     grace_epochs: int = Field(
         1, ge=1, description="asha: epochs before the first rung; pbt: epochs between two perturbations"
     )
-    reduction_factor: int = Field(3, ge=2, description="asha: one trial in this many continues at each rung")
+    reduction_factor: int = Field(3, ge=2, description="asha: one trial in this many continues past each rung")
     max_concurrent: int | None = Field(
-        None, ge=1, description="trials in parallel; automatic is as many as the cluster has room for"
+        None, ge=1, description="trials in parallel; automatic: as many as the cluster has room for"
     )
     time_budget: str | None = Field(
         None,
-        description="such as 90s, 30m or 2h, counted from when a cluster's nodes are ready; "
-        "then the trials save and the search ends with what it has",
+        description="time limit such as 90s, 30m or 2h, counted from when the cluster's nodes are ready; "
+        "then the trials save checkpoints, and the search ends with what it has",
     )
-    search_seed: int = Field(0, ge=0, lt=2**40, description="seed of the configurations that are drawn")
+    search_seed: int = Field(0, ge=0, lt=2**40, description="seed with which configurations are drawn")
 
     @field_validator("*", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import contextlib
 
 from alexnet.cost import estimate
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import table
 from orchestrator.cluster.layout_choice import worker_counts
@@ -34,7 +35,10 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
     )  # fmt: skip
     facts = [
         ("data", f"{config.train.data}: {data}"),
-        ("trials", f"{config.num_trials} of {config.train.epochs} epochs, by {config.searcher} and {judged}"),
+        (
+            "trials",
+            f"{config.num_trials} of {count_of(config.train.epochs, 'epoch')}, by {config.searcher} and {judged}",
+        ),
         *([("left out", config.left_out)] if config.left_out else []),
         (
             "number 0",
@@ -44,7 +48,7 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
         ("epochs", f"about {epochs} in all, where all trials to the end would be {whole}"),
         ("nodes", machines.text),
         *([("would start", f"{machines.started[1]} of {machines.started[0]}")] if machines.started else []),
-        ("at once", f"{at_once} trial(s)"),
+        ("at once", count_of(at_once, "trial")),
         *time_and_cost(config.train, output, data, epochs, machines, cost, workers, images_per_s, at_once),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from alexnet.pictures import plain
-from orchestrator.base.shown import LONGEST_VALUE, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
 from orchestrator.search.analysis import common_epoch, importance, rungs
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal, TrialRecord
@@ -54,7 +54,7 @@ def learning_curves(config: SearchConfig, records: list[TrialRecord]) -> Figure:
     axes.grid(alpha=0.3)
     if any(record.number == PAPER_TRIAL for record in records):
         axes.legend()
-    figure.suptitle(f"{len(records)} trials")
+    figure.suptitle(count_of(len(records), "trial"))
     return figure
 
 

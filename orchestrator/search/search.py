@@ -18,8 +18,9 @@ from typing import Any
 
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, catch_signals, last_line, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, catch_signals, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -127,10 +128,11 @@ class Search:
         except Interrupted as stop:  # before or after the trials
             self._wrap_up("KILLED", f"stopped by {stop}")
             self.view.say(f"stopped; resume with: {self._command()}")
+            stop.said = True
             raise
         except BaseException as error:
             log.info("the search failed", exc_info=True)  # one line of it is for the terminal
-            text = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {last_line(error)}"
+            text = str(error) if isinstance(error, JobError) else name_and_line(error)
             self._wrap_up("FAILED", text)
             raise
         finally:
@@ -140,7 +142,7 @@ class Search:
                 logs.close_run_log()  # before another process may open it
                 self.lock.release()
         if self.stop is not None and self.stop.signum is not None:
-            raise Interrupted(self.stop.signum)
+            raise Interrupted(self.stop.signum, said=True)
 
     def _search(self) -> None:
         """Ray, the data, the MLflow runs, the trials, and their outcome."""
@@ -175,12 +177,18 @@ class Search:
         self.runs.begin(self.config, digest=manifest.digest if new_data else None)
         self.classes, self.digest = list(manifest.classes), manifest.digest
         self.folder.write_result(self._outcome("RUNNING", None))  # for a --resume after this process was killed
+        each = f"{count_of(train.worker_range[1], 'worker')} of {count_of(train.threads or 1, 'thread')} each"
         self.view.say(
-            f"search {self.folder.name}: {left} of {self.config.num_trials} trials of {train.epochs} epochs to go, "
-            f"{at_once} at a time, {train.workers} worker(s) of {train.threads} thread(s) each; "
-            f"{self.config.searcher}, {self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
+            f"search {self.folder.name}: {left} of {count_of(self.config.num_trials, 'trial')} of "
+            f"{count_of(train.epochs, 'epoch')} to go, {at_once} at a time, {each}; {self.config.searcher}, "
+            f"{self.config.scheduler}; {manifest.source}, {manifest.rows['train']} train and "
             f"{manifest.rows['val']} val images"
         )
+        if not left:
+            can_grow = self.config.searcher != "grid" or self.config.left_out
+            more = "; --num-samples N adds more" if can_grow else ""
+            ended = count_of(len(self.journal.trials), "trial")
+            self.view.say(f"nothing is left to do: all of its {ended} have ended{more}")
         if self.config.left_out:
             self._warn(self.config.left_out)
         if left:
@@ -195,7 +203,8 @@ class Search:
             self._wrap_up("FINISHED")
         if self.stop is not None:
             why = "the time budget is used up" if self.stop is StopReason.TIME_BUDGET else "stopped"
-            self.view.say(f"{why}; {len(unfinished)} trial(s) have saved checkpoints; resume with: {self._command()}")
+            saved = f"{count_of(len(unfinished), 'trial')} {'has' if len(unfinished) == 1 else 'have'}"
+            self.view.say(f"{why}; {saved} saved checkpoints; resume with: {self._command()}")
 
     def _tune(self, at_once: int) -> None:
         """Hand the trials to Ray Tune and wait until the last one ends."""

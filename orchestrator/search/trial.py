@@ -208,7 +208,7 @@ class _Run:
             for metrics in event.history:
                 self._put(metrics, live=False)
             after_s = time.monotonic() - self._since
-            self._tell(TrialStarted(after_s=after_s, crashed=event.crashed, epoch=event.epoch))
+            self._tell(TrialStarted(after_s=after_s, lost=event.lost, epoch=event.epoch))
         elif isinstance(event, EpochEnded):
             self._put(event.metrics, live=True)
         elif isinstance(event, Step):

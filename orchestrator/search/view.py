@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from orchestrator.base.shown import count_of
 from orchestrator.base.terminal import LiveBlock, columns, duration, percent
 from orchestrator.search.analysis import TOP, compare, epochs_used
 from orchestrator.search.config import SearchConfig
@@ -32,7 +33,7 @@ class SearchView:
             return  # it came late
         if isinstance(event, TrialStarted):
             self.running[number] = "running"
-            if event.crashed:
+            if event.lost:
                 self.say(f"trial {number}: a worker was lost; resuming after epoch {event.epoch}")
         elif isinstance(event, Step):
             share = event.step / event.steps
@@ -48,7 +49,7 @@ class SearchView:
         self.running.pop(record.number, None)
         verb = {"FINISHED": "finished", "STOPPED": "stopped", "FAILED": "failed"}[record.status]
         best = record.best(self.config.metric)
-        text = f"trial {record.number} {verb} after {record.epoch} epoch(s)"
+        text = f"trial {record.number} {verb} after {count_of(record.epoch, 'epoch')}"
         if best:
             text += f": {self._metric(best)}"
         if record.error:
@@ -75,8 +76,8 @@ class SearchView:
         chosen = under_way + others[: max(3, ROWS - len(under_way))]
         done = sum(record.ended for record in trials.values())
         best = ranked[0].best(self.config.metric) if ranked else None
-        head = f"-- {done} of {self.config.num_trials} trials done, {len(under_way)} under way, "
-        head += f"{epochs_used(self.journal)} epochs, {duration(self.journal.elapsed_s)}"
+        head = f"-- {done} of {count_of(self.config.num_trials, 'trial')} done, {len(under_way)} under way, "
+        head += f"{count_of(epochs_used(self.journal), 'epoch')}, {duration(self.journal.elapsed_s)}"
         if best:
             head += f", best {self._metric(best)} (trial {ranked[0].number})"
         return [head, *self.table(chosen)]
@@ -99,7 +100,7 @@ class SearchView:
     def findings(self, num_val: int) -> list[str]:
         """The best five, and the best against the paper's."""
         ranked = self.journal.ranked(self.config.metric)
-        lines = [f"best of {len(self.journal.trials)} trials", *self.table(ranked[:TOP])]
+        lines = [f"best of {count_of(len(self.journal.trials), 'trial')}", *self.table(ranked[:TOP])]
         comparison = compare(self.config, self.journal, num_val)
         papers = self.journal.trials[PAPER_TRIAL]
         if comparison:

@@ -11,7 +11,7 @@ from orchestrator.base.environment import job_id
 from orchestrator.base.exits import JobError
 from orchestrator.base.redaction import redact
 from orchestrator.tracking.sender import Sender
-from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient
+from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient, said_if_slow
 
 JOB = "ray.job_id"  # the tag by which a run's log is found: ray job logs ID
 FINISH_TIMEOUT_S = 180.0  # with a server at a run's end
@@ -45,7 +45,8 @@ class Run:
 
         look_for: a run of this name and parent may exist whose id was lost in a crash.
         """
-        return self.patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
+        with said_if_slow(self.store.uri):
+            return self.patiently(lambda: self._begin(name, script, params, run_id, parent, look_for))
 
     def _begin(
         self, name: str, script: str, params: dict[str, Any], run_id: str | None, parent: str | None, look_for: bool

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.base.exits import last_line
+from orchestrator.base.shown import count_of
 from orchestrator.tracking.store import RETRY_S, Metrics, Store, is_refusal
 
 BATCH = 200  # entries of about five metrics each; 1000 metrics are the API's limit
@@ -53,7 +54,7 @@ class Sender:
         if self._is_pending():
             history, _ = self._to_complete or ([], "")
             count = len(self._unsent) + len(history)
-            self.warn(f"{count} set(s) of metrics did not reach MLflow; they are in the run's folder")
+            self.warn(f"{count_of(count, 'set')} of metrics did not reach MLflow; the run's folder has them")
 
     def _is_pending(self) -> bool:
         return bool(self._unsent) or self._to_complete is not None
@@ -126,7 +127,7 @@ class Sender:
             self._report_refusal(error, values)
 
     def _report_refusal(self, error: Exception, values: list[tuple[str, float, int, int]]) -> None:
-        log.info("MLflow refused %d value(s): %s", len(values), values[:10])
+        log.info("MLflow refused %s: %s", count_of(len(values), "value"), values[:10])
         if not self._refused:
             what = values[0][0] if len(values) == 1 else f"{len(values)} metrics"
             self.warn(f"MLflow refused {what}; the run's folder has them: {self.store.reason(error)}")

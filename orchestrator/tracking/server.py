@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +30,7 @@ USER = "alexnet"
 CLIENT, SERVER, AUTH, KEY, LOG, PID = "client.env", "server.env", "auth.ini", "session.key", "server.log", "pid"
 DATABASE, ARTIFACTS = "TRACKING_DATABASE", "TRACKING_ARTIFACTS"  # lines of server.env
 START_TIMEOUT_S = 120.0  # the first start makes the database
+SLOW_S = 5.0
 RESTART_PAUSE_S = 2.0
 PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 PROCESSES = 1  # of the server: where there are several, uvicorn kills those that take more than five seconds to import
@@ -46,8 +48,11 @@ class TrackingServer:
     def uri(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def start(self) -> None:
-        """Start it in the background, unless it runs; returns when it answers. Raises JobError."""
+    def start(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Start it in the background, unless it runs; returns when it answers. Raises JobError.
+
+        say: is told if that takes longer than SLOW_S.
+        """
         if self.answers():
             if self.pid() is not None:
                 return
@@ -64,9 +69,12 @@ class TrackingServer:
         )  # fmt: skip
         os.close(log)
         _write(self.folder / PID, f"{keeper.pid}\n")
-        deadline = time.monotonic() + START_TIMEOUT_S
+        began, said = time.monotonic(), False
         while not self.answers():
-            if keeper.poll() is not None or time.monotonic() > deadline:
+            if not said and time.monotonic() - began > SLOW_S:
+                said = True
+                say(f"waiting for MLflow at {self.uri}; its log: {self.folder / LOG}")
+            if keeper.poll() is not None or time.monotonic() - began > START_TIMEOUT_S:
                 self.stop()
                 raise JobError(f"the tracking server does not answer at {self.uri}; {self.folder / LOG} says why")
             time.sleep(0.3)

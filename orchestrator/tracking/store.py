@@ -5,6 +5,7 @@ import fcntl
 import os
 import shlex
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import last_line, signals_deferred
 from orchestrator.base.redaction import credentials, redact, without_credentials
 from orchestrator.base.sockets import why_silent
+from orchestrator.base.terminal import LiveLine
 
 EXPERIMENT = "alexnet"
 MLFLOW_ENV = {
@@ -26,6 +28,7 @@ MLFLOW_ENV = {
 ONE_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 RETRY_S = 2.0
+SLOW_S = 5.0
 SERVER_TIMEOUT_S = 5.0  # for the server of an earlier session to answer
 REFUSALS = (400, 404, 409, 410, 413, 422)  # statuses
 Metrics = dict[str, float]
@@ -102,7 +105,7 @@ class Store:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         try:
             # two jobs that make one database break it, and so does one that is stopped in the midst of it
-            with _file_lock(uri), contextlib.nullcontext() if is_server(uri) else signals_deferred():
+            with said_if_slow(uri), _file_lock(uri), contextlib.nullcontext() if is_server(uri) else signals_deferred():
                 self.client = mlflow.MlflowClient(uri)
                 experiment = self.client.get_experiment_by_name(name) or self._create(name)
         except Exception as error:  # whatever the store's driver raises: the user needs the address and the reason
@@ -144,6 +147,21 @@ class Store:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
+
+
+@contextlib.contextmanager
+def said_if_slow(uri: str) -> Iterator[None]:
+    """Say that MLflow is waited for, once a server has taken SLOW_S: one that hangs would be silent for a minute."""
+    if not is_server(uri):  # a database that is made takes its time, and does not hang
+        yield
+        return
+    waiting = threading.Timer(SLOW_S, LiveLine().print, [f"waiting for MLflow at {redact(uri)}, which does not answer"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

@@ -20,7 +20,7 @@ from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
 from alexnet.trained import WEIGHTS
 from orchestrator.base.schema import KEY, check_version, load_json
-from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, quoted, shown
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
@@ -112,7 +112,7 @@ def _read_state(path: Path, num_rates: int, schedule: dict[str, Any]) -> tuple[d
     lr, there = rest.get("lr"), rest.get("schedule")
     wrong = None
     if not (isinstance(lr, list) and len(lr) == num_rates and all(_is_number(rate) for rate in lr)):
-        wrong = f"lr is {quoted(lr)}; expected {num_rates} number(s)"
+        wrong = f"lr is {quoted(lr)}; expected {count_of(num_rates, 'number')}"
     elif not isinstance(there, dict) or not there.keys() >= NEEDED:
         wrong = f"schedule is {quoted(there)}; expected the fields {', '.join(sorted(NEEDED))}"
     else:

@@ -6,12 +6,13 @@ from typing import Any
 import ray
 import torch
 
+from orchestrator.base.exits import name_and_line
 from orchestrator.train.mailbox import DROP, SAVE
-from orchestrator.train.messages import Event, Failed, Logged
+from orchestrator.train.messages import Event, Failed, Logged, Raised
 from orchestrator.train.step import all_reduce_sum
 
 STOP_CODES = {SAVE: 1.0, DROP: 2.0}  # a stop request as a number, to be summed with the losses; 0: none
-LOG_FLUSH_S = 10.0  # how long the end of a worker waits for its last log lines
+FLUSH_S = 10.0  # how long the end of a worker waits for its last lines to arrive
 
 
 class DriverLink:
@@ -33,6 +34,15 @@ class DriverLink:
         """Send `Failed`, from any rank, and wait until it has arrived: the other ranks may be about to be killed."""
         ray.get(self.mailbox.put.remote(self.topic, Failed(text=text)))
 
+    def report_error(self, error: Exception) -> None:
+        """Send `Raised`, from any rank, and wait for it, within FLUSH_S; never raises. A collective's error is not
+        sent: the worker at its other end was lost, or tells why."""
+        if is_of_a_collective(error):
+            return
+        with contextlib.suppress(Exception):
+            sent = self.mailbox.put.remote(self.topic, Raised(rank=self.rank, text=name_and_line(error)))
+            ray.wait([sent], timeout=FLUSH_S)
+
     def log(self, level: int, name: str, text: str, at: float) -> None:
         """Send a line of this process's log, from any rank, without waiting."""
         line = Logged(rank=self.rank, level=level, name=name, text=text, at=at)
@@ -45,10 +55,10 @@ class DriverLink:
             ray.get(self._sent)
 
     def flush_log(self) -> None:
-        """Wait for the last log line, within LOG_FLUSH_S; never raises."""
+        """Wait for the last log line, within FLUSH_S; never raises."""
         if self._logged is not None:
             with contextlib.suppress(Exception):
-                ray.wait([self._logged], timeout=LOG_FLUSH_S)
+                ray.wait([self._logged], timeout=FLUSH_S)
 
     def poll_stop_request(self) -> float:
         """The driver's stop request as one of STOP_CODES, from the reply to rank 0's last event.
@@ -64,3 +74,8 @@ class DriverLink:
         request = torch.tensor([self.poll_stop_request()], device=device)
         all_reduce_sum(request, world_size)
         return float(request.item())
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether it is an exchange between workers that failed, which the one that raises it has not caused."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.base.exits import JobError, signals_deferred
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.capacity import CapacityRequest
 from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.nodes import Node, alive, uses_gpu
@@ -60,7 +61,7 @@ class ElasticPlanner:
             now = None
         if plan.layout.workers > 1 and (now is None or replace(now, reason=plan.reason) != plan):
             return "feed"
-        log.info("lost %d node(s) that the fit does not need", len(lost))
+        log.info("lost %s that the fit does not need", count_of(len(lost), "node"))
         self.tolerated_losses |= lost
         return ""
 
@@ -109,7 +110,8 @@ class ElasticPlanner:
                     self._request = CapacityRequest(self.config, self.config.worker_range[0], on_gpu=self._wants_gpu())
                 if time.monotonic() - warned > START_TIMEOUT_S:
                     warned = time.monotonic()
-                    warn(f"the cluster has no room for {self.config.workers} worker(s) now; waiting for nodes")
+                    fewest = count_of(self.config.worker_range[0], "worker")
+                    warn(f"the cluster has no room for {fewest} now; waiting for nodes")
                 time.sleep(NODES_EVERY_S)
         finally:
             self.release_capacity()

@@ -13,6 +13,7 @@ import torch
 from alexnet.cost import Cost, estimate
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.connection import connect
@@ -71,7 +72,7 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
     num_classes, machines = data.num_classes(config), Machines.of(config)
     try:
         plan = make_plan(config, machines.nodes, num_classes)
-        reason = plan.reason if plan else f"none: the cluster is too small for {config.workers} workers"
+        reason = plan.reason if plan else f"none: the cluster is too small for --workers {config.workers}"
     except JobError as error:
         plan, reason = None, f"none: {error}"
     gpus = sum(node.gpus for node in machines.nodes)
@@ -110,20 +111,31 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
 
 def time_and_cost(
     config: TrainConfig, output: StoragePath, data: Dataset, epochs: int, machines: Machines, cost: Cost, workers: int,
-    images_per_s: float | None, at_once: int = 1,
+    images_per_s: float | None, at_once: int | None = None,
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Speed, time and cost of `epochs` epochs of runs of `workers` workers, `at_once` of them concurrent.
+    """Speed, time and cost of `epochs` epochs of one run of `workers` workers, or of a search, `at_once` at a time.
 
-    Start-up and the wait for nodes are not counted. images_per_s: the speed of one run, if the user states it.
+    images_per_s: the speed of one run, if the user states it. A run's start-up counts if an earlier run tells what it
+    takes; the wait for nodes, and the start-up of a search's trials, do not.
     """
+    measured = measured_rate(config, output)
+    startup_s = None if at_once is not None or measured is None else _startup_s(output, measured[1])
+    at_once = at_once or 1
     use_gpu = uses_gpu(config.device, sum(node.gpus for node in machines.nodes))
     if images_per_s is not None:
         rate = images_per_s * at_once
         whence = "as stated" + (f", times {at_once} concurrent runs" if at_once > 1 else "")
     else:
-        rate, whence = _expected_rate(config, output, cost, workers, at_once, machines, use_gpu)
+        rate, whence = _expected_rate(measured, cost, workers, at_once, machines, use_gpu)
     seconds = epochs * (data.rows["train"] + data.rows["val"] / 3) / rate  # a forward pass is a third of a step
-    lines = [("speed", f"{rate:,.0f} images/s: {whence}"), ("time", f"about {duration(seconds)} for {epochs} epochs")]
+    counted = "not counting start-up"
+    if startup_s is not None and measured is not None:
+        seconds += startup_s
+        counted = f"with {duration(startup_s)} of start-up as in run {measured[1]}"
+    lines = [
+        ("speed", f"{rate:,.0f} images/s: {whence}"),
+        ("time", f"about {duration(seconds)} for {count_of(epochs, 'epoch')}, {counted}"),
+    ]
     if machines.usd_per_hour is not None:
         usd = machines.usd_per_hour * seconds / 3600
         lines.append(("cost", f"about ${usd:,.2f}, at ${machines.usd_per_hour:.2f} per hour for all nodes"))
@@ -131,10 +143,9 @@ def time_and_cost(
 
 
 def _expected_rate(
-    config: TrainConfig, output: StoragePath, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
+    measured: tuple[float, str] | None, cost: Cost, workers: int, at_once: int, machines: Machines, use_gpu: bool
 ) -> tuple[float, str]:
     """Images per second of all concurrent runs together, and where the figure comes from."""
-    measured = measured_rate(config, output)
     if measured is not None:
         rate, name = measured
         if use_gpu and at_once > 1:  # each run has its own GPUs; CPUs are shared by the runs
@@ -169,6 +180,14 @@ def measured_rate(config: TrainConfig, output: StoragePath) -> tuple[float, str]
             log.info("speed taken from run %s: %.1f images/s", name, rate)
             return rate, name
     return None
+
+
+def _startup_s(output: StoragePath, name: str) -> float | None:
+    """Seconds that an earlier run took until its workers trained; None if its result does not say."""
+    found = RunFolder(output, name).result().get("startup_s")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+        return None
+    return float(found)
 
 
 def _rate_of(config: TrainConfig, result: object) -> float | None:

@@ -24,7 +24,7 @@ class Started:
     step: int  # of the epoch that was broken off
     history: Sequence[Metrics]
     workers: int = 0  # added by the driver
-    crashed: bool = False  # added by the driver: it is not the first start in this shape
+    lost: bool = False  # added by the driver: they replace workers of the same fit that were lost, with no error
     kind: Literal["started"] = "started"
 
 
@@ -73,6 +73,15 @@ class Failed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Raised:
+    """A worker raised an exception, after which Ray Train starts all of them again, unless it did so often enough."""
+
+    rank: int
+    text: str  # one line
+    kind: Literal["raised"] = "raised"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note:
     """A line for the user."""
 
@@ -117,7 +126,7 @@ class Logged:
     kind: Literal["log"] = "log"
 
 
-Event = Started | Step | EpochEnded | Stopped | Failed | Note | Warned | PlacementGroupMade | Finished | Logged
+Event = Started | Step | EpochEnded | Stopped | Failed | Raised | Note | Warned | PlacementGroupMade | Finished | Logged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +135,7 @@ class TrialStarted:
 
     after_s: float  # since the trial was asked for
     epoch: int
-    crashed: bool
+    lost: bool
     kind: Literal["trial_started"] = "trial_started"
 
 

@@ -9,11 +9,10 @@ from typing import Any
 from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
-from orchestrator.base.shown import LONGEST_VALUE, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
 from orchestrator.base.storage import StoragePath
-from orchestrator.base.terminal import duration, percent, table
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -21,7 +20,7 @@ from orchestrator.cluster.layout_choice import worker_counts
 from orchestrator.cluster.prices import Meter
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.tracking.store import tracking_uri_of, ui_command
+from orchestrator.tracking.store import tracking_uri_of
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train import checkpoints
 from orchestrator.train.classes import ClassErrors, warn_if_unequal
@@ -41,7 +40,7 @@ from orchestrator.train.model_log import log_model
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
-from orchestrator.train.view import TrainView
+from orchestrator.train.view import SHOWN, TrainView, results
 
 MUTABLE_ON_RESUME = (
     "epochs",
@@ -75,6 +74,22 @@ def best_of(history: Sequence[Metrics]) -> Metrics:
     return min(reversed(history), key=lambda entry: entry["val/top1_error"])
 
 
+def nothing_left(run: RunFolder, config: TrainConfig) -> list[str]:
+    """What to say of a run that is resumed although it has finished all its epochs; empty if there is more to train."""
+    result = run.result()
+    done = len(result.get("history") or ())
+    if result.get("status") != "FINISHED" or done != config.epochs or not all(result.get(name) for name in SHOWN):
+        return []
+    resume = f"{command('train')}{run.flag} --resume {run.name}"
+    uri, _ = tracking_uri_of(result["mlflow_tracking_uri"])
+    return [
+        f"run {run.name} has trained all of its {count_of(done, 'epoch')}, so nothing is left to do; "
+        f"to train more: {resume} --epochs N, with N above {done}",
+        "",
+        *results(result, run, uri),
+    ]
+
+
 class Session:
     """One run of jobs/train.py. What the user can get wrong is checked when it is made.
 
@@ -106,7 +121,7 @@ class Session:
         if why := logs.open_run_log(run.path / RUN_LOG):
             self.view.event(Warned(text=f"this run has no log: {why}"))
         log.info("run %s, %s: %s", run.name, "resumed" if resume else "new", config.model_dump())
-        self.started = time.monotonic()
+        self.started, self.elapsed_before_s = time.monotonic(), self.result.get("elapsed_s") or 0.0
         self.under_way = False
 
     def train(self) -> None:
@@ -125,15 +140,15 @@ class Session:
             log.info("stopped by %s", stop)
             self._end("KILLED", f"stopped by {stop}")
             self.view.line.print(f"stopped; resume with: {command('train')}{self.run.flag} --resume {self.run.name}")
+            stop.said = True
             raise
         except BaseException as error:
             log.info("the run failed", exc_info=True)  # one line of it is for the terminal
-            self._end(
-                "FAILED", str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {last_line(error)}"
-            )
+            self._end("FAILED", str(error) if isinstance(error, JobError) else name_and_line(error))
             raise
         self._end("FINISHED")
-        self._show_results()
+        self.view.line.print("", *results(self.result, self.run, self.tracker.run.store.uri))
+        sys.stdout.flush()
 
     def _begin(self) -> Training:
         """Ray, the bundled data if it is asked for, the workers, the MLflow run, the first result."""
@@ -143,10 +158,11 @@ class Session:
         wait_for_nodes(self.config, 1, self.run.output, say)
         self.data.prepare(self.config, say)
         manifest = self.data.manifest
+        workers = f"{self.config.workers} worker{'' if self.config.workers == 1 else 's'}"
         say(
             f"run {self.run.name}: {shown(manifest.source, LONGEST_VALUE)}, {len(manifest.classes)} classes, "
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
-            f"{self.config.workers} worker(s), global batch {self.config.global_batch_size}"
+            f"{workers}, global batch {self.config.global_batch_size}"
         )
         if text := warn_if_unequal(self.config, manifest):
             say(text)
@@ -199,7 +215,7 @@ class Session:
                 self.class_errors.add(event.metrics["epoch"], event.wrong)
                 self._keep(event.history)
             case Stopped():
-                where = f"{event.epoch} epochs and {event.step} steps"
+                where = f"{count_of(event.epoch, 'epoch')} and {count_of(event.step, 'step')}"
                 self.view.event(Note(text=f"a checkpoint was saved after {where}"))
             case Finished():
                 self._on_finish(event)
@@ -221,7 +237,13 @@ class Session:
             "images_per_s": history[-1]["train/images_per_s"],
         }
         self._keep_classes()
+        self._keep_time()
         self.run.write_result(self.result)
+
+    def _keep_time(self) -> None:
+        """The time of this session, and of the whole run."""
+        session_s = time.monotonic() - self.started
+        self.result |= {"elapsed_s": self.elapsed_before_s + session_s, "session_s": session_s}
 
     def _keep_classes(self) -> None:
         last, best = self.result["metrics"]["epoch"], self.result["best"]["epoch"]
@@ -229,6 +251,8 @@ class Session:
 
     def _on_start(self, event: Started) -> None:
         first = not self.under_way
+        if first:
+            self.result["startup_s"] = time.monotonic() - self.started
         if event.history:  # the checkpoint may be ahead of what a killed driver had written, or sent
             self._keep(event.history)
             if self.resume and first:
@@ -236,9 +260,9 @@ class Session:
         if self.resume and first:
             self.run.change(self.config)  # now that it is known to train
         self.under_way = True
-        text = f"training on {event.device} in {event.precision}, {event.workers} worker(s)"
-        where = f"epoch {event.epoch}" + (f" and {event.step} steps" if event.step else "")
-        if event.crashed:
+        text = f"training on {event.device} in {event.precision}, {count_of(event.workers, 'worker')}"
+        where = f"epoch {event.epoch}" + (f" and {count_of(event.step, 'step')}" if event.step else "")
+        if event.lost:
             text = f"a worker was lost; resuming from the last checkpoint, after {where}"
         elif event.epoch or event.step:
             text += f", resumed after {where}"
@@ -269,7 +293,8 @@ class Session:
 
     def _end(self, status: str, error: str | None = None) -> None:
         error = redact_all(error) if error else None
-        self.result |= {"status": status, "error": error, "elapsed_s": time.monotonic() - self.started}
+        self.result |= {"status": status, "error": error}
+        self._keep_time()
         try:
             if status != "FINISHED":
                 self.result["checkpoint"] = self.run.latest_checkpoint()
@@ -277,24 +302,3 @@ class Session:
             log.info("%s: %s", status, self.run.path / RESULT)
         finally:  # storage may be what failed
             self.tracker.finish(status, error)
-
-    def _show_results(self) -> None:
-        result: dict[str, Any] = self.result
-        last, best = result["metrics"], result["best"]
-        rows = [
-            (
-                "top-1 error",
-                f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
-            ),
-            *([("top-5 error", percent(last["val/top5_error"]))] if "val/top5_error" in last else []),
-            ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
-            ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
-            ("time", duration(result["elapsed_s"])),
-            *([("cost", f"${result['cost_usd']:.2f} for all nodes")] if "cost_usd" in result else []),
-            ("checkpoint", result["checkpoint"]),
-            ("result", str(self.run.path / RESULT)),
-            ("MLflow run", result["mlflow_run_id"]),
-            ("open the UI", ui_command(self.tracker.run.store.uri)),
-        ]
-        self.view.line.print("", f"results after {last['epoch']} epochs", *table(rows).splitlines())
-        sys.stdout.flush()

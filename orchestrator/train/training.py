@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from orchestrator.base.exits import Interrupted, JobError, last_line, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, last_line, name_and_line, signals_deferred
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.cluster.placement import Plan
 from orchestrator.config.train import TrainConfig
+from orchestrator.train.attempts import Attempts
 from orchestrator.train.checkpoints import checkpoint_name
 from orchestrator.train.elastic import ElasticPlanner
 from orchestrator.train.mailbox import DROP, SAVE, Mailbox
@@ -28,6 +30,7 @@ from orchestrator.train.messages import (
     Finished,
     Note,
     PlacementGroupMade,
+    Raised,
     Started,
     StartFrom,
     Stopped,
@@ -129,6 +132,7 @@ class Training:
     def _begin(self, plan: Plan) -> None:
         """Start a fit."""
         self._plan, self._worker_nodes, self._topic = plan, [], uuid.uuid4().hex
+        self._attempts = Attempts(self.config.max_failures + 1)
         payload = WorkerPayload(
             config=self.config.model_dump(),
             data=self.data.text,
@@ -142,7 +146,7 @@ class Training:
         )
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
-        log.info("starting %d worker(s): %s; %s", plan.layout.workers, plan.reason, plan)
+        log.info("starting %s: %s; %s", count_of(plan.layout.workers, "worker"), plan.reason, plan)
         pool, self.pool = self.pool, None
         self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
@@ -231,7 +235,7 @@ class Training:
                         self._end_for_lost_nodes(on_event)
                         return False
                 time.sleep(POLL_S)
-            raise JobError(outcome)
+            raise JobError(self._attempts.of_the_last(outcome))
         with signals_deferred():
             if reports.stopped is not None or late.stopped is not None:
                 self.end()
@@ -246,10 +250,13 @@ class Training:
         reports = _Reports()
         for event in ray.get(self._mailbox.drain.remote(self._topic)):
             if isinstance(event, Started):
-                crashed = bool(self._worker_nodes)  # it is not the first start of this fit
                 self._worker_nodes = list(event.nodes)
                 assert self._plan is not None
-                event = replace(event, workers=self._plan.layout.workers, crashed=crashed)
+                event = replace(event, workers=self._plan.layout.workers, lost=self._attempts.started())
+            elif isinstance(event, Raised):
+                if text := self._attempts.raised(event):
+                    on_event(Warned(text=text))
+                continue
             elif isinstance(event, Failed):
                 reports = replace(reports, failed=event)
             elif isinstance(event, Stopped):
@@ -278,7 +285,8 @@ class Training:
     def _end_for_lost_nodes(self, on_event: Callable[[Event], None]) -> None:
         lost = self.planner.lost_nodes()
         log.info("lost nodes: %s", ", ".join(sorted(lost)) or "none")
-        on_event(Note(text=f"{len(lost)} node(s) were lost; resuming from the last checkpoint"))
+        were = f"{count_of(len(lost), 'node')} {'was' if len(lost) == 1 else 'were'}"
+        on_event(Note(text=f"{were} lost; resuming from the last checkpoint"))
         self.end()
 
     def _stop(self, on_event: Callable[[Event], None], how: str) -> None:
@@ -331,8 +339,10 @@ def make_mailbox() -> Any:
 
 def _one_line(error: BaseException) -> str:
     """The innermost reason of a failed run: the exception's own line, not the tracebacks around it."""
+    from orchestrator.train.driver_link import is_of_a_collective  # imports Ray
+
     failures = getattr(error, "worker_failures", None)
     if failures:
-        rank, error = sorted(failures.items())[0]
-        return f"worker {rank}: {last_line(error)}"
+        rank, error = min(failures.items(), key=lambda found: (is_of_a_collective(found[1]), found[0]))
+        return f"worker {rank}: {name_and_line(error)}"
     return last_line(getattr(error, "controller_failure", error))

@@ -1,10 +1,16 @@
-"""A training run on the terminal: a live line of its steps, and one line per epoch."""
+"""A training run on the terminal: a live line of its steps, one line per epoch, and its results."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.base.terminal import LiveLine, duration, percent
+from orchestrator.base.shown import count_of
+from orchestrator.base.terminal import LiveLine, duration, percent, table
+from orchestrator.tracking.store import ui_command
 from orchestrator.train.messages import EpochEnded, Event, Note, Step, Warned
+from orchestrator.train.run_folder import RESULT, RunFolder
+
+SHOWN = ("metrics", "best", "images_per_s", "elapsed_s", "mlflow_run_id")  # of result.json, at the end of a run
 
 
 class TrainView:
@@ -49,3 +55,28 @@ def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
         f"top-1 error {percent(metrics['val/top1_error'])}  {top5}"
         f"lr {metrics['train/lr']:g}  {metrics['train/images_per_s']:.0f} images/s"
     )
+
+
+def results(result: Mapping[str, Any], run: RunFolder, uri: str) -> list[str]:
+    """The lines at the end of a run. result: what result.json has; uri: of MLflow."""
+    last, best = result["metrics"], result["best"]
+    time_s, session_s = result["elapsed_s"], result.get("session_s", result["elapsed_s"])
+    rows = [
+        (
+            "top-1 error",
+            f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
+        ),
+        *([("top-5 error", percent(last["val/top5_error"]))] if "val/top5_error" in last else []),
+        ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),
+        ("speed", f"{result['images_per_s']:.0f} images/s in the last epoch"),
+        (
+            "time",
+            duration(time_s) + (f", of which {duration(session_s)} since it was resumed" if session_s < time_s else ""),
+        ),
+        *([("cost", f"${result['cost_usd']:.2f} for all nodes")] if "cost_usd" in result else []),
+        ("checkpoint", str(result.get("checkpoint"))),
+        ("result", str(run.path / RESULT)),
+        ("MLflow run", result["mlflow_run_id"]),
+        ("open the UI", ui_command(uri)),
+    ]
+    return [f"results after {count_of(last['epoch'], 'epoch')}", *table(rows).splitlines()]

@@ -57,8 +57,10 @@ def train_worker(loop: dict[str, Any]) -> None:
     logs.forward(link.log)
     try:
         _train(payload, link)
-    except BaseException:
+    except BaseException as error:
         log.exception("worker failed")
+        if isinstance(error, Exception):
+            link.report_error(error)
         raise
     finally:
         link.flush_log()

@@ -28,6 +28,7 @@ def test_every_end_has_its_status_and_one_line(capsys):
     assert run_job(lambda: fail(JobError("no space"))) == 1
     assert run_job(lambda: fail(Interrupted(signal.SIGTERM))) == 143
     assert run_job(lambda: os.kill(os.getpid(), signal.SIGINT) or 0) == 130
+    assert run_job(lambda: fail(Interrupted(signal.SIGINT, said=True))) == 130  # a run has said how to resume it
     assert capsys.readouterr().err == "error: no space\nstopped by SIGTERM\nstopped by SIGINT\n"
 
 

@@ -1,6 +1,9 @@
 """A run's log, and a calm terminal."""
 
+import errno
+import io
 import logging
+import os
 import sys
 import threading
 import time
@@ -54,6 +57,7 @@ def test_a_resumed_run_appends_and_other_libraries_debug_lines_stay_out(tmp_path
     for text in ("first", "second"):
         logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
         logging.getLogger("numba.core.byteflow").debug("thousands of these")
+        logging.getLogger("ray.data._internal.progress").warning("Progress bars disabled.")
         log.info(text)
         logs.close_run_log()
     assert [line[1].rpartition(" ")[2] for line in lines(tmp_path / "run.log")] == ["first", "second"]
@@ -213,3 +217,42 @@ def test_a_library_s_lines_reach_the_driver_once_whether_it_passes_them_on_or_no
         for each in (logging.getLogger(), *map(logging.getLogger, logs.APART)):
             each.handlers[:] = [handler for handler in each.handlers if not isinstance(handler, logs._Forward)]
     assert sent == [("ray.train", "a line")] * 2
+
+
+class Full(io.StringIO):
+    """A file on a disk that is full for a while."""
+
+    full = True
+
+    def write(self, text):
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+def test_a_log_on_a_full_disk_is_told_once_and_written_again_when_there_is_room(tmp_path, capfd):
+    path = tmp_path / "run.log"
+    logs.open_run_log(StoragePath.of(path))
+    handler = logs._open[0]
+    handler.stream.close()
+    handler.stream = file = Full()
+    log.warning("lost")
+    log.warning("lost, too")
+    out, err = capfd.readouterr()
+    assert err == f"warning: the log can no longer be written: [Errno 28] No space left on device ({path})\n"
+    assert out == ""
+    file.full = False
+    log.warning("kept")
+    assert file.getvalue().endswith("WARNING driver orchestrator.somewhere: kept\n")
+    assert len(file.getvalue().splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_whose_last_lines_the_disk_has_no_room_for_is_told_when_it_is_closed(tmp_path, capfd):
+    logs.open_run_log(StoragePath.of(tmp_path / "run.log"))
+    handler = logs._open[0]
+    handler.stream.close()
+    handler.stream = Full()
+    handler.stream.flush = lambda: handler.stream.write("what is left")
+    logs.close_run_log()
+    assert "the log can no longer be written: [Errno 28] No space left on device" in capfd.readouterr().err

@@ -2,12 +2,14 @@
 
 import io
 import logging
+import re
 
 import pytest
+from conftest import ROOT
 
 from orchestrator.base import logs
 from orchestrator.base.exits import JobError, run_job
-from orchestrator.base.shown import quoted, shown
+from orchestrator.base.shown import count_of, quoted, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveBlock, LiveLine, columns, table
 
@@ -111,3 +113,21 @@ def test_a_run_s_log_has_no_control_characters(tmp_path):
     root.setLevel(level)
     text = (tmp_path / "run.log").read_text()
     assert text.endswith(HARMLESS.replace("\\nnext", "\nnext\n"))
+
+
+def test_a_number_agrees_with_its_noun():
+    assert [count_of(n, "worker") for n in (0, 1, 2)] == ["0 workers", "1 worker", "2 workers"]
+    assert [count_of(n, "class", "classes") for n in (1, 10)] == ["1 class", "10 classes"]
+
+
+def test_no_message_says_worker_s_in_brackets():
+    ours = [path for path in (ROOT / "orchestrator").rglob("*.py") if path.relative_to(ROOT).parts[1] != "data"]
+    assert len(ours) > 80
+    wrong = [
+        f"{path.name}: {line.strip()}"
+        for path in ours
+        if path != ROOT / "orchestrator" / "cli" / "prepare.py"
+        for line in path.read_text().splitlines()
+        if re.search(r"\b(node|worker|image|file|epoch|trial|run|GPU|CPU|set|value|thread|number|group)\(s\)", line)
+    ]
+    assert wrong == []

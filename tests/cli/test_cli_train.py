@@ -103,7 +103,7 @@ def stop(process, signum, place, name):
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, err
-    assert re.search(r"a checkpoint was saved after \d epochs and \d+ steps", out), out
+    assert re.search(r"a checkpoint was saved after \d+ epochs? and \d+ steps?", out), out
     assert f"--resume {name}" in out
     result = result_of(place, name)
     assert result["status"] == "KILLED"
@@ -124,8 +124,8 @@ def test_a_run_stopped_twice_goes_on_in_other_layouts_as_if_it_had_never_stopped
     changes = ("--epochs", "7", "--layout", "hybrid", "--workers", "4")
     resumed = job("train", "--resume", "stopped", *changes, cwd=place, **here)
     assert resumed.returncode == 0, resumed.stderr
-    assert "layout hybrid over 4 worker(s), as asked" in resumed.stdout
-    assert re.search(r"resumed after epoch \d and \d+ steps", resumed.stdout)
+    assert "layout hybrid over 4 workers, as asked" in resumed.stdout
+    assert re.search(r"resumed after epoch \d and \d+ steps?", resumed.stdout)
     assert "results after 7 epochs" in resumed.stdout
     history = result_of(place, "stopped")["history"]
     assert len(history) == 7

@@ -1,6 +1,7 @@
 """What all commands share: --help, --version, -v, and errors of one line."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -57,3 +58,20 @@ def test_every_command_sets_up_its_log_before_it_begins(name, given, verbose, mo
 def test_a_mistyped_flag_is_one_line_with_a_suggestion(name, tmp_path, monkeypatch, capsys):
     line = refused(name, [*NEEDED.get(name, []), "--verbos"], tmp_path, monkeypatch, capsys)
     assert line == f"{name}.py: error: unknown argument --verbos; did you mean --verbose?"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_groups_of_a_help_have_one_title_and_no_default_is_said_that_is_not(name):
+    text = importlib.import_module(f"orchestrator.cli.{name}").parser().format_help()
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert len(titles) == len(set(titles))
+    assert "TEXT" not in text
+    for option in re.split(r"\n  (?=--)", text):
+        if "(default: automatic)" in " ".join(option.split()):
+            assert " ".join(option.split()).count("automatic") == 2, option  # which says what that is
+
+
+def test_a_search_has_no_time_limit_by_default():
+    text = " ".join(importlib.import_module("orchestrator.cli.tune").parser().format_help().split())
+    assert "--time-budget TIME time limit such as 90s, 30m or 2h" in text
+    assert "ends with what it has (default: none)" in text

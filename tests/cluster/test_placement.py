@@ -124,7 +124,7 @@ def test_a_group_of_columns_is_never_split_over_nodes():
     alone = make_plan(config, [Node("a", 8, 4)], 1000)
     assert alone.node_of_worker == ()
     # 3 + 1 GPUs hold four workers, but only one pair
-    with pytest.raises(JobError, match=r"no room for 2 group\(s\) of 2 workers, each group on one node"):
+    with pytest.raises(JobError, match=r"no room for 2 groups of 2 workers, each group on one node"):
         make_plan(config, [Node("a", 8, 3), Node("b", 8, 1)], 1000)
 
 
@@ -178,7 +178,7 @@ def test_trials_of_two_columns_need_nodes_that_hold_a_pair():
     config = make_config(workers=2, layout="columns", device="cpu")
     small = [Node(name, cpus=1) for name in "abcdefgh"]
     assert make_plan(config, small, 10, num_concurrent=4).node_of_worker == ()  # half a CPU a worker
-    with pytest.raises(JobError, match=r"no room for 1 group\(s\) of 2 workers, each group on one node"):
+    with pytest.raises(JobError, match=r"no room for 1 group of 2 workers, each group on one node"):
         make_plan(config, small, 10, num_concurrent=2)  # a CPU a worker, and no node has two
     assert make_plan(config, [Node("a", 4), Node("b", 4)], 10, num_concurrent=2).strategy() == "STRICT_PACK"
     left = [Node("a", 8, 2), Node("b", 8, 2)]  # of three such nodes: one at a time waits, the search goes on
@@ -192,20 +192,20 @@ def test_trials_of_two_columns_need_nodes_that_hold_a_pair():
             {"workers": 16},
             2,
             0,
-            "--workers 16: this machine has 2 CPU(s), room for 4 worker(s) at most; use --workers 4 or",
+            "--workers 16: this machine has 2 CPUs, room for 4 workers at most; use --workers 4 or",
         ),
-        ({"workers": 4}, 1, 0, "this machine has 1 CPU(s), room for 2 worker(s) at most"),
-        ({"workers": 8}, 2, 0, "room for 4 worker(s) at most"),
+        ({"workers": 4}, 1, 0, "this machine has 1 CPU, room for 2 workers at most"),
+        ({"workers": 8}, 2, 0, "room for 4 workers at most"),
         ({"workers": 4}, 2, 0, None),
-        ({"workers": "4..8"}, 2, 0, "--workers 4..8: this machine has 2 CPU(s), room for 2"),
-        ({"workers": "2..8"}, 1, 0, "--workers 2..8: this machine has 1 CPU(s), room for 1"),  # or it waits for ever
-        ({"workers": 4}, 16, 2, "has 2 GPU(s), room for 2 worker(s) at most; use --workers 2 or --device cpu or a cl"),
-        ({"workers": 32}, 16, 2, "has 2 GPU(s), room for 2 worker(s) at most; use --workers 2 or a cluster"),
+        ({"workers": "4..8"}, 2, 0, "--workers 4..8: this machine has 2 CPUs, room for 2"),
+        ({"workers": "2..8"}, 1, 0, "--workers 2..8: this machine has 1 CPU, room for 1"),  # or it waits for ever
+        ({"workers": 4}, 16, 2, "has 2 GPUs, room for 2 workers at most; use --workers 2 or --device cpu or a cl"),
+        ({"workers": 32}, 16, 2, "has 2 GPUs, room for 2 workers at most; use --workers 2 or a cluster"),
         (
             {"workers": 1, "device": "gpu"},
             2,
             0,
-            "has 0 GPU(s), room for 0 worker(s) at most; use --device cpu or a clu",
+            "has 0 GPUs, room for 0 workers at most; use --device cpu or a clu",
         ),
         ({"workers": 2}, 1, 0, None),
         ({"workers": 16}, 16, 0, None),

@@ -217,7 +217,7 @@ def test_every_field_has_a_flag_with_its_meaning_and_default():
     for name, field in TrainConfig.model_fields.items():
         assert "--" + name.replace("_", "-") in text
         assert " ".join(field.description.split())[:30] in text
-    assert "learning rate at the start (default: 0.01)" in text
+    assert "initial learning rate (default: 0.01)" in text
 
 
 def test_only_the_flags_that_were_given_override():

@@ -461,7 +461,7 @@ def test_two_column_trials_run_two_at_a_time(job, tmp_path, digit_shards):
     finally:
         cluster.shutdown()
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "2 at a time, 2 worker(s)" in done.stdout
+    assert "2 at a time, 2 workers" in done.stdout
     trials = journal_of(tmp_path, "columns").trials
     assert len(trials) == 4
     assert all(record.ended and record.status != "FAILED" for record in trials.values())
@@ -485,7 +485,7 @@ def test_what_the_cluster_has_no_room_for_is_said_at_once(job, place, here, digi
     data = ("--data", digit_shards[0])
     done = job("tune", *data, "--device", "gpu", "--name", "no-gpu", cwd=place, **here)
     assert done.returncode == 1
-    assert "a trial of 1 worker(s) needs as many GPUs and the cluster has 0" in error_of(done)
+    assert "a trial of 1 worker needs one GPU and the cluster has 0" in error_of(done)
     assert result_of(place, "no-gpu")["status"] == "FAILED"
 
 

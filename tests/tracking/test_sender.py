@@ -104,7 +104,7 @@ def test_a_server_that_hangs_at_the_end_holds_nobody_up(run, monkeypatch):
     run.finish("FAILED", "why")
     assert time.monotonic() - begin < 5
     assert run.said == [
-        "1 set(s) of metrics did not reach MLflow; they are in the run's folder",
+        "1 set of metrics did not reach MLflow; the run's folder has them",
         f"MLflow run {run.run_id} could not be marked FAILED: no answer",
     ]
     hangs.set()
@@ -137,7 +137,7 @@ def test_what_was_to_be_completed_counts_among_what_did_not_arrive(run, monkeypa
     monkeypatch.setattr(run.client, "get_metric_history", away)
     run.complete([{"step": 1, "val/loss": 1.0}, {"step": 2, "val/loss": 0.5}], "val/loss")
     run.sender.close(0.1)
-    assert run.said[-1].startswith("2 set(s) of metrics did not reach MLflow")
+    assert run.said[-1].startswith("2 sets of metrics did not reach MLflow")
 
 
 def test_a_run_that_was_made_and_not_told_its_settings_is_found_and_told_them(run):

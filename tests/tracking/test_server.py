@@ -14,6 +14,9 @@ import pytest
 from conftest import refused
 
 from orchestrator.base.exits import JobError
+from orchestrator.cli import tracking
+from orchestrator.tracking import server as server_module
+from orchestrator.tracking import store
 from orchestrator.tracking.server import CLIENT, TrackingServer, read_settings
 
 
@@ -96,3 +99,43 @@ def test_it_does_not_listen_on_every_network(address, tmp_path, monkeypatch, cap
     )
     assert "would listen on every network; name the address that the workers reach" in words
     assert not (tmp_path / "t").exists()
+
+
+def test_the_status_of_a_server_that_was_never_started_names_no_file(tmp_path, capsys):
+    folder, flags = tmp_path / "t", tracking.parser()
+    args = flags.parse_args(["status", "--folder", str(folder), "--port", "9"])
+    assert tracking.main(flags, args) == 1
+    assert capsys.readouterr().out == f"http://127.0.0.1:9: not running; none was ever started in {folder}\n"
+    TrackingServer(folder, port=9).write_settings()
+    assert tracking.main(flags, args) == 1
+    assert capsys.readouterr().out == (f"http://127.0.0.1:9: not running; user and password: {folder}/client.env\n")
+
+
+def test_a_server_that_does_not_start_is_waited_for_aloud(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "SLOW_S", 0.0)
+    monkeypatch.setattr(server_module, "START_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(server_module.sys, "executable", "/bin/sleep")  # of what is not a number: it ends at once
+    said = []
+    with pytest.raises(JobError, match="does not answer at"):
+        TrackingServer(tmp_path / "t", port=9).start(said.append)
+    assert said == [f"waiting for MLflow at http://127.0.0.1:9; its log: {tmp_path}/t/server.log"]
+
+
+def test_a_store_whose_server_hangs_is_waited_for_aloud(monkeypatch, capsys):
+    with socket.socket() as silent:  # takes connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(store, "SLOW_S", 0.1)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached"):
+            store.Store(uri)
+    assert capsys.readouterr().out == f"waiting for MLflow at {uri}, which does not answer\n"
+
+
+def test_a_database_that_takes_its_time_is_not_waited_for_aloud(monkeypatch, capsys):
+    monkeypatch.setattr(store, "SLOW_S", 0.0)
+    with store.said_if_slow("sqlite:///mlflow.db"):
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""

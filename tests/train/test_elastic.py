@@ -144,7 +144,7 @@ def test_a_run_without_room_requests_it_once_and_plans_when_it_is_there(nodes, m
     monkeypatch.setattr(elastic.time, "monotonic", lambda: seconds[0])
     plan = planner.wait_for_room(lambda: None, warnings.append)
     assert plan.layout.workers == 2
-    assert warnings == ["the cluster has no room for 2 worker(s) now; waiting for nodes"] * 3  # at 0, 92 and 184 s
+    assert warnings == ["the cluster has no room for 2 workers now; waiting for nodes"] * 3  # at 0, 92 and 184 s
     [request] = nodes.requests
     assert (request.workers, request.released) == (2, 1)
 
@@ -222,14 +222,14 @@ def test_a_run_shrinks_with_a_lost_node_and_grows_with_a_new_one_and_its_losses_
     cluster, nodes = cluster
     ever = ("--epochs", "10", "--precision", "fp64")
     run = Job(cluster.address, tmp_path, *ever, "--name", "elastic", "--workers", f"{few}..{many}", "--layout", layout)
-    run.until(f"training on cpu in fp64, {many} worker(s)", 120)
+    run.until(f"training on cpu in fp64, {many} worker", 120)
     run.until("epoch 2/10  train loss")
     cluster.remove_node(nodes[1], allow_graceful=False)
-    assert run.until(f"training on cpu in fp64, {few} worker(s), resumed after epoch") < 60
+    assert run.until(f"training on cpu in fp64, {few} worker{'s' if few > 1 else ''}, resumed after epoch") < 60
     run.until("  train loss")
     cluster.add_node(num_cpus=cpus, node_ip_address="127.0.0.5")
     run.until("the cluster has room for more workers")
-    run.until(f"training on cpu in fp64, {many} worker(s), resumed after epoch", 120)
+    run.until(f"training on cpu in fp64, {many} workers, resumed after epoch", 120)
     run.until("results after 10 epochs", 120)
     assert run.process.wait(60) == 0
 

@@ -3,13 +3,15 @@
 import json
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from alexnet.cost import estimate
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
-from orchestrator.train.forecast import SPEED_SETTINGS, measured_rate
+from orchestrator.train.forecast import SPEED_SETTINGS, Machines, measured_rate, time_and_cost
 from orchestrator.train.run_folder import RunFolder
 
 OTHER = {
@@ -97,6 +99,31 @@ def test_what_is_not_a_run_is_skipped_silently(output, caplog):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+def test_the_time_of_a_dry_run_has_the_start_up_of_the_run_whose_speed_it_takes(output):
+    config, stated = digits(), None
+    earlier(output, "before", 1437 + 120, written=1000)
+
+    def time_of(**search):
+        cost, machines = (
+            estimate(num_classes=10, input_size=64, width=0.25, global_batch_size=64),
+            Machines([], None, "", 36.0),
+        )
+        data = SimpleNamespace(rows={"train": 1437, "val": 360})
+        return dict(time_and_cost(config, output, data, 30, machines, cost, 1, stated, **search))
+
+    assert time_of()["time"] == "about 0:30 for 30 epochs, not counting start-up"
+    run = RunFolder(output, "before")
+    run.write_result(run.result() | {"startup_s": 12.4})
+    assert time_of()["time"] == "about 0:42 for 30 epochs, with 0:12 of start-up as in run before"
+    assert time_of()["cost"].startswith("about $0.42,")
+    assert time_of(at_once=2)["time"] == "about 0:30 for 30 epochs, not counting start-up"
+    stated = 2 * 1557.0
+    assert time_of()["time"] == "about 0:27 for 30 epochs, with 0:12 of start-up as in run before"
+    for damaged in ("fast", True, -1, None):
+        run.write_result(run.result() | {"startup_s": damaged})
+        assert time_of()["time"] == "about 0:15 for 30 epochs, not counting start-up"
+
+
 @pytest.mark.slow
 def test_a_dry_run_names_the_run_whose_speed_it_takes(job, tmp_path):
     output = StoragePath.of(tmp_path / "runs")
@@ -106,6 +133,6 @@ def test_a_dry_run_names_the_run_whose_speed_it_takes(job, tmp_path):
     for flags in (["--workers", "2"], ["--config", "old.yaml"]):
         done = job("train", "--dry-run", *flags, cwd=tmp_path)
         assert "1,557 images/s: measured in run before" in done.stdout, done.stderr
-        assert "about 0:30 for 30 epochs" in done.stdout
+        assert "about 0:30 for 30 epochs, not counting start-up" in done.stdout
         assert done.returncode == 0
         assert "Traceback" not in done.stderr

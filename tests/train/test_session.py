@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 from orchestrator.base import logs
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
+from orchestrator.cli import train
 from orchestrator.config.recipes import digits
+from orchestrator.train import view
 from orchestrator.train.classes import ClassErrors
 from orchestrator.train.messages import EpochEnded, Finished, Logged, Started, Stopped
 from orchestrator.train.run_folder import RunFolder
-from orchestrator.train.session import Session
+from orchestrator.train.session import Session, nothing_left
 from orchestrator.train.view import TrainView
 
 
@@ -154,6 +157,7 @@ def session(tmp_path):
     session.run, session.config, session.resume, session.under_way = RunFolder(tmp_path, "run"), digits(), False, False
     session.run.create(session.config)
     session.result, session.tracker, session.meter = {}, Tracked(), None
+    session.started, session.elapsed_before_s = time.monotonic(), 0.0
     manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
     session.class_errors = ClassErrors(manifest, {})
     session.view = TrainView()
@@ -234,12 +238,11 @@ def test_of_five_classes_no_top_5_error_is_shown(session, monkeypatch, capsys):
     many, few = session.shown.getvalue().splitlines()
     assert few == many.replace("top-5 error 0.00 %  ", "")
     assert "top-5" not in few
-    session.result |= {"elapsed_s": 1.0, "checkpoint": "none", "mlflow_run_id": "none"}
-    session.tracker.store = SimpleNamespace(uri="sqlite:///mlflow.db")
-    session._show_results()
-    results = session.shown.getvalue().split("results after")[1]
+    session.result |= {"elapsed_s": 1.0, "session_s": 1.0, "checkpoint": "none", "mlflow_run_id": "none"}
+    results = "\n".join(view.results(session.result, session.run, "sqlite:///mlflow.db"))
     assert "top-1 error" in results
     assert "top-5" not in results
+    assert "  time         0:01\n" in results
 
 
 def test_events_are_tracked_shown_and_written(session):
@@ -247,12 +250,12 @@ def test_events_are_tracked_shown_and_written(session):
         precision="fp32", device="cpu", nodes=["a"], epoch=1, step=5, history=[entry(1, 0.5)], workers=2
     )  # fmt: skip
     session.on_event(started)
-    session.on_event(Started(**{**vars(started), "crashed": True}))
+    session.on_event(Started(**{**vars(started), "lost": True}))
     session.on_event(Stopped(epoch=1, step=7))
     assert session.shown.getvalue().splitlines() == [
-        "training on cpu in fp32, 2 worker(s), resumed after epoch 1 and 5 steps",
+        "training on cpu in fp32, 2 workers, resumed after epoch 1 and 5 steps",
         "a worker was lost; resuming from the last checkpoint, after epoch 1 and 5 steps",
-        "a checkpoint was saved after 1 epochs and 7 steps",
+        "a checkpoint was saved after 1 epoch and 7 steps",
     ]
     assert written(session)["history"] == [entry(1, 0.5)]
     assert session.tracker.calls == []
@@ -265,6 +268,50 @@ def test_a_line_of_a_worker_s_log_goes_to_the_run_s_log_and_nowhere_else(session
     assert recorded == [(1, 20, "orchestrator.train.worker", "a line", 5.0)]
     assert session.shown.getvalue() == ""
     assert not (session.run.path / "result.json").size()
+
+
+def test_the_time_of_a_run_is_that_of_all_its_sessions(session, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("orchestrator.train.session.time", SimpleNamespace(monotonic=lambda: clock.now))
+    session.started, session.elapsed_before_s = 90.0, 500.0
+    session.on_event(Started(precision="fp32", device="cpu", nodes=["a"], epoch=1, step=0, history=[entry(1, 0.5)]))
+    clock.now = 120.0
+    session.on_event(EpochEnded(epochs=2, metrics=entry(2, 0.5), history=[entry(1, 0.5), entry(2, 0.5)]))
+    assert {name: written(session)[name] for name in ("elapsed_s", "session_s", "startup_s")} == {
+        "elapsed_s": 530.0, "session_s": 30.0, "startup_s": 10.0,
+    }  # fmt: skip
+    clock.now = 150.0
+    session._end("KILLED", "stopped by SIGINT")
+    result = written(session)
+    assert (result["elapsed_s"], result["session_s"]) == (560.0, 60.0)
+    shown = view.results(result | {"mlflow_run_id": "none"}, session.run, "sqlite:///mlflow.db")
+    assert "  time         9:20, of which 1:00 since it was resumed" in shown
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, history = RunFolder(tmp_path / "runs", "done"), [entry(1, 0.5), entry(2, 0.25)]
+    run.create(digits().changed(data=str(tmp_path / "gone"), epochs=2))
+    result = {
+        "status": "FINISHED", "history": history, "metrics": history[1], "best": history[1], "images_per_s": 100.0,
+        "elapsed_s": 65.0, "mlflow_run_id": "abc", "mlflow_tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
+    }  # fmt: skip
+    run.write_result(result)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs" / "done").iterdir()}
+    flags = train.parser()
+    assert train.main(flags, flags.parse_args(["--resume", "done"])) == 0
+    first, empty, title, *rows = capsys.readouterr().out.splitlines()
+    assert first == (
+        "run done has trained all of its 2 epochs, so nothing is left to do; "
+        "to train more: python jobs/train.py --resume done --epochs N, with N above 2"
+    )
+    assert (empty, title, rows[0]) == ("", "results after 2 epochs", "  top-1 error  25.00 % (best 25.00 %, epoch 2)")
+    assert {path: path.read_bytes() for path in (tmp_path / "runs" / "done").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert nothing_left(run, run.config().changed(epochs=3)) == []
+    for status in ("KILLED", "RUNNING", "FAILED"):  # its last checkpoint, or its model, may be missing
+        run.write_result(result | {"status": status})
+        assert nothing_left(run, run.config()) == []
 
 
 # the log of a run
@@ -283,9 +330,9 @@ def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal
     result = json.loads((tmp_path / "runs" / "logged" / "result.json").read_text())
     for words in (
         r"orchestrator\.train\.session: run logged, new: .*'epochs': 1",
-        r"orchestrator\.train\.training: starting 1 worker\(s\): layout single",
+        r"orchestrator\.train\.training: starting 1 worker: layout single",
         rf"MLflow run {result['mlflow_run_id']} at sqlite",
-        r"training on cpu in \w+, 1 worker\(s\); nodes of the workers: \w+",
+        r"training on cpu in \w+, 1 worker; nodes of the workers: \w+",
         r"epoch 1 of 1: .*'val/top1_error'",
         r"decision: the fit is over",
         r"logging the model of epoch 1 to MLflow, from \S+checkpoint-epoch-0001",

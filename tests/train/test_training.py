@@ -17,6 +17,8 @@ from orchestrator.cluster.nodes import Node
 from orchestrator.config.recipes import digits
 from orchestrator.config.train import make_config
 from orchestrator.train import ray_train, training
+from orchestrator.train.attempts import Attempts
+from orchestrator.train.driver_link import DriverLink
 from orchestrator.train.mailbox import DROP, SAVE
 from orchestrator.train.messages import (
     EpochEnded,
@@ -25,6 +27,7 @@ from orchestrator.train.messages import (
     Logged,
     Note,
     PlacementGroupMade,
+    Raised,
     Started,
     StartFrom,
     Step,
@@ -201,7 +204,7 @@ def test_a_run_passes_on_its_events_and_ends_with_its_checkpoints(run, tmp_path)
     assert run.follow() == [
         replace(STARTED, workers=2),
         line,
-        replace(STARTED, workers=2, crashed=True),
+        replace(STARTED, workers=2, lost=True),
         Finished(
             checkpoint=f"{tmp_path}/run/checkpoint-epoch-0004", best_checkpoint=f"{tmp_path}/run/checkpoint-epoch-0003"
         ),
@@ -230,7 +233,7 @@ def test_a_failure_that_would_recur_ends_the_run_with_its_text(run):
 def test_a_fit_that_ray_gives_up_fails_the_run_in_one_line(run):
     run.set(error=SimpleNamespace(worker_failures={1: ValueError("a\nb"), 0: ValueError("first\nwhy it failed")}))
     run.begin([[STARTED], "over"])
-    with pytest.raises(JobError, match=r"^worker 0: why it failed$"):
+    with pytest.raises(JobError, match=r"^worker 0: ValueError: why it failed$"):
         run.follow()
 
 
@@ -248,9 +251,9 @@ def test_a_fit_whose_node_is_lost_is_followed_by_another_on_the_nodes_that_are_l
     events = run.follow()
     assert [fit.plan.layout.workers for fit in run.fits] == [2, 1]
     assert run.fits[0].killed
-    assert "1 node(s) were lost; resuming from the last checkpoint" in run.notes
+    assert "1 node was lost; resuming from the last checkpoint" in run.notes
     assert [type(event) for event in events] == [Started, Started, Finished]
-    assert not events[1].crashed, "another fit is no crash"
+    assert not events[1].lost, "another fit is no crash"
 
 
 def test_a_run_that_the_cluster_has_room_for_saves_and_grows(run):
@@ -307,7 +310,7 @@ def test_what_workers_say_between_the_last_look_and_the_end_of_their_fit_is_hear
         (
             ["over", []],
             SimpleNamespace(worker_failures={0: OSError("no space left")}),
-            "worker 0: no space left; their work since the last checkpoint is lost",
+            "worker 0: OSError: no space left; their work since the last checkpoint is lost",
         ),
     ],
 )
@@ -329,3 +332,53 @@ def test_a_run_that_is_interrupted_says_that_work_is_lost_where_it_is(run, monke
         run.follow()
     assert run.asked == [SAVE]
     assert [event.text for event in run.events if isinstance(event, Warned)] == ([warning] if warning else [])
+
+
+# attempts of a fit
+
+
+def test_an_exception_of_ours_is_told_by_its_line_and_attempt_and_only_what_vanished_is_lost(run):
+    raised = [Raised(rank=1, text="ZeroDivisionError: division by zero"), Raised(rank=0, text="KeyError: 'x'")]
+    run.begin([[STARTED], raised, [STARTED], [], [STARTED], "over"], max_failures=4)
+    events = run.follow()
+    told = "attempt 1 of 5 failed: worker 1: ZeroDivisionError: division by zero; resuming from the last checkpoint"
+    assert [event.text for event in events if isinstance(event, Warned)] == [told]
+    assert [event.lost for event in events if isinstance(event, Started)] == [False, False, True]
+
+
+def test_the_error_of_the_last_attempt_is_the_run_s_and_says_which_attempt_it_was(run):
+    run.set(error=SimpleNamespace(worker_failures={0: RuntimeError("[gloo/pair.cc:1] closed"), 1: KeyError("x")}))
+    raised = [Raised(rank=1, text="KeyError: 'x'")]
+    run.begin([[STARTED], raised, [STARTED], raised, "over"], max_failures=1)
+    with pytest.raises(JobError, match=r"^worker 1: KeyError: 'x' \(attempt 2 of 2\)$"):
+        run.follow()
+    assert [event.text for event in run.events if isinstance(event, Warned)] == [
+        "attempt 1 of 2 failed: worker 1: KeyError: 'x'; resuming from the last checkpoint"
+    ]
+
+
+def test_attempts_that_fail_before_their_workers_are_at_work_are_counted():
+    attempts = Attempts(3)
+    found = [attempts.raised(Raised(rank=rank, text="ValueError: no")) for rank in (0, 1, 1, 0, 0)]
+    assert [text and text[:14] for text in found] == ["attempt 1 of 3", None, "attempt 2 of 3", None, None]
+    assert attempts.of_the_last("no room") == "no room (attempt 3 of 3)"
+    assert Attempts(3).of_the_last("no room") == "no room"
+
+
+@pytest.mark.parametrize(
+    ("error", "sent"),
+    [
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (ValueError("why:\n  this"), "ValueError: this"),
+        (AssertionError(), "AssertionError"),
+        (JobError("one line"), "one line"),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), None),
+        (torch.distributed.DistBackendError("NCCL error"), None),
+    ],
+)
+def test_a_worker_reports_its_own_errors_and_not_those_of_an_exchange(monkeypatch, error, sent):
+    put = []
+    mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda topic, event: put.append((topic, event))))
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: None)
+    DriverLink(mailbox, "topic", 1).report_error(error)
+    assert put == ([("topic", Raised(rank=1, text=sent))] if sent else [])
