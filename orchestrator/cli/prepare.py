@@ -37,6 +37,7 @@ from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
+from orchestrator.data.sheet import draw_classes
 from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView, show_source
 
@@ -189,7 +190,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         background=args.background,
         on_progress=view.progress,
     )
-    view.finished(manifest, training_command(manifest, output))
+    view.finished(manifest, training_command(manifest, output), draw_classes(output, manifest))
     return 0
 
 
@@ -222,11 +223,12 @@ def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
 def check(flags: Parser, args: argparse.Namespace) -> int:
     try:
         folder = StoragePath.of(args.check)
-        shards.read_manifest(folder)
+        manifest = shards.read_manifest(folder)
     except ValueError as error:
         flags.error(str(error).replace("--data", "--check"))
-    connect()
     view = CheckView()
+    view.begin(manifest)
+    connect()
     picture = args.picture or (folder.local or Path.cwd()) / "contact_sheet.png"
     view.finished(checking.check(folder, view.line.print, view.progress), picture)
     return 0

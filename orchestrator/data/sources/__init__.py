@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.base.environment import command
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources import cifar, ilsvrc, parquet, tables, webdataset
@@ -61,14 +62,27 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
     if (root / MANIFEST).size() is not None:
         training = f"{command('train')} --data {shlex.quote(str(root))}"
         raise ValueError(f"--source {root}: holds shards already; train with: {training}")
+    lines: list[str] = []
     name, why, tree = detect(root, options)
+    say = _kept(say, lines)
     say(f"format {name}: {why}")
     if options.verify:
         verify_md5(root, say)
     found = _open(name, root, tree, options, say)
     check_usable(found)
     found.warnings.extend(inspect(found))
+    found.found.extend(lines)
     return found
+
+
+def _kept(say: Say, lines: list[str]) -> Say:
+    """`say` that also adds each line to others."""
+
+    def both(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    return both
 
 
 def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
@@ -130,8 +144,8 @@ def inspect(source: Source) -> list[str]:
     elif both:
         first, second = both[0]
         lines.append(
-            f"{len(both)} validation image(s) are training images, too: {second.name} is {first.name}; errors on them "
-            "say nothing about new images"
+            f"{count_of(len(both), 'validation image is a training image', 'validation images are training images')}, "
+            f"too: {second.name} is {first.name}; errors on such images say nothing about new ones"
         )
     return lines
 

@@ -65,6 +65,7 @@ class Source:
     misplaced: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of files without a class
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, rule) of files that are no one's data
     warnings: list[str] = field(default_factory=list)  # what looks wrong, a line each
+    found: list[str] = field(default_factory=list)  # what was said of it: its format and why, its parts; a line each
     runs: dict[str, list[int]] | None = None  # numbers of consecutive entries of a split that are best read together
 
 
