@@ -76,6 +76,28 @@ def decode(
     return _decode_with_pillow(data, warn, exif, background, count)
 
 
+def decode_gray(data: bytes, side: int) -> tuple[NDArray[np.uint8], int]:
+    """An image as (H, W) in gray, and its shorter side as stored. A JPEG is decoded at a fraction of its size, with at
+    least `side` pixels each way if it has them, in half the time. Raises as `decode`."""
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(height, width)
+            _check_scans(data, height, width)
+            if colorspace != "CMYK":
+                small = simplejpeg.decode_jpeg(
+                    data, colorspace="GRAY", min_height=side, min_width=side, fastdct=True, fastupsample=True
+                )
+                return small[:, :, 0], min(height, width)
+        except NotAnImage:
+            raise
+        except ValueError:
+            pass
+    image = decode(data)
+    gray = (image @ np.array([77, 150, 29], np.uint16)) >> 8  # as JPEG weights the colours, in 256ths
+    return gray.astype(np.uint8), min(image.shape[:2])
+
+
 def jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 to 8, from its headers alone; 1 if it states none."""
     at = 2

@@ -196,7 +196,7 @@ def test_what_looks_wrong_is_said(tmp_path):
     assert "train/fish/ holds no images, and is no class" in text
     assert "the class dog holds folders, whose images are all of it: corgi, pug" in text
     assert "no validation images of Cat, wolf" in text
-    assert "1 validation image(s) are training images, too: val/dog/0.jpg is train/dog/twin.jpg" in text
+    assert "1 validation image is a training image, too: val/dog/0.jpg is train/dog/twin.jpg" in text
 
 
 def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
