@@ -25,6 +25,7 @@ from alexnet.images import COUNTED, WHITE
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
+from orchestrator.data.read_ahead import in_runs
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
 from orchestrator.data.sources import SPLITS, Source
@@ -76,7 +77,7 @@ def prepare(
 
     size = image_size or source.image_size
     (output / MANIFEST).remove()
-    tasks = list(_tasks(source, seed, rows_per_shard))
+    tasks = list(_tasks(in_runs(source), seed, rows_per_shard))
     quality = jpeg_quality if encoding == "jpeg" else None
     turn = (exif or exif_rule(source)) == "apply"
     write = ShardWriter(output, size, quality, len(source.classes), exif=turn, background=background)
