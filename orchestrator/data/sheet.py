@@ -56,10 +56,12 @@ def draw_classes(folder: StoragePath, manifest: Manifest) -> StoragePath:
 def stored_images(
     folder: StoragePath, manifest: Manifest, labels: list[int], each: int
 ) -> dict[int, list[NDArray[np.uint8]]]:
-    """Up to `each` training images of every label, (side, side, 3), the first ones in the first shards."""
+    """Up to `each` images of every label, (side, side, 3): the first ones in the first shards, those of validation
+    where there are none for training."""
     found: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
-    missing = {label: min(each, manifest.class_rows["train"][label]) for label in labels}
-    for shard in manifest.split("train")[:SHARDS]:
+    rows = manifest.class_rows
+    missing = {label: min(each, rows["train"][label] or rows["val"][label]) for label in labels}
+    for shard in [*manifest.split("train")[:SHARDS], *manifest.split("val")[:SHARDS]]:
         if not any(missing.values()):
             break
         with (folder / shard.file).open() as file:

@@ -75,6 +75,10 @@ def class_lines(manifest: "Manifest") -> list[str]:
     return columns(["", "class", *(["in words"] if words else []), "train", "val"], rows)
 
 
+def _kinds(manifest: "Manifest") -> str:
+    return "".join(f", {count} {kind}" for kind, count in manifest.kinds.items())
+
+
 class PrepareView:
     """A preparation."""
 
@@ -119,7 +123,7 @@ class PrepareView:
             f"{count_of(sum(rows.values()), 'row')} ({rows['train']} train, {rows['val']} val), "
             f"{manifest.rejected} rejected"
             + (f", listed in {self.output / REJECTED}" if manifest.rejected else "")
-            + "".join(f", {count} {kind}" for kind, count in manifest.kinds.items())
+            + _kinds(manifest)
         )
 
 
@@ -133,8 +137,7 @@ class CheckView:
         """What the preparation found in the source."""
         show_prepared_source(manifest, self.line)
         self.line.print(*class_lines(manifest))
-        kinds = ", ".join(f"{count} {kind}" for kind, count in manifest.kinds.items())
-        self.line.print(f"{manifest.rejected} rejected" + (f"; images that were {kinds}" if kinds else ""))
+        self.line.print(f"{manifest.rejected} rejected{_kinds(manifest)}")
 
     def progress(self, done: int, total: int, images_per_s: float) -> None:
         eta = duration((total - done) / images_per_s) if images_per_s else "--:--"
