@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from orchestrator.data.images import NotAnImage
+from alexnet.images import NotAnImage
 from orchestrator.data.sources import Entry, Source, read
 from orchestrator.data.sources.listing import MAX_FILE_BYTES, extent, read_range
 

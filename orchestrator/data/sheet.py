@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from alexnet.images import decode
 from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.images import decode
 from orchestrator.data.shards import Manifest, read_mean_image
 
 if TYPE_CHECKING:

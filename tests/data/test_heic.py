@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from orchestrator.data import images
+from alexnet import images
 from orchestrator.data.sources import near
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: pip install pillow-heif")

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from orchestrator.data.images import NotAnImage, decode_gray
+from alexnet.images import NotAnImage, decode_gray
 from orchestrator.data.sources import Options, near, open_source
 from orchestrator.data.sources.listing import Entry
 from orchestrator.data.sources.near import Look

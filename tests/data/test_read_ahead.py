@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_near import copied, photograph
 
+from alexnet.images import NotAnImage, decode, resize_and_center
 from orchestrator.base.storage import StorageError, StoragePath
-from orchestrator.data.images import NotAnImage, decode, resize_and_center
 from orchestrator.data.prepare import _tasks
 from orchestrator.data.read_ahead import in_runs, read_ahead, together
 from orchestrator.data.shard_writer import ShardWriter, pack

@@ -2,7 +2,7 @@
 
 An image is looked at in gray, at 9x8 and at 16x16 pixels. Two are near-duplicates if few bits of their difference
 hashes differ (of the 9x8 pixels, whether each is darker than its right neighbour) and their 16x16 pixels correlate. By
-the hash alone 0.02 % of pairs of unlike photographs of one class would be, by both none of 4.5 million (docs/data.md).
+the hash alone 0.016 % of pairs of unlike photographs of one class would be, by both none of 7 million (docs/data.md).
 """
 
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.images import NotAnImage, decode_gray
+from alexnet.images import NotAnImage, decode_gray
 from orchestrator.data.sources.listing import SMALL, Entry, read
 
 MAX_IMAGES = 200_000  # more are not looked at
