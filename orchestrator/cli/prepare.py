@@ -16,10 +16,14 @@ The format is detected and printed; --dry-run prints what is there and stops. Wi
 is drawn for validation. Every image is converted to RGB, resized to a shorter side of 256 pixels, cropped to its
 central 256x256 and stored as a JPEG in a Parquet shard. `--source digits` takes scikit-learn's 1,797 digits instead.
 
+Bursts and copies of a photograph stay on one side of that draw. Classes and their rows are printed at the end, and
+OUTPUT/classes.png has the mean image and some images of them.
+
 Run an interrupted preparation again to resume it; the result is identical to the last byte.
 
 --check verifies every shard's checksum, counts rows, classes and labels, has the feed decode and crop every image as
-training would, prints images/s, and draws a contact sheet of augmented images.
+training would, prints images/s, and draws a contact sheet of augmented images. First it prints what was found in the
+source.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
+from orchestrator.data.sheet import draw_classes
 from orchestrator.data.sources import FORMATS, Options, open_source
 from orchestrator.data.view import CheckView, PrepareView, show_source
 
@@ -45,9 +50,13 @@ SMALLEST = 64  # pixels
 
 def parser() -> Parser:
     flags = Parser("prepare", __doc__)
-    flags.add_argument("--source", metavar="DIR", help="folder or URI of the images, or the word digits")
+    flags.add_argument("--source", metavar="PHOTOS", help="folder, archive or URI of the images, or the word digits")
     flags.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="of --source (default: auto, which detects it)"
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        metavar="FORMAT",
+        help=f"of --source: {', '.join(FORMATS)} (default: auto, which detects it)",
     )
     flags.add_argument(
         "--verify",
@@ -87,16 +96,25 @@ def parser() -> Parser:
         metavar="PIXELS",
         help="side of the stored images (default: 256, or 72 for images smaller than 64)",
     )
-    flags.add_argument("--seed", type=natural, default=0, help="of the global shuffle (default: 0)")
+    flags.add_argument(
+        "--seed", type=natural, default=0, metavar="N", help="of the global shuffle, and of what is drawn (default: 0)"
+    )
     flags.add_argument(
         "--encoding",
         choices=shards.ENCODINGS,
         default="jpeg",
+        metavar="ENCODING",
         help="jpeg: about 20 KB per 256-pixel image; raw: 197 KB, but no decoding during training (default: jpeg)",
     )
-    flags.add_argument("--jpeg-quality", type=positive_int, default=JPEG_QUALITY, help="1 to 100 (default: 90)")
     flags.add_argument(
-        "--rows-per-shard", type=positive_int, default=ROWS_PER_SHARD, help="images per file (default: 1024)"
+        "--jpeg-quality", type=positive_int, default=JPEG_QUALITY, metavar="N", help="1 to 100 (default: 90)"
+    )
+    flags.add_argument(
+        "--rows-per-shard",
+        type=positive_int,
+        default=ROWS_PER_SHARD,
+        metavar="N",
+        help="images per file (default: 1024)",
     )
     flags.add_argument(
         "--max-rejected",
@@ -114,7 +132,8 @@ def parser() -> Parser:
     flags.add_argument(
         "--exif",
         choices=("apply", "ignore"),
-        help="the orientation that photographs state (default: apply, but ignore for ImageNet and CIFAR)",
+        metavar="RULE",
+        help="apply or ignore the orientation that photographs state (default: apply, but not for ImageNet and CIFAR)",
     )
     flags.add_argument(
         "--background",
@@ -189,7 +208,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         background=args.background,
         on_progress=view.progress,
     )
-    view.finished(manifest, training_command(manifest, output))
+    view.finished(manifest, training_command(manifest, output), draw_classes(output, manifest))
     return 0
 
 
@@ -222,11 +241,12 @@ def training_command(manifest: shards.Manifest, output: StoragePath) -> str:
 def check(flags: Parser, args: argparse.Namespace) -> int:
     try:
         folder = StoragePath.of(args.check)
-        shards.read_manifest(folder)
+        manifest = shards.read_manifest(folder)
     except ValueError as error:
         flags.error(str(error).replace("--data", "--check"))
-    connect()
     view = CheckView()
+    view.begin(manifest)
+    connect()
     picture = args.picture or (folder.local or Path.cwd()) / "contact_sheet.png"
     view.finished(checking.check(folder, view.line.print, view.progress), picture)
     return 0

@@ -25,6 +25,7 @@ from alexnet.images import COUNTED, WHITE
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
+from orchestrator.data.read_ahead import in_runs
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
 from orchestrator.data.sources import SPLITS, Source
@@ -44,7 +45,8 @@ class Progress(BaseModel):
     images_kept: int  # those of them that an earlier attempt had made
     images_total: int
     rejected: int
-    guessed: tuple[str, ...] = ()  # lines about images whose range of pixel values is not known
+    guessed: int = 0  # images whose range of pixel values is not known
+    first_guessed: str = ""  # a line about the first of them by name
     elapsed_s: float
 
 
@@ -75,14 +77,14 @@ def prepare(
 
     size = image_size or source.image_size
     (output / MANIFEST).remove()
-    tasks = list(_tasks(source, seed, rows_per_shard))
+    tasks = list(_tasks(in_runs(source), seed, rows_per_shard))
     quality = jpeg_quality if encoding == "jpeg" else None
     turn = (exif or exif_rule(source)) == "apply"
     write = ShardWriter(output, size, quality, len(source.classes), exif=turn, background=background)
     kinds: collections.Counter[str] = collections.Counter()
     shards: list[Shard] = []
     rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
-    guessed: list[str] = []
+    guessed, first_guessed = 0, ""
     total = sum(len(entries) for entries in source.splits.values())
     sums = np.zeros((size, size, 3), np.int64)
     products = np.zeros((3, 3), np.int64)
@@ -94,7 +96,9 @@ def prepare(
     for result in _results(dataset):
         report = json.loads(result["report"])
         rejected.extend(report["rejected"])
-        guessed.extend(report.get("guessed", ()))  # notes of version 0 have none
+        lines = report.get("guessed", ())  # notes of version 0 have none
+        guessed += len(lines)
+        first_guessed = min([*lines, first_guessed] if first_guessed else lines, default="")
         kinds.update(report.get("counts", {}))
         if report["shard"]["split"] == "train":
             sums += result["sums"]
@@ -104,9 +108,12 @@ def prepare(
             shards.append(Shard(**report["shard"]))
         done += report["images"]
         kept += report["images"] if result["kept"] else 0
-        counts = {"images_done": done, "images_kept": kept, "images_total": total, "rejected": len(rejected)}
-        elapsed = time.monotonic() - start
-        on_progress(Progress(**counts, guessed=tuple(sorted(guessed)), elapsed_s=elapsed))
+        on_progress(
+            Progress(
+                images_done=done, images_kept=kept, images_total=total, rejected=len(rejected), guessed=guessed,
+                first_guessed=first_guessed, elapsed_s=time.monotonic() - start,
+            )
+        )  # fmt: skip
     shards.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
     rejected.sort(key=lambda row: row["name"])
     left_out = [{"name": name, "reason": rule, "kind": "left out"} for name, rule in source.left_out]
@@ -266,6 +273,8 @@ def _describe(
     (output / MEAN_IMAGE).write(mean_image.getvalue())
     return Manifest(
         source=source.name,
+        found=tuple(source.found),
+        left_out=dict(sorted(collections.Counter(rule for _, rule in source.left_out).items())),
         warnings=tuple(source.warnings),
         classes=source.classes,
         class_names=source.class_names,

@@ -1,13 +1,10 @@
 """A task of a preparation: entries of a source to one shard, the sums of its pixels, and a note that it is done."""
 
 import collections
-import functools
 import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,11 @@ from alexnet import images
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.schema import KEY, check_version
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.read_ahead import read_ahead
 from orchestrator.data.shards import ROW_GROUP_ROWS, UNFINISHED, schema, sha256
-from orchestrator.data.sources import Entry, read, versions
+from orchestrator.data.sources import Entry, versions
 
 NOTE_VERSION = 1
-READ_AHEAD = 32  # files of a remote source that are fetched while others are decoded
-READERS = 16  # threads that fetch them
 
 
 def pack(split: str, file: str, entries: list[Entry]) -> dict[str, bytes]:
@@ -115,11 +111,11 @@ class ShardWriter:
         from orchestrator.data.pixel_stats import Moments  # imports numba, which drivers do not need
 
         moments = Moments(self.size)
-        data: list[bytes] = []
-        kept: list[Entry] = []
+        made: list[tuple[int, bytes]] = []  # position and stored image
         counts: collections.Counter[str] = collections.Counter()
         rejected, guessed = [], []  # guessed: lines about images whose range of pixel values is not known
-        for entry, load in _read_ahead(entries):
+        for position, load in read_ahead(entries):
+            entry = entries[position]
             notes: list[str] = []
             kinds: list[str] = []
             try:
@@ -136,13 +132,15 @@ class ShardWriter:
             counts.update(kinds)
             guessed += [f"{entry.name}: {note}" for note in notes]
             moments.add(pixels)
-            data.append(pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality))
-            kept.append(entry)
+            stored = pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality)
+            made.append((position, stored))
+        made.sort(key=lambda pair: pair[0])
+        kept = [entries[position] for position, _ in made]
         labels = np.array([entry.label for entry in kept], np.int32)
         shard = {"file": file, "split": split, "rows": len(kept)}
         if kept:
             rest = {"id": [entry.id for entry in kept], "name": [entry.name for entry in kept]}
-            shard |= self.write(self.output / file, {"image": data, "label": labels} | rest)
+            shard |= self.write(self.output / file, {"image": [stored for _, stored in made], "label": labels} | rest)
         class_rows = np.bincount(labels, minlength=self.num_classes).tolist()
         report = {
             "shard": shard, "rejected": rejected, "guessed": guessed, "images": len(entries), "class_rows": class_rows,
@@ -183,20 +181,3 @@ def _pixels_at(data: bytes, images_of_rows: list[bytes]) -> list[int]:
         found.append(start)
         first += group.num_rows
     return found
-
-
-def _read_ahead(entries: list[Entry]) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
-    """Each entry with a call that returns its bytes; those in object storage are requested before they are needed."""
-    if not any(entry.path and "://" in entry.path and entry.row is None for entry in entries):
-        for entry in entries:
-            yield entry, functools.partial(read, entry)
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: collections.deque[tuple[Entry, Any]] = collections.deque()
-        for entry in entries:
-            waiting.append((entry, pool.submit(read, entry)))
-            if len(waiting) > READ_AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result
-        for first, future in waiting:
-            yield first, future.result

@@ -105,6 +105,8 @@ class Manifest(BaseModel):
     rows: dict[str, int]  # train, val
     class_rows: dict[str, tuple[Count, ...]]  # train, val: rows of each class, in the order of classes
     rejected: Count
+    found: tuple[str, ...] = ()  # what was said of the source: its format and why, its parts; a line each
+    left_out: dict[str, Count] = {}  # files and folders that were left out, by the rule
     warnings: tuple[str, ...] = ()  # what looked wrong with the source, a line each
     kinds: dict[str, Count] = {}  # images that were rotated by EXIF, transparent or gray, where there are any
     mean_rgb: Rgb

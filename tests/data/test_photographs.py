@@ -17,6 +17,7 @@ from conftest import picture
 from alexnet.images import NotAnImage
 from orchestrator.data.sources import Options, open_source, read
 from orchestrator.data.sources.imagefolder import near_equal
+from orchestrator.data.sources.tree import Tree
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -196,7 +197,7 @@ def test_what_looks_wrong_is_said(tmp_path):
     assert "train/fish/ holds no images, and is no class" in text
     assert "the class dog holds folders, whose images are all of it: corgi, pug" in text
     assert "no validation images of Cat, wolf" in text
-    assert "1 validation image(s) are training images, too: val/dog/0.jpg is train/dog/twin.jpg" in text
+    assert "1 validation image is a training image, too: val/dog/0.jpg is train/dog/twin.jpg" in text
 
 
 def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
@@ -207,10 +208,10 @@ def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
     ("files", "words"),
     [
         ({"a.txt": "x"}, r"has no images: 1 files \(1 .txt\); expected folders CLASS/IMAGE"),
-        ({"0.jpg": b"", "1.jpg": b""}, r"it has 0 class folder\(s\) of images; .* there are 2 files \(2 .jpg\)"),
+        ({"0.jpg": b"", "1.jpg": b""}, r"it has 0 class folders of images; .* there are 2 files \(2 .jpg\)"),
         ({f"{c}.{i}.jpg": b"" for c in ("cat", "dog") for i in range(5)}, r"is read with --label-pattern '\^\("),
         ({"0.jpg": b"", "notes.csv": "a,b\n1,2\n"}, "labels in a table are read with --labels notes.csv"),
-        ({"only/0.jpg": b"", "only/1.jpg": b""}, r"has 1 class folder\(s\)"),
+        ({"only/0.jpg": b"", "only/1.jpg": b""}, "has 1 class folder of images"),
         ({"x/train/a/0.jpg": b"", "y/train/a/0.jpg": b""}, "holds several data sets, in x/, y/"),
         ({"a.tar.gz": b""}, "has no images"),
     ],
@@ -273,6 +274,17 @@ def test_a_table_s_rows_and_images_without_each_other_are_named_and_its_parts_ar
         ("images/0-1.jpg", "labels.csv lists it a second time"),
         ("images/gone.jpg", "labels.csv lists it, and it is not there"),
     ]
+
+
+def test_a_table_is_read_once(tmp_path, monkeypatch):
+    files = {f"{i}.jpg": jpeg(i) for i in range(4)}
+    table = "file,label\n" + "".join(f"{name},{CLASSES[i % 2]}\n" for i, name in enumerate(files))
+    write(tmp_path, files | {"labels.csv": table, "notes.csv": "day,weather\n1,fair\n"})
+    read_tables = []
+    whole = Tree.read
+    monkeypatch.setattr(Tree, "read", lambda tree, name: read_tables.append(name) or whole(tree, name))
+    assert open_source(str(tmp_path)).format == "table"
+    assert sorted(read_tables) == ["labels.csv", "notes.csv"]
 
 
 def test_numbers_for_labels_are_in_the_order_of_numbers(tmp_path):

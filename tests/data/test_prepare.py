@@ -194,11 +194,10 @@ def test_images_whose_white_is_guessed_are_counted_and_named(ray_here, many, tmp
     view = PrepareView(StoragePath.of(tmp_path / "out"))
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=48, on_progress=view.progress)
     assert manifest.rejected == 0
-    assert view.last.guessed == (
-        "train/apple/float.tif: float32 pixels; the file does not say which value is white, 1 was assumed",
-    )
-    view.finished(manifest, "the command")
-    assert "1 image(s) were scaled by a guess; first train/apple/float.tif: float32 pixels" in capsys.readouterr().out
+    line = "train/apple/float.tif: float32 pixels; the file does not say which value is white, 1 was assumed"
+    assert (view.last.guessed, view.last.first_guessed) == (1, line)
+    view.finished(manifest, "the command", StoragePath("classes.png"))
+    assert f"1 image was scaled by a guess; first {line}" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(many, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.base.environment import command
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources import cifar, ilsvrc, parquet, tables, webdataset
@@ -17,7 +18,7 @@ from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
 from orchestrator.data.sources.imagefolder import has_classes, open_imagefolder
 from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
 from orchestrator.data.sources.parquet import Columns, open_parquet
-from orchestrator.data.sources.splits import in_both
+from orchestrator.data.sources.splits import DRAWN, in_both, near_in_both
 from orchestrator.data.sources.tree import IMAGES, PACKED_TARS, TARS, ZIP, Tree, Where, extension, tree_of, unpacked
 
 __all__ = [
@@ -61,14 +62,28 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
     if (root / MANIFEST).size() is not None:
         training = f"{command('train')} --data {shlex.quote(str(root))}"
         raise ValueError(f"--source {root}: holds shards already; train with: {training}")
+    lines: list[str] = []
     name, why, tree = detect(root, options)
+    say = _kept(say, lines)
     say(f"format {name}: {why}")
     if options.verify:
         verify_md5(root, say)
     found = _open(name, root, tree, options, say)
     check_usable(found)
-    found.warnings.extend(inspect(found))
+    drawn = any(DRAWN in line for line in lines)
+    found.warnings.extend(inspect(found, drawn=drawn))
+    found.found.extend(lines)
     return found
+
+
+def _kept(say: Say, lines: list[str]) -> Say:
+    """`say` that also adds each line to others."""
+
+    def both(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    return both
 
 
 def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
@@ -115,8 +130,8 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
     return "table", f"it has {table}, and no folders of classes", tree
 
 
-def inspect(source: Source) -> list[str]:
-    """What looks wrong with a listing, a line each."""
+def inspect(source: Source, *, drawn: bool = False) -> list[str]:
+    """What looks wrong with a listing, a line each. drawn: near-duplicates were kept on one side already."""
     lines = []
     rows = {split: Counter(entry.label for entry in source.splits[split]) for split in SPLITS}
     for split, what in (("train", "training"), ("val", "validation")):
@@ -130,8 +145,16 @@ def inspect(source: Source) -> list[str]:
     elif both:
         first, second = both[0]
         lines.append(
-            f"{len(both)} validation image(s) are training images, too: {second.name} is {first.name}; errors on them "
-            "say nothing about new images"
+            f"{count_of(len(both), 'validation image is a training image', 'validation images are training images')}, "
+            f"too: {second.name} is {first.name}; errors on such images say nothing about new ones"
+        )
+    same = {entry.id for _, entry in both or ()}
+    if nearly := [] if drawn else [pair for pair in near_in_both(source.splits) if pair[1].id not in same]:
+        first, second = nearly[0]
+        images = count_of(len(nearly), "validation image is", "validation images are")
+        lines.append(
+            f"{images} nearly the same as training images, such as {second.name} and {first.name}: bursts, or copies; "
+            "errors on such images say little about new ones"
         )
     return lines
 

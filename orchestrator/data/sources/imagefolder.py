@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from orchestrator.base.shown import count_of
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
 from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
 from orchestrator.data.sources.splits import WORDS, split_of_name, split_of_path, with_val_drawn
@@ -279,7 +280,8 @@ def _check_names(tree: Tree, train: str, in_train: dict[str, list[str]]) -> None
 
 def _no_classes(tree: Tree, folder: str, classes: list[str]) -> str:
     where = f"{folder}/ in it" if folder else "it"
-    text = f"--source {tree.shown}: {where} has {len(classes)} class folder(s) of images; a classifier needs at least 2"
+    folders = count_of(len(classes), "class folder")
+    text = f"--source {tree.shown}: {where} has {folders} of images; a classifier needs at least 2"
     tables = sorted(name for name in tree.files if extension(name) in ("csv", "tsv", "jsonl"))
     if tables:
         return f"{text}; labels in a table are read with --labels {tables[0]}"

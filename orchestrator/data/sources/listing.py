@@ -65,6 +65,7 @@ class Source:
     misplaced: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of files without a class
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, rule) of files that are no one's data
     warnings: list[str] = field(default_factory=list)  # what looks wrong, a line each
+    found: list[str] = field(default_factory=list)  # what was said of it: its format and why, its parts; a line each
     runs: dict[str, list[int]] | None = None  # numbers of consecutive entries of a split that are best read together
 
 
@@ -114,6 +115,32 @@ def read(entry: Entry) -> bytes:
         if error.errno in OF_ONE_FILE:
             raise NotAnImage(f"cannot be read: {error.strerror or error}") from None
         raise StorageError(f"{place}: cannot be read: {error.strerror or last_line(error)}") from None
+
+
+def extent(entry: Entry) -> tuple[int, int]:
+    """The bytes of its archive that an entry is: the first, and the one after the last."""
+    assert entry.start is not None
+    return entry.start, entry.start + ((entry.length if entry.packed is None else entry.packed) or 0)
+
+
+def read_range(entries: list[Entry]) -> list[bytes | NotAnImage]:
+    """Entries of one archive, read at once with what lies between them: the bytes of each, or why it has none. Raises
+    StorageError."""
+    assert entries[0].path is not None
+    place = StoragePath(entries[0].path)
+    first, end = min(extent(entry)[0] for entry in entries), max(extent(entry)[1] for entry in entries)
+    try:
+        data = place.read_at(first, end - first)
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be read: {error.strerror or last_line(error)}") from None
+    found: list[bytes | NotAnImage] = []
+    for entry in entries:
+        part = data[slice(*(at - first for at in extent(entry)))]
+        try:
+            found.append(part if entry.packed is None else _inflated(part, entry.length or 0))
+        except NotAnImage as reason:
+            found.append(reason)
+    return found
 
 
 def versions(entries: Iterable[Entry]) -> list[tuple[int, int] | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.listing import (
     ARROW,
@@ -224,7 +225,7 @@ def split_files(tree: Tree, config: str | None, say: Say) -> dict[str, list[str]
     if not train:
         raise ValueError(f"--source {tree.shown}: has no file of train; there are {', '.join(names[:5])}")
     if not val and test:
-        say(f"the test part ({len(test)} file(s)) is used as val: there is no other")
+        say(f"the test part ({count_of(len(test), 'file')}) is used as val: there is no other")
         val, test = test, []
     used = {*train, *val}
     for name in names:
@@ -315,9 +316,8 @@ class _Classes:
             if not numbers:
                 raise ValueError(f"--source {root}: no row of its train part has a label: {_missing(train)}")
             if len(numbers) < 2:
-                raise ValueError(
-                    f"--source {root}: its train part has {len(numbers)} class(es); a classifier needs at least 2"
-                )
+                classes = count_of(len(numbers), "class", "classes")
+                raise ValueError(f"--source {root}: its train part has {classes}; a classifier needs at least 2")
             if len(self.named) > numbers[-1]:
                 self.names = self.named
             else:

@@ -4,16 +4,19 @@ import hashlib
 import os
 import re
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from orchestrator.base.shown import count_of
+from orchestrator.data.sources import near
 from orchestrator.data.sources.listing import Entry, Say
 
 VAL_FRACTION = 0.2
+DRAWN = "of every class is for validation, by seed"  # in the line about it
 WORDS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -23,6 +26,7 @@ WORDS = {
 IN_NAME = {
     split: re.compile(rf"(?:^|[^a-z])(?:{'|'.join(words)})(?![a-z])", re.IGNORECASE) for split, words in WORDS.items()
 }
+MANY = 20_000  # images: more are compared only where it decides on which side they are
 HASHED_BYTES = 2**31  # of files whose sizes are equal; more are not compared
 
 
@@ -36,28 +40,23 @@ def split_of_path(path: str) -> str | None:
     return next((split for part in reversed(PurePosixPath(path).parts) if (split := split_of_name(part))), None)
 
 
-def draw_val(entries: list[Entry], fraction: float, seed: int) -> dict[str, list[Entry]]:
+def draw_val(entries: list[Entry], fraction: float, seed: int, say: Say = lambda line: None) -> dict[str, list[Entry]]:
     """Of every class this fraction for validation, at least one of two or more; the same ones whenever seed, fraction
-    and files are the same. Files of a class with the same content stay together. Where every class has one image, they
-    are drawn from all of them: the classes that are drawn then have no training images."""
+    and files are the same. Files of a class with the same content stay together, and so do near-duplicates; a group of
+    more than are wanted is for training. Where every class has one image, they are drawn from all of them: the classes
+    that are drawn then have no training images."""
     twins = _same_content(_by_size(entries).values()) or {}
-    by_class: dict[int, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        by_class[entry.label].append(entry)
+    alike = _near_duplicates(entries, say)
     chosen: set[int] = set()
-    for label, members in sorted(by_class.items()):
+    for label, positions in near.by_class(entries).items():
         groups: dict[str, list[Entry]] = defaultdict(list)
-        for entry in members:
-            groups[twins.get(entry.id, f"alone {entry.id}")].append(entry)
+        for position in positions:
+            entry = entries[position]
+            groups[alike.get(entry.id) or twins.get(entry.id, f"alone {entry.id}")].append(entry)
         order = np.random.default_rng([seed, label]).permutation(len(groups))
-        wanted = max(1, round(fraction * len(members))) if len(groups) > 1 else 0
+        wanted = max(1, round(fraction * len(positions))) if len(groups) > 1 else 0
         listed = list(groups.values())
-        count = 0
-        for i, number in enumerate(order):
-            if count >= wanted or i + 1 == len(listed):  # one group at least is for training
-                break
-            chosen |= {entry.id for entry in listed[number]}
-            count += len(listed[number])
+        chosen |= {entry.id for entry in _drawn([listed[number] for number in order], wanted)}
     if not chosen and len(entries) > 1:
         wanted = max(1, round(fraction * len(entries)))
         order = np.random.default_rng(seed).permutation(len(entries))[:wanted]
@@ -68,14 +67,56 @@ def draw_val(entries: list[Entry], fraction: float, seed: int) -> dict[str, list
     }
 
 
+def _drawn(groups: list[list[Entry]], wanted: int) -> list[Entry]:
+    """About so many entries of the first groups, whole ones: a larger group only if there is no other. The last group
+    is for training."""
+    found: list[Entry] = []
+    for group in groups[:-1]:
+        if len(found) + len(group) <= wanted:
+            found += group
+    if wanted and not found:
+        found = min(groups, key=len)
+    return found
+
+
+def _near_duplicates(entries: list[Entry], say: Say) -> dict[int, str]:
+    """For entries that have near-duplicates in their class: a name of these. A line for what was or was not found."""
+    if not all(map(near.is_here, entries)):
+        say("bursts and copies that were resized or compressed anew are not looked for in object storage")
+        return {}
+    if len(entries) > near.MAX_IMAGES:
+        say(f"bursts and resized copies are not looked for: that is done of up to {near.MAX_IMAGES:,} images")
+        return {}
+    if len(entries) >= MANY:
+        say(f"near-duplicates are looked for among {len(entries):,} images")
+    looks = near.looks(entries)
+    names: dict[int, str] = {}
+    given_up = []
+    for label, positions in near.by_class(entries).items():
+        groups = near.groups([looks[position] for position in positions])
+        if groups is None or (len(positions) > 1 and len(set(groups)) == 1):
+            given_up.append(label)
+            continue
+        size = Counter(groups)
+        for position, group in zip(positions, groups, strict=True):
+            if size[group] > 1:
+                names[entries[position].id] = f"near {entries[positions[group]].id}"
+    if names:
+        say(f"{len(names)} images are near-duplicates of others of their class: each such group is on one side")
+    if given_up:
+        classes = count_of(len(given_up), "class", "classes")
+        say(f"the images of {classes} are all near-duplicates of each other, and are drawn one by one")
+    return names
+
+
 def with_val_drawn(
     train: list[Entry], say: Say, val_fraction: float | None, seed: int, where: str = ""
 ) -> dict[str, list[Entry]]:
     """`draw_val`, and a line about it. val_fraction: the user's; None: there is no part for validation."""
     fraction = val_fraction or VAL_FRACTION
     why = "as --val-fraction says" if val_fraction else "there is no part for it; --val-fraction changes that"
-    say(f"{where}{fraction:g} of every class is for validation, by seed {seed}: {why}")
-    return draw_val(train, fraction, seed)
+    say(f"{where}{fraction:g} {DRAWN} {seed}: {why}")
+    return draw_val(train, fraction, seed, say)
 
 
 def into_two(
@@ -89,12 +130,13 @@ def into_two(
     said and added to `left_out`."""
     train, val, test = [*parts["train"], *parts[""]], parts["val"], parts["test"]
     if not val and test and val_fraction is None:
-        say(f"the test part ({len(test)} images) is used as val: there is no other")
+        say(f"the test part ({count_of(len(test), 'image')}) is used as val: there is no other")
         val, test = test, []
     unused = [*val, *test] if val_fraction is not None else test
     if unused:
         rule = "a part that is neither for training nor for validation"
-        say(f"{len(unused)} images are left out, such as {unused[0].name}: {rule}")
+        are = count_of(len(unused), "image is", "images are")
+        say(f"{are} left out, such as {unused[0].name}: {rule}")
         left_out += [(entry.name, rule) for entry in unused]
     if val and val_fraction is None:
         return {"train": train, "val": val}
@@ -110,6 +152,15 @@ def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]] | None:
         return None
     first = {twins[entry.id]: entry for entry in reversed(splits["train"]) if entry.id in twins}
     return [(first[twins[entry.id]], entry) for entry in splits["val"] if twins.get(entry.id) in first]
+
+
+def near_in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]]:
+    """Pairs of a training image and a validation image that is nearly the same; none where it would take long."""
+    train, val = splits["train"], splits["val"]
+    if len(train) + len(val) > MANY or not all(map(near.is_here, [*train, *val])):
+        return []
+    found = near.pairs(near.looks(train), near.looks(val)) or {}
+    return [(train[at], val[position]) for position, at in found.items()]
 
 
 def _by_size(entries: Iterable[Entry]) -> dict[int, list[Entry]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from orchestrator.base.shown import count_of
 from orchestrator.data.sources.imagefolder import is_utf8, near_equal
 from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
 from orchestrator.data.sources.splits import into_two, renumbered, split_of_name, split_of_path
@@ -103,6 +104,29 @@ def open_pattern(tree: Tree, say: Say, *, pattern: str, val_fraction: float | No
 
 def read_rows(tree: Tree, table: str, image_column: str | None, label_column: str | None, say: Say) -> Iterator[Row]:
     """The rows of a table with a line of names at its top. Raises ValueError naming its columns."""
+    rows = _records(tree, table)
+    columns = list(rows[0]) if rows else []
+    image = _column(columns, image_column, IMAGE_COLUMNS, "--image-column", table)
+    label = _column(columns, label_column, LABEL_COLUMNS, "--label-column", table)
+    by_name = _by_name(columns)
+    split = next((by_name[name] for name in SPLIT_COLUMNS if name in by_name), None)
+    by = f"; column {split} has their parts" if split else ""
+    say(f"labels come from {table}: column {label} has those of the images in column {image}{by}")
+    for row in rows:
+        yield Row(
+            row.get(image, ""), row.get(label, "").strip(), _part(row.get(split, ""), split, table) if split else None
+        )
+
+
+def _records(tree: Tree, table: str) -> list[dict[str, str]]:
+    """The rows of a table by the names of its columns, kept with the tree: it is read once to be found and used."""
+    if table not in tree.tables:
+        tree.tables[table] = _read_records(tree, table)
+    return tree.tables[table]
+
+
+def _read_records(tree: Tree, table: str) -> list[dict[str, str]]:
+    """Raises ValueError of one line."""
     text = tree.read(table).decode("utf-8-sig", "replace")
     rows: list[dict[str, str]]
     if extension(table) == "jsonl":
@@ -129,17 +153,7 @@ def read_rows(tree: Tree, table: str, image_column: str | None, label_column: st
             ]
         except csv.Error as error:
             raise ValueError(f"--labels {table}: cannot be read: {error}") from None
-    columns = list(rows[0]) if rows else []
-    image = _column(columns, image_column, IMAGE_COLUMNS, "--image-column", table)
-    label = _column(columns, label_column, LABEL_COLUMNS, "--label-column", table)
-    by_name = _by_name(columns)
-    split = next((by_name[name] for name in SPLIT_COLUMNS if name in by_name), None)
-    by = f"; column {split} has their parts" if split else ""
-    say(f"labels come from {table}: column {label} has those of the images in column {image}{by}")
-    for row in rows:
-        yield Row(
-            row.get(image, ""), row.get(label, "").strip(), _part(row.get(split, ""), split, table) if split else None
-        )
+    return rows
 
 
 def _part(value: str, column: str, table: str) -> str | None:
@@ -157,9 +171,13 @@ def find_table(tree: Tree) -> str | None:
             try:
                 list(read_rows(tree, name, None, None, lambda line: None))
             except ValueError:
+                tree.tables[name] = []  # looked at, and not what is looked for
                 continue
             found.append(name)
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        tree.tables.clear()
+        return None
+    return found[0]
 
 
 def _by_name(columns: list[str]) -> dict[str, str]:
@@ -193,9 +211,8 @@ def _listed(
     names = {row.label for rows in lists.values() for row in rows if row.label}
     classes = class_order(names)
     if len(classes) < 2:
-        raise ValueError(
-            f"--source {tree.shown}: its labels name {len(classes)} class(es); a classifier needs at least 2"
-        )
+        named = count_of(len(classes), "class", "classes")
+        raise ValueError(f"--source {tree.shown}: its labels name {named}; a classifier needs at least 2")
     label_of = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
     unlabelled = dict(misplaced or ())

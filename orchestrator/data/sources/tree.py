@@ -66,6 +66,7 @@ class Tree:
     files: dict[str, Where]
     left_out: list[tuple[str, str]] = field(default_factory=list)
     root: StoragePath | None = None  # of a folder
+    tables: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # of labels, that were read, by their paths
 
     def below(self, prefix: str) -> dict[str, Where]:
         """The files in a folder of it, by their path in that folder."""

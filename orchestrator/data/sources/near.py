@@ -1,0 +1,157 @@
+"""Near-duplicates among photographs: bursts, and copies that were compressed or resized anew.
+
+An image is looked at in gray, at 9x8 and at 16x16 pixels. Two are near-duplicates if few bits of their difference
+hashes differ (of the 9x8 pixels, whether each is darker than its right neighbour) and their 16x16 pixels correlate. By
+the hash alone 0.016 % of pairs of unlike photographs of one class would be, by both none of 7 million (docs/data.md).
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexnet.images import NotAnImage, decode_gray
+from orchestrator.data.sources.listing import SMALL, Entry, read
+
+MAX_IMAGES = 200_000  # more are not looked at
+DECODED = 32  # pixels a side at least, of a JPEG at a fraction of its size
+MAX_BITS = 10  # of 64, which may differ
+MIN_CORRELATION = 0.95
+MAX_CANDIDATES = 100  # pairs for each image by the hash: more are of a class whose images are all alike, such as X-rays
+AT_A_TIME = 128  # images in memory
+PAIRS = 2**22  # hashes that are compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """An image as it is compared."""
+
+    bits: int  # 64, its difference hash
+    pixels: NDArray[np.float32]  # (256,), of mean 0 and length 1
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether it can be read without a request."""
+    return entry.data is not None or (entry.path is not None and "://" not in entry.path)
+
+
+def look(data: bytes) -> Look | None:
+    """None of what is no image, smaller than SMALL a side, or of one colour."""
+    import PIL.Image
+
+    try:
+        gray, shorter = decode_gray(data, DECODED)
+    except NotAnImage:
+        return None  # it is named when it is prepared
+    if shorter < SMALL:
+        return None
+    image = PIL.Image.fromarray(gray)
+    rows = np.asarray(image.resize((9, 8), PIL.Image.Resampling.BOX))
+    pixels = np.asarray(image.resize((16, 16), PIL.Image.Resampling.BOX), np.float32).ravel()
+    pixels = pixels - pixels.mean()
+    length = float(np.linalg.norm(pixels))
+    if not length:
+        return None
+    bits = np.packbits(rows[:, 1:] > rows[:, :-1]).tobytes()
+    return Look(int.from_bytes(bits), pixels / np.float32(length))
+
+
+def looks(entries: Sequence[Entry]) -> list[Look | None]:
+    """Of every entry, in their order, by as many threads as there are CPUs. Raises StorageError."""
+
+    def of(entry: Entry) -> Look | None:
+        try:
+            return look(read(entry))
+        except NotAnImage:
+            return None
+
+    found: list[Look | None] = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for first in range(0, len(entries), AT_A_TIME):
+            # rows of Parquet files come from a cache that threads must not share
+            some = [_with_data(entry) for entry in entries[first : first + AT_A_TIME]]
+            found += pool.map(of, some)
+    return found
+
+
+def _with_data(entry: Entry) -> Entry:
+    if entry.row is None:
+        return entry
+    try:
+        return replace(entry, data=read(entry), row=None)
+    except NotAnImage:
+        return replace(entry, data=b"", row=None)
+
+
+def groups(all_looks: Sequence[Look | None]) -> list[int] | None:
+    """The group of each: of near-duplicates of near-duplicates one, named by its first; of others their own position.
+    None if far too many are alike, by the hash, to be copies."""
+    at = [i for i, one in enumerate(all_looks) if one is not None]
+    group = list(range(len(all_looks)))
+    known = [one for one in all_looks if one is not None]
+    budget = MAX_CANDIDATES * len(known)
+    for left, right in _candidates(known, known):
+        keep = right > left
+        left, right = left[keep], right[keep]
+        budget -= len(left)
+        if budget < 0:
+            return None
+        for i, j in _correlated(known, known, left, right):
+            a, b = _first(group, at[i]), _first(group, at[j])
+            group[max(a, b)] = min(a, b)
+    return [_first(group, i) for i in range(len(group))]
+
+
+def pairs(train: Sequence[Look | None], val: Sequence[Look | None]) -> dict[int, int] | None:
+    """For positions in val of near-duplicates of images in train: the position of the first of those. None as in
+    `groups`."""
+    at_train = [i for i, one in enumerate(train) if one is not None]
+    at_val = [i for i, one in enumerate(val) if one is not None]
+    known_train = [one for one in train if one is not None]
+    known_val = [one for one in val if one is not None]
+    found: dict[int, int] = {}
+    budget = MAX_CANDIDATES * (len(known_train) + len(known_val))
+    for left, right in _candidates(known_val, known_train):
+        budget -= len(left)
+        if budget < 0:
+            return None
+        for i, j in _correlated(known_val, known_train, left, right):
+            found[at_val[i]] = min(at_train[j], found.get(at_val[i], at_train[j]))
+    return dict(sorted(found.items()))
+
+
+def _first(group: list[int], i: int) -> int:
+    while group[i] != i:
+        group[i] = group[group[i]]
+        i = group[i]
+    return i
+
+
+def _candidates(some: list[Look], others: list[Look]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Positions of pairs whose hashes differ in few bits, some at a time."""
+    left, right = (np.array([one.bits for one in found], np.uint64) for found in (some, others))
+    step = max(1, PAIRS // max(1, len(right)))
+    for first in range(0, len(left), step):
+        distance = np.bitwise_count(left[first : first + step, None] ^ right[None])
+        i, j = np.nonzero(distance <= MAX_BITS)
+        yield i + first, j
+
+
+def _correlated(
+    some: list[Look], others: list[Look], left: NDArray[np.int64], right: NDArray[np.int64]
+) -> Iterable[tuple[int, int]]:
+    for i, j in zip(left.tolist(), right.tolist(), strict=True):
+        if float(some[i].pixels @ others[j].pixels) >= MIN_CORRELATION:
+            yield i, j
+
+
+def by_class(entries: Sequence[Entry]) -> dict[int, list[int]]:
+    """Positions of the entries of each label."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for position, entry in enumerate(entries):
+        found[entry.label].append(position)
+    return dict(sorted(found.items()))
