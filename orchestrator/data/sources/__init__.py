@@ -18,7 +18,7 @@ from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
 from orchestrator.data.sources.imagefolder import has_classes, open_imagefolder
 from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
 from orchestrator.data.sources.parquet import Columns, open_parquet
-from orchestrator.data.sources.splits import DRAWN, in_both, near_in_both
+from orchestrator.data.sources.splits import ACROSS, DRAWN, in_both, near_in_both
 from orchestrator.data.sources.tree import IMAGES, PACKED_TARS, TARS, ZIP, Tree, Where, extension, tree_of, unpacked
 
 __all__ = [
@@ -71,7 +71,7 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
     found = _open(name, root, tree, options, say)
     check_usable(found)
     drawn = any(DRAWN in line for line in lines)
-    found.warnings.extend(inspect(found, drawn=drawn))
+    found.warnings.extend(inspect(found, say, drawn=drawn))
     found.found.extend(lines)
     return found
 
@@ -130,7 +130,7 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
     return "table", f"it has {table}, and no folders of classes", tree
 
 
-def inspect(source: Source, *, drawn: bool = False) -> list[str]:
+def inspect(source: Source, say: Say = lambda line: None, *, drawn: bool = False) -> list[str]:
     """What looks wrong with a listing, a line each. drawn: near-duplicates were kept on one side already."""
     lines = []
     rows = {split: Counter(entry.label for entry in source.splits[split]) for split in SPLITS}
@@ -149,7 +149,10 @@ def inspect(source: Source, *, drawn: bool = False) -> list[str]:
             f"too: {second.name} is {first.name}; errors on such images say nothing about new ones"
         )
     same = {entry.id for _, entry in both or ()}
-    if nearly := [] if drawn else [pair for pair in near_in_both(source.splits) if pair[1].id not in same]:
+    pairs = [] if drawn else near_in_both(source.splits)
+    if pairs is None:
+        say(f"bursts and resized copies in both parts are not looked for: that is done of up to {ACROSS:,} local images")
+    if nearly := [pair for pair in pairs or () if pair[1].id not in same]:
         first, second = nearly[0]
         images = count_of(len(nearly), "validation image is", "validation images are")
         lines.append(

@@ -26,7 +26,8 @@ WORDS = {
 IN_NAME = {
     split: re.compile(rf"(?:^|[^a-z])(?:{'|'.join(words)})(?![a-z])", re.IGNORECASE) for split, words in WORDS.items()
 }
-MANY = 20_000  # images: more are compared only where it decides on which side they are
+MANY = 20_000  # images: so many take so long that it is said
+ACROSS = 2_000  # images: more are compared only where it decides on which side they are
 HASHED_BYTES = 2**31  # of files whose sizes are equal; more are not compared
 
 
@@ -154,11 +155,11 @@ def in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]] | None:
     return [(first[twins[entry.id]], entry) for entry in splits["val"] if twins.get(entry.id) in first]
 
 
-def near_in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]]:
-    """Pairs of a training image and a validation image that is nearly the same; none where it would take long."""
+def near_in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]] | None:
+    """Pairs of a training image and a validation image that is nearly the same; None where it would take long."""
     train, val = splits["train"], splits["val"]
-    if len(train) + len(val) > MANY or not all(map(near.is_here, [*train, *val])):
-        return []
+    if len(train) + len(val) > ACROSS or not all(map(near.is_here, [*train, *val])):
+        return None
     found = near.pairs(near.looks(train), near.looks(val)) or {}
     return [(train[at], val[position]) for position, at in found.items()]
 
