@@ -74,7 +74,7 @@ class Partition:
 
     def __init__(self, preset: Preset, layout: Layout) -> None:
         if obstacle := _obstacle(preset, layout.kind):
-            others = [kind for kind in reversed(KINDS) if kind in possible(preset)]
+            others = sorted(possible(preset))
             raise ValueError(
                 f"layout = {layout.kind}: preset {preset.name} {obstacle}; choose "
                 f"{', '.join(others[:-1])} or {others[-1]}"

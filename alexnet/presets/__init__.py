@@ -1,9 +1,11 @@
 """The nets that can be built by name, one description a file."""
 
+from .caffe import CAFFE
 from .description import LRN, Preset
 from .paper import PAPER
+from .torchvision import TORCHVISION
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER,)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (PAPER, CAFFE, TORCHVISION)}
 
 __all__ = ["LRN", "PRESETS", "Preset", "preset_of"]
 
