@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .augment import MeanSubtraction
     from .evaluate import count_errors, errors_by_class, topk_wrong
     from .lrn import LocalResponseNorm, local_response_norm
-    from .net import LRN, PRESETS, AlexNet, build, num_parameters
+    from .net import PRESETS, AlexNet, build, num_parameters
     from .optim import PaperSGD, plateau_schedule
+    from .presets import LRN, Preset
     from .trained import Description, TrainedNet, load
 
 __version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestrator read it here
@@ -26,8 +27,9 @@ _HOMES = {
     "augment": ("MeanSubtraction",),
     "evaluate": ("count_errors", "errors_by_class", "topk_wrong"),
     "lrn": ("LocalResponseNorm", "local_response_norm"),
-    "net": ("LRN", "PRESETS", "AlexNet", "build", "num_parameters"),
+    "net": ("PRESETS", "AlexNet", "build", "num_parameters"),
     "optim": ("PaperSGD", "plateau_schedule"),
+    "presets": ("LRN", "Preset"),
     "trained": ("Description", "TrainedNet", "load"),
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "LocalResponseNorm",
     "MeanSubtraction",
     "PaperSGD",
+    "Preset",
     "TrainedNet",
     "__version__",
     "build",

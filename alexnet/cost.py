@@ -6,10 +6,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .layouts import CONVS, Layout
-from .net import LRN, AlexNet, num_parameters
+from .net import AlexNet, num_parameters
+from .partition import Layout, Partition
+from .presets import preset_of
 
 LABEL_BYTES = 16  # of an image: its label and how it was cut
+POOLS = nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Exchange:
 @dataclass(frozen=True)
 class _Layer:
     name: str
+    kind: str  # conv, fc, pool
     parameters: int
     outputs: int  # numbers per image, before pooling
     kept: int  # numbers per image that the backward pass needs
@@ -47,20 +50,20 @@ class _Layer:
 
 
 @lru_cache(maxsize=64)
-def _shapes(num_classes: int, input_size: int, width: float) -> AlexNet:
+def _shapes(preset: str, num_classes: int, input_size: int, width: float) -> AlexNet:
     """A net on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return AlexNet(num_classes, input_size=input_size, width=width, lrn=LRN())
+        return AlexNet(preset_of(preset), num_classes, input_size=input_size, width=width)
 
 
 @lru_cache(maxsize=64)
-def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
+def _layers(preset: str, num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
     """The layers in order, with their sizes for one image."""
-    net = _shapes(num_classes, input_size, width)
+    net = _shapes(preset, num_classes, input_size, width)
     with torch.device("meta"):
         seen: list[tuple[nn.Module, Tensor, Tensor]] = []
         for layer in net.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear | nn.MaxPool2d):
+            if isinstance(layer, nn.Conv2d | nn.Linear | POOLS):
                 layer.register_forward_hook(lambda layer, inputs, output: seen.append((layer, inputs[0], output)))
         net(torch.empty(1, 3, input_size, input_size))
     names = {layer: name for name, layer in net.named_children()}
@@ -70,31 +73,38 @@ def _layers(num_classes: int, input_size: int, width: float) -> tuple[_Layer, ..
         if isinstance(layer, nn.Conv2d):
             # the output is kept by ReLU or LRN; what LRN makes of it is as large, and kept by the pooling
             adds = out * layer.weight[0].numel()
-            found.append(_Layer(names[layer], num_parameters(layer), out, 2 * out, x.numel(), adds))
+            found.append(_Layer(names[layer], "conv", num_parameters(layer), out, 2 * out, x.numel(), adds))
         elif isinstance(layer, nn.Linear):
             adds = layer.weight.numel()
-            found.append(_Layer(names[layer], num_parameters(layer), out, out, x.numel(), adds))
+            found.append(_Layer(names[layer], "fc", num_parameters(layer), out, out, x.numel(), adds))
         else:
-            found.append(_Layer("pool", 0, out, out, x.numel(), 0))
+            found.append(_Layer(names[layer], "pool", 0, out, out, x.numel(), 0))
     return tuple(found)
 
 
 def estimate(
-    *, num_classes: int, input_size: int, width: float, global_batch_size: int, layout: Layout | None = None
+    *,
+    num_classes: int,
+    input_size: int,
+    width: float,
+    global_batch_size: int,
+    preset: str = "paper",
+    layout: Layout | None = None,
 ) -> Cost:
     """Of a net under a layout; on a single worker if none is given. Raises ValueError where it cannot be split."""
     layout = layout or Layout("single", 1)
-    layout.check(_shapes(num_classes, input_size, width))
-    layers = _layers(num_classes, input_size, width)
+    partition = Partition(preset_of(preset), layout)
+    partition.check(_shapes(preset, num_classes, input_size, width))
+    layers = _layers(preset, num_classes, input_size, width)
     own_images, group_images = global_batch_size / layout.workers, global_batch_size / layout.replicas
-    part, numbers = _part_parameters(layers, layout), 0.0
+    part, numbers = _part_parameters(layers, partition), 0.0
+    gathered = {partition.gathers_rows, *partition.gathers_maps}
     for layer in layers:
-        cut = layout.is_sharded(layer.name) or (layer.name == "pool" and layout.kind == "columns")
-        share = 1 / layout.group_size if cut else 1.0
-        convolutional = layer.name in CONVS or layer.name == "pool"
-        images = own_images if layout.kind == "hybrid" and convolutional else group_images
+        is_cut = layer.name in partition.sharded or (layer.kind == "pool" and layout.kind == "columns")
+        share = 1 / layout.group_size if is_cut else 1.0
+        images = own_images if layout.kind == "hybrid" and layer.kind != "fc" else group_images
         numbers += images * layer.kept * share
-        if layer.name in _gathered(layout):
+        if layer.name in gathered:
             numbers += images * layer.inputs
     images = own_images if layout.kind == "hybrid" else group_images
     numbers += images * 3 * input_size**2
@@ -110,6 +120,7 @@ def communication(
     input_size: int,
     width: float,
     global_batch_size: int,
+    preset: str = "paper",
     bytes_per_activation: int = 4,
     bytes_per_gradient: int = 4,
 ) -> list[Exchange]:
@@ -119,42 +130,39 @@ def communication(
     the whole. bytes_per_activation: 4 in float32, 2 in bfloat16; bytes_per_gradient: of gradients and scores, which are
     summed in float32 even then; images travel as bytes.
     """
-    layers = {layer.name: layer for layer in _layers(num_classes, input_size, width)}
+    partition = Partition(preset_of(preset), layout)
+    layers = {layer.name: layer for layer in _layers(preset, num_classes, input_size, width)}
     workers, size = layout.workers, layout.group_size
     own_images, group_images = global_batch_size / workers, global_batch_size / layout.replicas
     found = []
     if layout.kind == "columns":
         image_bytes = own_images * (size - 1) * (3 * input_size**2 + LABEL_BYTES)
         found.append(Exchange("images", image_bytes, 0))
-    for name in _gathered(layout):
-        images = own_images if layout.kind == "hybrid" and name == "fc6" else group_images / size
+    gathered = [(name, own_images) for name in [partition.gathers_rows] if name]
+    gathered += [(name, group_images / size) for name in partition.gathers_maps]
+    for name, images in gathered:
         sent = images * (size - 1) * layers[name].inputs * bytes_per_activation
         found.append(Exchange(f"input of {name}", sent, sent))
     if size > 1:
-        found.append(Exchange("scores of fc8", _ring(size) * group_images * num_classes * bytes_per_gradient, 0))
+        scores = _ring(size) * group_images * num_classes * bytes_per_gradient
+        found.append(Exchange(f"scores of {partition.preset.head.name}", scores, 0))
     if layout.kind == "hybrid":
-        summed, among = sum(layers[name].parameters for name in CONVS), workers
+        summed, among = sum(layer.parameters for layer in layers.values() if layer.kind == "conv"), workers
     else:
-        summed, among = _part_parameters(tuple(layers.values()), layout), layout.replicas
+        summed, among = _part_parameters(tuple(layers.values()), partition), layout.replicas
     if among > 1:
         found.append(Exchange("gradients", 0, _ring(among) * summed * bytes_per_gradient, overlaps=True))
     return found
 
 
-def _part_parameters(layers: tuple[_Layer, ...], layout: Layout) -> int:
-    """Parameters of one worker's part; fc8's biases are on every worker, whole."""
+def _part_parameters(layers: tuple[_Layer, ...], partition: Partition) -> int:
+    """Parameters of one worker's part; the last layer's biases are on every worker, whole."""
     total = 0
     for layer in layers:
-        whole = layer.outputs if layer.name == "fc8" else 0
-        total += (layer.parameters - whole) // (layout.group_size if layout.is_sharded(layer.name) else 1) + whole
+        whole = layer.outputs if layer.name == partition.preset.head.name else 0
+        parts = partition.layout.group_size if layer.name in partition.sharded else 1
+        total += (layer.parameters - whole) // parts + whole
     return total
-
-
-def _gathered(layout: Layout) -> tuple[str, ...]:
-    """The layers whose input is gathered from all workers of the group."""
-    return {"columns": ("conv3", "fc6", "fc7"), "hybrid": ("fc6", "fc7")}.get(
-        layout.kind if layout.group_size > 1 else "single", ()
-    )
 
 
 def _ring(workers: int) -> float:

@@ -1,20 +1,12 @@
-"""How the net is partitioned over workers: the only file here that knows of process groups.
+"""A net over several workers, under a layout of alexnet/partition.py: the only file here that knows of process groups.
 
-    single    one worker holds the net
-    data      every worker holds the net and trains on its own images; gradients are summed
-    columns   two workers hold a column each, half of every layer's maps, and train on the same images (paper, 3.5)
-    hybrid    every worker holds the convolutions for its own images, and its share of the fully connected layers'
-              units for all images (Krizhevsky 2014, arXiv 1404.5997)
-
-A layout changes speed and memory, never the result. The workers that together hold one net are a group of consecutive
-ranks; several groups train in data parallel. The net stays single-device code: here its layers are cut to a worker's
-part, and exchanges are inserted before layers that read more than that.
+A layout changes speed and memory, never the result. The net stays single-device code: here its layers are cut to a
+worker's part, and exchanges are inserted before layers that read more than that.
 
 N images, C maps or units, P workers of a group.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,63 +17,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .dropout import BatchPosition
+from .lrn import LocalResponseNorm
 from .net import AlexNet
+from .partition import KINDS, Layout, Partition
 
-KINDS = ("single", "data", "columns", "hybrid")
-CONVS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-FULLY_CONNECTED = ("fc6", "fc7", "fc8")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A kind of partition for a number of workers. Raises ValueError where they do not match."""
-
-    kind: str
-    workers: int
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"layout = {self.kind!r}: unknown; choose one of {', '.join(KINDS)}")
-        if self.kind == "single" and self.workers != 1:
-            raise ValueError(f"workers = {self.workers}: layout single has one; choose data, columns or hybrid")
-        if self.workers < 1 or self.workers % self.group_size:
-            raise ValueError(
-                f"workers = {self.workers}: layout {self.kind} needs a multiple of {self.group_size}, one worker "
-                "per column; or choose another layout, such as data"
-            )
-
-    @property
-    def group_size(self) -> int:
-        """Workers that together hold one net."""
-        return {"columns": AlexNet.columns, "hybrid": self.workers}.get(self.kind, 1)
-
-    @property
-    def replicas(self) -> int:
-        """Copies of the net."""
-        return self.workers // self.group_size
-
-    def group_of(self, rank: int) -> range:
-        """The ranks that together hold a net with this one."""
-        first = rank - rank % self.group_size
-        return range(first, first + self.group_size)
-
-    def is_sharded(self, name: str) -> bool:
-        """Whether a worker holds only a part of this layer or parameter."""
-        layer = name.split(".")[0]
-        return self.group_size > 1 and (self.kind == "columns" or layer in FULLY_CONNECTED) and name != "fc8.bias"
-
-    def shard_dim(self, name: str) -> int:
-        """The dimension along which a sharded parameter is split: inputs for fc8, outputs for all others."""
-        return 1 if name == "fc8.weight" else 0
-
-    def check(self, net: AlexNet) -> None:
-        """Raises ValueError where a layer of the net cannot be split equally."""
-        for name, param in net.named_parameters():
-            if self.is_sharded(name) and param.shape[self.shard_dim(name)] % self.group_size:
-                raise ValueError(
-                    f"workers = {self.workers}: {name.split('.')[0]} has {param.shape[self.shard_dim(name)]} units, "
-                    f"which {self.group_size} workers of layout {self.kind} cannot share equally"
-                )
+__all__ = ["KINDS", "Layout", "Partition", "ShardedNet"]
 
 
 class ShardedNet(nn.Module):
@@ -95,7 +35,8 @@ class ShardedNet(nn.Module):
         """Take this rank's part of a whole net, on its device. With more than one worker, torch.distributed must be
         initialised, and all workers create their ShardedNet together, from equal nets."""
         super().__init__()
-        layout.check(net)
+        self.partition = Partition(net.preset, layout)
+        self.partition.check(net)
         self.layout, self.rank, self.part = layout, rank, net
         self.group_rank = rank % layout.group_size  # this worker's place in its group
         self._trained: list[DistributedDataParallel] = []  # in a list, so that it is not a child: it holds the part
@@ -146,72 +87,78 @@ class ShardedNet(nn.Module):
 
     def local_slice(self, name: str, length: int) -> tuple[slice, ...]:
         """The index of this worker's part of a canonical parameter, whose size along `shard_dim` is `length`."""
-        if not self.layout.is_sharded(name):
+        if not self.partition.is_sharded(name):
             return (slice(None),)
         share = length // self.layout.group_size
-        return (slice(None),) * self.layout.shard_dim(name) + (
+        return (slice(None),) * self.partition.shard_dim(name) + (
             slice(self.group_rank * share, (self.group_rank + 1) * share),
         )
 
     def canonical_shape(self, name: str, part: Tensor) -> list[int]:
         """The shape of the whole parameter of which this worker holds `part`."""
         shape = list(part.shape)
-        if self.layout.is_sharded(name):
-            shape[self.layout.shard_dim(name)] *= self.layout.group_size
+        if self.partition.is_sharded(name):
+            shape[self.partition.shard_dim(name)] *= self.layout.group_size
         return shape
 
     def gather_full(self, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
         """Whole tensors, one at a time, from the parts that the group's workers hold under the parameters' names: on
         the CPU of the group's first worker, None on the others. All of them must exhaust the iterator."""
         for name, part in parts.items():
-            if not self.layout.is_sharded(name):
+            if not self.partition.is_sharded(name):
                 yield name, part.cpu() if self.is_group_leader else None
                 continue
             ranks, own = self.layout.group_of(self.rank), part.contiguous()
             pieces = [torch.empty_like(own) for _ in ranks] if self.is_group_leader else None
             dist.gather(own, pieces, dst=ranks[0], group=self.group)
-            yield name, torch.cat(pieces, self.layout.shard_dim(name)).cpu() if pieces else None
+            yield name, torch.cat(pieces, self.partition.shard_dim(name)).cpu() if pieces else None
 
     def _keep_own_part(self) -> None:
         """Reduce the net's layers to this worker's part, and insert the exchanges between them."""
-        net, size = self.part, self.layout.group_size
-        names = FULLY_CONNECTED if self.layout.kind == "hybrid" else CONVS + FULLY_CONNECTED
+        net, size, head = self.part, self.layout.group_size, self.part.preset.head.name
         with torch.no_grad():
             for name, param in list(net.named_parameters()):
-                if self.layout.is_sharded(name):
+                if self.partition.is_sharded(name):
                     layer, kind = name.split(".")
-                    own = param[self.local_slice(name, param.shape[self.layout.shard_dim(name)])].clone()
+                    own = param[self.local_slice(name, param.shape[self.partition.shard_dim(name)])].clone()
                     setattr(getattr(net, layer), kind, nn.Parameter(own))
-        for name in names:
+        for name in self.partition.sharded:
             layer = getattr(net, name)
             if isinstance(layer, nn.Conv2d):
                 layer.out_channels //= size
                 if layer.groups > 1:
                     layer.in_channels, layer.groups = layer.in_channels // size, layer.groups // size
-            elif name != "fc8":
+            elif name != head:
                 layer.out_features //= size
         self._first_units()
         if self.layout.kind == "columns":
-            net.relu_norm.columns //= size
-            net.conv3.register_forward_pre_hook(self._gather_input)
-            net.fc6.register_forward_pre_hook(self._gather_input)
-        net.fc7.register_forward_pre_hook(self._gather_input)
-        net.fc8 = _SummedLinear(net.fc8, self.group)
+            for norm in net.children():
+                if isinstance(norm, LocalResponseNorm):
+                    norm.columns //= size
+        for name in self.partition.gathers_maps:
+            getattr(net, name).register_forward_pre_hook(self._gather_input)
+        setattr(net, head, _SummedLinear(getattr(net, head), self.group))
 
     def _first_units(self) -> None:
-        net = self.part
-        net.dropout6.first_unit = self.group_rank * net.fc6.out_features
-        net.dropout7.first_unit = self.group_rank * net.fc7.out_features
+        """Tell each dropout which of its layer's units this worker holds."""
+        net, size = self.part, self.layout.group_size
+        units = net.num_features // size if self.layout.kind == "columns" else None  # held before the layer; None: all
+        for layer in net.preset.fully_connected:
+            if layer.dropout == "of input" and units is not None:
+                net.dropout_of(layer).first_unit = self.group_rank * units
+            units = getattr(net, layer.name).out_features
+            if layer.dropout == "of output":
+                net.dropout_of(layer).first_unit = self.group_rank * units
 
     def _gather_input(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (gather_maps(inputs[0], self.group),)
 
 
 class _SummedLinear(nn.Linear):
-    """fc8: each worker multiplies the units of fc7 that it holds, and the products are summed.
+    """The last layer: each worker multiplies the units before it that it holds, and the products are summed.
 
     An image costs num_classes numbers to sum forward and none backward. Splitting the outputs instead would mean
-    gathering fc7's 4096 units forward and summing their gradients backward: eight times as much for 1000 classes.
+    gathering the 4096 units forward and summing their gradients backward: eight times as much for 1000 classes.
     """
 
     def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
@@ -231,7 +178,7 @@ class _Features(nn.Module):
 
     def __init__(self, net: AlexNet) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(getattr(net, name) for name in CONVS)
+        self.layers = nn.ModuleList(getattr(net, conv.name) for conv in net.preset.convs)
         self._features = net.features
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

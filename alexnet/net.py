@@ -1,38 +1,30 @@
-"""The two-column net of 2012 as one single-device module: grouped convolutions are the columns.
+"""A preset as one single-device module: grouped convolutions are the columns.
 
-N images, C maps, H rows, W columns of pixels. Column 0 is the first half of every layer's maps or units, so a
-column's weights are a slice of the canonical state dict.
+N images, C maps, H rows, W columns of pixels. A column is an equal, consecutive part of every layer's maps or units, so
+its weights are a slice of the canonical state dict.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import presets
 from .dropout import BatchPosition, Dropout
 from .lrn import LocalResponseNorm
+from .presets import LRN, Preset, preset_of
+from .presets.description import AdaptivePool, Conv, FullyConnected, Gaussian, Pool
 
 INITS = ("paper", "he")
-PRESETS = ("paper",)
-
-
-@dataclass(frozen=True)
-class LRN:
-    """The constants of local response normalisation; alpha multiplies the plain sum (paper, 3.3)."""
-
-    k: float = 2.0
-    n: int = 5
-    alpha: float = 1e-4
-    beta: float = 0.75
+PRESETS = tuple(presets.PRESETS)
 
 
 def build(
     preset: str = "paper",
     num_classes: int = 1000,
     *,
-    input_size: int = 224,
+    input_size: int | None = None,
     width: float = 1.0,
     lrn: LRN | None = None,
     dropout: float = 0.5,
@@ -41,59 +33,89 @@ def build(
 ) -> "AlexNet":
     """Build a net by the name of its preset, initialised from `seed` alone, in channels_last memory.
 
-    width scales the number of maps and units of every layer; input_size is the side of the square input in pixels.
-    init "paper" is N(0, 0.01) with biases of 1 in conv2, conv4, conv5, fc6 and fc7 (paper, 5); "he" scales each
-    layer's deviation to sqrt(2 / fan_in) with biases of 0 and expects pixels scaled to a deviation of about 1: for
-    small data, on which the paper's initialisation stays on the plateau of guessing.
+    width scales the number of maps and units of every layer; input_size is the side of the square input in pixels;
+    where it or the constants of LRN are not given, they are the preset's own.
+    init "paper" is the preset's own; of the paper's net N(0, 0.01) with biases of 1 in conv2, conv4, conv5, fc6 and fc7
+    (paper, 5); "he" scales each layer's deviation to sqrt(2 / fan_in) with biases of 0 and expects pixels scaled to a
+    deviation of about 1: for small data, on which the paper's initialisation stays on the plateau of guessing.
 
-    Raises ValueError for an unknown preset or init, and for sizes that leave a layer empty.
+    Raises ValueError for an unknown preset or init, for LRN in a net without, and for sizes that leave a layer empty.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset = {preset!r}: unknown; the presets are {', '.join(PRESETS)}")
-    net = AlexNet(num_classes, input_size=input_size, width=width, lrn=lrn or LRN(), dropout=dropout)
+    net = AlexNet(preset_of(preset), num_classes, input_size=input_size, width=width, lrn=lrn, dropout=dropout)
     net.initialize(init, seed)
     return net.to(memory_format=torch.channels_last)
 
 
 class AlexNet(nn.Module):
-    """The `paper` preset (paper, 3.5): 60,965,224 parameters with 1000 classes.
-
-    Where the paper leaves a choice:
-    - 224 pixels do not fit 55 windows of 11 at stride 4: the last window extends 3 pixels beyond the right and
-      bottom edge and reads zeros there, as in the 2012 source. The same rule holds for any input size.
-    - the order is convolution, ReLU, LRN, pooling, as in the text (the 2012 source puts LRN before ReLU in layer 1).
-    - LRN stays within a column, as when each column lived on its own GPU.
-    """
-
-    columns = 2
+    """The net that a preset describes (alexnet/presets/). Layers with weights have the names that they have there."""
 
     def __init__(
-        self, num_classes: int, *, input_size: int = 224, width: float = 1.0, lrn: LRN, dropout: float = 0.5
+        self,
+        preset: Preset,
+        num_classes: int,
+        *,
+        input_size: int | None = None,
+        width: float = 1.0,
+        lrn: LRN | None = None,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes = {num_classes}: a classifier needs at least 2")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1; the paper has 0.5")
-        self.input_size, self.num_classes = input_size, num_classes
-        c1, c2, c3, c4, c5, f6, f7 = (
-            _scaled(size, width, self.columns) for size in (96, 256, 384, 384, 256, 4096, 4096)
-        )
-        side = _sides(input_size)[-1]
+        if lrn is not None and not preset.has_lrn:
+            raise ValueError(f"lrn: preset {preset.name} has no LRN; leave it out")
+        self.preset, self.num_classes = preset, num_classes
+        self.input_size = preset.input_size if input_size is None else input_size
+        self.num_features = preset.features(self.input_size, width)
+        maps = 3
+        for conv in preset.convs:
+            self.add_module(conv.name, _convolution(conv, maps, preset.scaled(conv.maps, width), preset.columns))
+            maps = preset.scaled(conv.maps, width)
+        units = self.num_features
+        for layer in preset.fully_connected:
+            outputs = num_classes if layer.units is None else preset.scaled(layer.units, width)
+            self.add_module(layer.name, nn.Linear(units, outputs))
+            units = outputs
+        # what forward runs, in order: names of modules, or "relu" (of plain text, since tracers cannot read a preset)
+        self._features = self._add_steps(lrn or preset.lrn)
+        self._classifier = self._add_classifier(dropout)
 
-        self.conv1 = BlockedConv2d(3, c1, 11, stride=4)
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=self.columns)
-        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)  # reads both columns
-        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=self.columns)
-        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=self.columns)
-        self.fc6 = nn.Linear(c5 * side * side, f6)
-        self.fc7 = nn.Linear(f6, f7)
-        self.fc8 = nn.Linear(f7, num_classes)
-        self.relu_norm = LocalResponseNorm(
-            k=lrn.k, n=lrn.n, alpha=lrn.alpha, beta=lrn.beta, columns=self.columns, relu=True
-        )
-        self.pool = nn.MaxPool2d(3, stride=2)  # overlapping (paper, 3.4)
-        self.dropout6, self.dropout7 = Dropout(dropout, 6), Dropout(dropout, 7)
+    def _add_steps(self, lrn: LRN | None) -> list[str]:
+        """Make the modules that follow the convolutions; equal ones are one module. Returns the convolutional part."""
+        names: list[str] = []
+        pools: dict[Pool | AdaptivePool, str] = {}
+        for conv in self.preset.convs:
+            names.append(conv.name)
+            for step in conv.then:
+                if step == "relu":
+                    names.append("relu")
+                elif step == "lrn":
+                    after_relu = names[-1] == "relu"  # then both in one pass over memory
+                    names[len(names) - after_relu :] = ["relu_norm" if after_relu else "norm"]
+                    if names[-1] not in self._modules:
+                        assert lrn is not None
+                        self.add_module(names[-1], _norm(lrn, self.preset, after_relu))
+                else:
+                    if step not in pools:
+                        kind = _pool_name(step)
+                        pools[step] = kind if kind not in self._modules else f"{kind}_{conv.name}"
+                        self.add_module(pools[step], _pooling(step))
+                    names.append(pools[step])
+        return names
+
+    def _add_classifier(self, dropout: float) -> list[str]:
+        """Make the dropouts. Returns the fully connected part."""
+        names: list[str] = []
+        for layer in self.preset.fully_connected:
+            steps = [layer.name, *([layer.activation] if layer.activation else [])]
+            if layer.dropout is not None:
+                position = self.preset.position(layer)
+                self.add_module(f"dropout{position}", Dropout(dropout, position))
+                steps.insert(0 if layer.dropout == "of input" else len(steps), f"dropout{position}")
+            names += steps
+        return names
 
     def forward(self, x_NCHW: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores before the softmax, (N, num_classes), of images (N, 3, input_size, input_size).
@@ -103,26 +125,32 @@ class AlexNet(nn.Module):
         return self.classify(self.features(x_NCHW), where)
 
     def features(self, x_NCHW: Tensor) -> Tensor:
-        """The output of the convolutional layers, flattened: (N, maps of conv5 * 6 * 6) for 224 pixels."""
+        """The output of the convolutional layers, flattened: (N, num_features), of the paper's net 256 * 6 * 6."""
         if x_NCHW.shape[1:] != (3, self.input_size, self.input_size):
             raise ValueError(
                 f"images of shape {tuple(x_NCHW.shape)}: the net was built for (N, 3, {self.input_size}, "
                 f"{self.input_size})"
             )
-        x = self.pool(self.relu_norm(self.conv1(x_NCHW)))
-        x = self.pool(self.relu_norm(self.conv2(x)))
-        x = F.relu(self.conv3(x), inplace=True)
-        x = F.relu(self.conv4(x), inplace=True)
-        x = self.pool(F.relu(self.conv5(x), inplace=True))
-        features: Tensor = x.flatten(1)
-        return features
+        x = x_NCHW
+        for name in self._features:
+            x = F.relu(x, inplace=True) if name == "relu" else getattr(self, name)(x)
+        return x.flatten(1)
 
     def classify(self, x: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores (N, num_classes) of features."""
-        x = self.dropout6(F.relu(self.fc6(x), inplace=True), where)
-        x = self.dropout7(F.relu(self.fc7(x), inplace=True), where)
-        scores: Tensor = self.fc8(x)
-        return scores
+        for name in self._classifier:
+            if name == "relu":
+                x = F.relu(x, inplace=True)
+            else:
+                layer = getattr(self, name)
+                x = layer(x, where) if isinstance(layer, Dropout) else layer(x)
+        return x
+
+    def dropout_of(self, layer: FullyConnected) -> Dropout:
+        """The dropout of a layer's input or output."""
+        found = getattr(self, f"dropout{self.preset.position(layer)}")
+        assert isinstance(found, Dropout)
+        return found
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int) -> None:
@@ -130,28 +158,40 @@ class AlexNet(nn.Module):
         if init not in INITS:
             raise ValueError(f"init = {init!r}: unknown; choose one of {', '.join(INITS)}")
         generator = torch.Generator().manual_seed(seed)
-        ones = ("conv2", "conv4", "conv5", "fc6", "fc7")
-        for name, layer in self.named_children():
-            if not isinstance(layer, nn.Conv2d | nn.Linear):
-                continue
-            std = 0.01 if init == "paper" else math.sqrt(2 / layer.weight[0].numel())
-            layer.weight.normal_(0, std, generator=generator)
-            assert layer.bias is not None
-            layer.bias.fill_(1.0 if init == "paper" and name in ones else 0.0)
+        for described in self.preset.layers:
+            layer = getattr(self, described.name)
+            fan_in = layer.weight[0].numel()
+            own = described.init if init == "paper" else Gaussian(math.sqrt(2 / fan_in))
+            if isinstance(own, Gaussian):
+                layer.weight.normal_(0, own.std, generator=generator)
+                layer.bias.fill_(own.bias)
+            else:
+                bound = 1 / math.sqrt(fan_in)
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
 
 
 class BlockedConv2d(nn.Conv2d):
     """A convolution with a large stride and few maps, computed with stride 1 over blocks of pixels.
 
-    Zeros on the right and bottom complete the last window: 224 pixels are read as 227, whose 55 windows of 11 fit.
     Each stride x stride block of pixels becomes one position with stride * stride * C maps, and the kernel likewise
     (zeros make it a whole number of blocks): the same sums, in a shape that convolution libraries are fast at.
+
+    ceil: zeros on the right and bottom complete the last window: 224 pixels are read as 227, whose 55 windows fit.
     """
 
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int, padding: int = 0, ceil: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride)
+        self.edge, self.ceil = padding, ceil
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, H) to (N, maps, out, out), out = 1 + ceil((H - kernel) / stride)."""
+        """(N, C, H, H) to (N, maps, out, out), out = 1 + (H + 2 * padding - kernel) / stride, rounded as asked."""
         stride, kernel, maps_in = self.stride[0], self.kernel_size[0], self.in_channels
-        out = 1 + math.ceil((x_NCHW.shape[-1] - kernel) / stride)
+        if self.edge:
+            x_NCHW = F.pad(x_NCHW, (self.edge,) * 4)
+        out = 1 + (math.ceil if self.ceil else math.floor)((x_NCHW.shape[-1] - kernel) / stride)
         blocks = math.ceil(kernel / stride)  # a kernel's side in blocks
         side = out - 1 + blocks  # the image's
         x = _blocks(x_NCHW, stride, side)
@@ -179,23 +219,27 @@ def num_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def _sides(input_size: int) -> tuple[int, int, int, int]:
-    """Side in pixels of the maps after conv1, pool1, pool2 and pool5: 55, 27, 13, 6 for 224."""
-    if input_size < 11:
-        raise ValueError(f"input_size = {input_size}: smaller than conv1's 11-pixel kernel; the paper has 224")
-    conv1 = 1 + math.ceil((input_size - 11) / 4)
-    pool1 = 1 + (conv1 - 3) // 2
-    pool2 = 1 + (pool1 - 3) // 2
-    pool5 = 1 + (pool2 - 3) // 2
-    if min(conv1, pool1, pool2) < 3:
-        raise ValueError(f"input_size = {input_size}: too small for three poolings; use at least 64, the paper has 224")
-    return conv1, pool1, pool2, pool5
+def _convolution(conv: Conv, maps_in: int, maps: int, columns: int) -> nn.Conv2d:
+    if conv.stride > 1 and conv.reads == "all columns":
+        return BlockedConv2d(maps_in, maps, conv.kernel, stride=conv.stride, padding=conv.padding, ceil=conv.ceil)
+    assert not conv.ceil, f"{conv.name}: windows beyond the edge are those of strides over all maps only"
+    groups = columns if conv.reads == "own column" else 1
+    return nn.Conv2d(maps_in, maps, conv.kernel, stride=conv.stride, padding=conv.padding, groups=groups)
 
 
-def _scaled(size: int, width: float, columns: int) -> int:
-    scaled = round(size * width)
-    if scaled < columns or scaled % columns or abs(scaled - size * width) > 1e-6:
-        raise ValueError(
-            f"width = {width}: {size} maps become {size * width:g}, which {columns} columns cannot share; try 0.25"
-        )
-    return scaled
+def _norm(lrn: LRN, preset: Preset, relu: bool) -> LocalResponseNorm:
+    columns = preset.columns if preset.lrn_reads == "own column" else 1
+    return LocalResponseNorm(k=lrn.k, n=lrn.n, alpha=lrn.alpha, beta=lrn.beta, columns=columns, relu=relu)
+
+
+def _pooling(pool: Pool | AdaptivePool) -> nn.Module:
+    if isinstance(pool, AdaptivePool):
+        return nn.AdaptiveAvgPool2d(pool.size)
+    kind = nn.MaxPool2d if pool.kind == "max" else nn.AvgPool2d
+    return kind(pool.size, stride=pool.stride, padding=pool.padding, ceil_mode=pool.ceil)
+
+
+def _pool_name(pool: Pool | AdaptivePool) -> str:
+    if isinstance(pool, AdaptivePool):
+        return "adaptive_pool"
+    return "pool" if pool.kind == "max" else "average_pool"

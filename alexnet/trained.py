@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from . import augment, images
 from .augment import MeanSubtraction
-from .net import LRN, AlexNet, build
+from .net import AlexNet, build
+from .presets import LRN
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 DESCRIPTION = "net.json"

@@ -42,7 +42,7 @@ def plain_loop(config: TrainConfig, folder: StoragePath, manifest: Manifest) -> 
     """Train to the end in this process; returns the last validation error."""
     reader = TaskReader(folder, manifest, config, 0, 1)
     mean = torch.from_numpy(read_mean_image(folder, manifest))
-    subtract_mean = alexnet.MeanSubtraction(mean, config.input_size, config.pixel_scale)
+    subtract_mean = alexnet.MeanSubtraction(mean, config.crop_size, config.pixel_scale)
     net = ShardedNet(build_net(config, len(manifest.classes)), Layout("single", 1), 0)
     optimizer = alexnet.PaperSGD(net.parameters(), config.lr, config.momentum, config.weight_decay)
     schedule = alexnet.plateau_schedule(optimizer, num_drops=config.lr_drops, patience=config.lr_patience)

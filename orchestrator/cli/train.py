@@ -30,7 +30,7 @@ from orchestrator.cli.flags import (
     shown_recipe,
 )
 from orchestrator.config.models import read_yaml
-from orchestrator.config.recipes import RECIPES
+from orchestrator.config.recipes import RECIPES, adapted
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.dataset import with_absolute_data
 from orchestrator.train import session
@@ -90,13 +90,12 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
         args.output, name = locate(args.output, args.resume)
         folder = RunFolder(args.output, name, "--resume")
         return folder, with_absolute_data(session.resumed(folder.config(), changes)), True
-    fields = RECIPES[recipe]().model_dump()
-    if args.config:
-        fields |= read_yaml(args.config)
+    given = (read_yaml(args.config) if args.config else {}) | changes
+    fields = adapted(RECIPES[recipe](), given).model_dump() | given
     kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe
     kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
     folder = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return folder, with_absolute_data(make_config(**fields | changes)), False
+    return folder, with_absolute_data(make_config(**fields)), False
 
 
 def script() -> int:

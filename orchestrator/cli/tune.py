@@ -28,6 +28,7 @@ from orchestrator.cli.flags import (
     shown_recipe,
 )
 from orchestrator.config.models import read_yaml
+from orchestrator.config.recipes import adapted
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import with_absolute_data
 from orchestrator.search.config import SearchConfig, SearchSettings, make_search
@@ -104,7 +105,8 @@ def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]
     space = read_yaml(args.space, "--space") if args.space else defaults.space.to_dict()
     if both := [name for name in training if name in space]:
         raise ValueError(f"--{both[0].replace('_', '-')}: {both[0]} varies in this search; leave out the flag")
-    config = make_search(defaults.settings() | settings, with_absolute_data(defaults.train.changed(**training)), space)
+    train = with_absolute_data(adapted(defaults.train, training).changed(**training))
+    config = make_search(defaults.settings() | settings, train, space)
     folder = SearchFolder(args.output, args.name or f"tune-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     return folder, config, False
 

@@ -133,15 +133,16 @@ def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Ex
     """The exchanges of a step in the precision asked for; auto counts as float32."""
     activation, other = {"bf16": (2, 4), "fp64": (8, 8)}.get(config.precision, (4, 4))
     return communication(
-        layout, num_classes=num_classes, input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size, bytes_per_activation=activation, bytes_per_gradient=other,
+        layout, num_classes=num_classes, input_size=config.crop_size, width=config.width,
+        preset=config.preset, global_batch_size=config.global_batch_size, bytes_per_activation=activation,
+        bytes_per_gradient=other,
     )  # fmt: skip
 
 
 def _cost(config: TrainConfig, layout: Layout, num_classes: int) -> Cost:
     return estimate(
-        num_classes=num_classes, input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size, layout=layout,
+        num_classes=num_classes, input_size=config.crop_size, width=config.width,
+        preset=config.preset, global_batch_size=config.global_batch_size, layout=layout,
     )  # fmt: skip
 
 

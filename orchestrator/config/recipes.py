@@ -1,6 +1,7 @@
 """Training recipes: functions that return a complete, validated TrainConfig."""
 
 from collections.abc import Callable
+from typing import Any
 
 from orchestrator.config.train import TrainConfig, make_config
 
@@ -68,3 +69,10 @@ def imagenet() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {"digits": digits, "imagenette": imagenette, "imagenet": imagenet}
+
+
+def adapted(recipe: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The recipe, ready to be changed by what the user gave: its layout is for its own net, and with another preset it
+    is chosen, unless the user names one."""
+    is_another = given.get("preset", recipe.preset) != recipe.preset
+    return recipe.changed(layout="auto") if is_another and "layout" not in given else recipe

@@ -1,30 +1,64 @@
 """The settings of a training run: one frozen, validated model, in groups. Flags, YAML and --help come from it."""
 
 import re
+from dataclasses import asdict, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from alexnet.presets import LRN, PRESETS, Preset, preset_of
 from orchestrator.config.models import dump_yaml, make_model, refuse_yes
+
+
+def _own(values: dict[str, float]) -> str:
+    """How the help tells a default that depends on the preset."""
+    return "automatic: the preset's own, " + ", ".join(f"{value:g} of {name}" for name, value in values.items())
+
+
+_NETS = "; ".join(f"{preset.name}: {preset.title}" for preset in PRESETS.values())
+_LRN = {name: preset.lrn for name, preset in PRESETS.items() if preset.lrn}
+
+
+LRN_SETTINGS = ("lrn_k", "lrn_n", "lrn_alpha", "lrn_beta")
 
 
 class NetSettings(BaseModel):
     """The net."""
 
-    preset: Literal["paper"] = Field("paper", description="which AlexNet; paper: the two-column net of the paper")
+    preset: str = Field("paper", description=f"which AlexNet; {_NETS}")
     width: float = Field(1.0, gt=0, le=4, description="multiplies the number of maps and units of every layer")
-    input_size: int = Field(224, ge=64, description="side of the square input crop, in pixels")
+    input_size: int | None = Field(
+        None,
+        ge=64,
+        description="side of the square input crop, in pixels; "
+        + _own({name: preset.input_size for name, preset in PRESETS.items()}),
+    )
     num_classes: int | None = Field(None, ge=2, description="outputs of the net; automatic: one per class of the data")
     init: Literal["paper", "he"] = Field(
-        "paper", description="paper: N(0, 0.01), biases of 1; he: scaled by fan-in, for small data"
+        "paper",
+        description="paper: the preset's own, of the paper N(0, 0.01), biases of 1; he: by fan-in, for small data",
     )
     dropout: float = Field(0.5, ge=0, lt=1, description="dropout probability of fc6 and fc7")
-    lrn_k: float = Field(2.0, gt=0, description="LRN: k in (k + alpha * SUM a^2) ** beta")
-    lrn_n: int = Field(5, ge=1, description="LRN: number of adjacent maps in the sum, odd")
-    lrn_alpha: float = Field(
-        1e-4, ge=0, description="LRN: alpha, the factor on the plain sum as in the paper (PyTorch's is n times this)"
+    lrn_k: float | None = Field(
+        None,
+        gt=0,
+        description="LRN: k in (k + alpha * SUM a^2) ** beta; " + _own({name: lrn.k for name, lrn in _LRN.items()}),
     )
-    lrn_beta: float = Field(0.75, ge=0, description="LRN: beta, the exponent")
+    lrn_n: int | None = Field(
+        None,
+        ge=1,
+        description="LRN: number of adjacent maps in the sum, odd; "
+        + _own({name: lrn.n for name, lrn in _LRN.items()}),
+    )
+    lrn_alpha: float | None = Field(
+        None,
+        ge=0,
+        description="LRN: alpha, the factor on the plain sum as in the paper (PyTorch's and Caffe's is n times this); "
+        + _own({name: lrn.alpha for name, lrn in _LRN.items()}),
+    )
+    lrn_beta: float | None = Field(
+        None, ge=0, description="LRN: beta, the exponent; " + _own({name: lrn.beta for name, lrn in _LRN.items()})
+    )
 
 
 class InputSettings(BaseModel):
@@ -115,11 +149,46 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
         low, high = parse_workers(value)
         return low if low == high else f"{low}..{high}"
 
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown; the presets are {', '.join(PRESETS)}")
+        return value
+
     @model_validator(mode="after")
-    def _check_window(self) -> Self:
-        if self.lrn_n % 2 == 0:
+    def _check_lrn(self) -> Self:
+        given = {name: getattr(self, name) for name in LRN_SETTINGS if getattr(self, name) is not None}
+        if given and not self.net.has_lrn:
+            name, value = next(iter(given.items()))
+            raise ValueError(f"{name} = {value}: preset {self.preset} has no LRN; leave it out")
+        if self.lrn_n is not None and self.lrn_n % 2 == 0:
             raise ValueError(f"lrn_n = {self.lrn_n}: the window is centred on a map, so n must be odd, such as 5")
         return self
+
+    @property
+    def net(self) -> Preset:
+        """The description of the net."""
+        return preset_of(self.preset)
+
+    @property
+    def crop_size(self) -> int:
+        """The side of the net's input: input_size, or the preset's own."""
+        return self.input_size or self.net.input_size
+
+    @property
+    def lrn(self) -> LRN | None:
+        """The constants of LRN: those set, and for the others the preset's own; None for a net without."""
+        own = self.net.lrn
+        if own is None:
+            return None
+        given = {name.removeprefix("lrn_"): getattr(self, name) for name in LRN_SETTINGS}
+        return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings, with the preset's own values in the place of those that are automatic by it."""
+        lrn = {} if self.lrn is None else {f"lrn_{name}": value for name, value in asdict(self.lrn).items()}
+        return self.model_dump() | {"input_size": self.crop_size} | lrn
 
     @property
     def worker_range(self) -> tuple[int, int]:

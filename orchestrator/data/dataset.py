@@ -56,10 +56,10 @@ class Dataset:
             if self._labels is None:
                 self._labels = shards.label_ranges(self.folder, self.manifest)
             shards.check_labels(self.folder, self.manifest, self._labels, config.num_classes or self.classes)
-        if config.input_size > self.image_size:
+        if config.crop_size > self.image_size:
             raise ValueError(
-                f"input_size = {config.input_size}: larger than the {self.image_size} pixels of {self.name}; choose at "
-                f"most {self.image_size}, or prepare the data with --image-size {config.input_size} or more"
+                f"input_size = {config.crop_size}: larger than the {self.image_size} pixels of {self.name}; choose at "
+                f"most {self.image_size}, or prepare the data with --image-size {config.crop_size} or more"
             )
         if config.global_batch_size > self.rows["train"]:
             raise ValueError(

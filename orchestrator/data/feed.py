@@ -99,7 +99,7 @@ class Feed:
 
     def _steps(self, store_bytes: float | None) -> tuple[int, float]:
         """Steps per task and per chunk: fewer where the object store is small; of a task at least one."""
-        step = 3 * self.config.input_size**2 * self.config.global_batch_size / self.world_size
+        step = 3 * self.config.crop_size**2 * self.config.global_batch_size / self.world_size
         chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
         if store_bytes is not None:
             chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size * self.num_concurrent)))

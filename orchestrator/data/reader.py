@@ -64,7 +64,7 @@ class TaskReader:
         self, folder: StoragePath, manifest: Manifest, config: TrainConfig, rank: int, world_size: int
     ) -> None:
         self.folder, self.manifest, self.config, self.rank, self.world_size = folder, manifest, config, rank, world_size
-        self.margin = manifest.image_size - config.input_size
+        self.margin = manifest.image_size - config.crop_size
 
     def order(self, split: str, epoch: int) -> Order:
         """The rows of a pass, in order."""
@@ -116,11 +116,11 @@ class TaskReader:
             noise = config.color_noise
         values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
         shift = augment.color_shift(draws.normal, values, vectors, noise)
-        image = np.empty((total, config.input_size, config.input_size, 3), np.uint8)
+        image = np.empty((total, config.crop_size, config.crop_size, 3), np.uint8)
         for found, where in groups:
             for pixels, which, place in found.decoded(row[where].astype(np.int64), where, manifest.image_size):
                 augment.crop_flip_shift(
-                    pixels, draws.of(place), shift[place], config.input_size, which=which, out=image, place=place
+                    pixels, draws.of(place), shift[place], config.crop_size, which=which, out=image, place=place
                 )
         result: Columns = {"image": image, "label": labels, "id": ids, "position": positions}
         return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}

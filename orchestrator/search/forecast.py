@@ -30,8 +30,8 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
     workers = config.most_workers.worker_range[1]
     at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
     cost = estimate(
-        num_classes=data.num_classes(config.train), input_size=config.train.input_size, width=config.train.width,
-        global_batch_size=config.train.global_batch_size,
+        num_classes=data.num_classes(config.train), input_size=config.train.crop_size, width=config.train.width,
+        preset=config.train.preset, global_batch_size=config.train.global_batch_size,
     )  # fmt: skip
     facts = [
         ("data", f"{config.train.data}: {data}"),

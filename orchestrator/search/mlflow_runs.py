@@ -53,7 +53,7 @@ class SearchRuns:
         """
         self.config = config
         settings = config.settings() | {f"space.{d.name}": str(d) for d in config.space.dimensions}
-        settings |= {f"train.{name}": value for name, value in config.train.model_dump().items()}
+        settings |= {f"train.{name}": value for name, value in config.train.resolved().items()}
         known = self.journal.parent_run_id
         self.parent.patience_s = FINISH_TIMEOUT_S
         self.parent.begin(self.name, SCRIPT, settings, run_id=known, look_for=self.resume)
@@ -84,7 +84,7 @@ class SearchRuns:
         number, half = record.number, self._begun_in_part.pop(record.number, None)
         run = self._children[number] = half or Run(self.store, self.warn)
         try:
-            params = self.config.trial(record.values).model_dump()
+            params = self.config.trial(record.values).resolved()
             run.begin(
                 f"{self.name}-{record.number:04d}", SCRIPT, params, run_id=record.run_id,
                 parent=self.parent.run_id, look_for=self.resume or half is not None,

@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ KINDS = ("choice", "grid", "uniform", "loguniform", "randint")
 EXAMPLE = "such as {loguniform: [0.001, 0.1]}"
 CLOCK = "epochs"  # the time by which a search judges its trials
 SHARED = ("data", "device", "max_failures")  # of what the cluster is asked for once
-PAPER_VALUES = ("lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta")  # its constants
+PAPER_VALUES = ("lr", "momentum", "weight_decay", "dropout")  # its constants, beside those of LRN
 CHECKED = 1000  # values of a range of whole numbers
 DIGITS = 4  # of a drawn number: enough to tell trials apart, few enough to read
 RESAMPLE, FACTORS = 0.25, (0.8, 1.25)  # of a mutation: how often a value is drawn anew, else how far it moves
@@ -114,10 +114,12 @@ class Space:
         return values | fresh
 
     def paper_baseline(self, base: TrainConfig) -> Values:
-        """The paper's constants for what varies; where the paper's own would not fit the data, such as the size of the
-        net, the base's."""
-        fields = TrainConfig.model_fields
-        return {name: fields[name].default if name in PAPER_VALUES else getattr(base, name) for name in self.names}
+        """The paper's constants for what varies, of LRN the preset's own; where the paper's would not fit the data, as
+        the size of the net, the base's."""
+        own = {name: TrainConfig.model_fields[name].default for name in PAPER_VALUES}
+        if base.net.lrn is not None:
+            own |= {f"lrn_{name}": value for name, value in asdict(base.net.lrn).items()}
+        return {name: own[name] if name in own else base.resolved()[name] for name in self.names}
 
     def to_dict(self) -> dict[str, Any]:
         return {d.name: {d.kind: list(d.values)} for d in self.dimensions}

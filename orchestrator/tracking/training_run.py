@@ -45,7 +45,7 @@ class Tracker:
         """
         run, run.warn = self.run, warn
         patience = run.patience_s
-        is_new = run.begin(name, "jobs/train.py", config.model_dump(), run_id=run_id)
+        is_new = run.begin(name, "jobs/train.py", config.resolved(), run_id=run_id)
         run.say_if_replaced()
         if is_new or new_data:
             try:

@@ -188,4 +188,4 @@ def _read(path: Path, net: ShardedNet) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a dictionary)
             tensor = file.get_slice(name)
-            yield name, tensor[net.local_slice(name, tensor.get_shape()[net.layout.shard_dim(name)])]
+            yield name, tensor[net.local_slice(name, tensor.get_shape()[net.partition.shard_dim(name)])]

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # The settings that a run's speed depends on: an earlier run in which they are equal gives the forecast.
 SPEED_SETTINGS = (
-    "data", "width", "input_size", "global_batch_size", "workers", "layout", "device", "precision", "threads",
+    "data", "preset", "width", "input_size", "global_batch_size", "workers", "layout", "device", "precision", "threads",
 )  # fmt: skip
 
 
@@ -81,12 +81,13 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
         config, worker_counts(config)[0], num_classes, machines.nodes, use_gpu
     )[0]  # fmt: skip
     cost = estimate(
-        num_classes=num_classes, input_size=config.input_size, width=config.width,
-        global_batch_size=config.global_batch_size, layout=layout,
+        num_classes=num_classes, input_size=config.crop_size, width=config.width,
+        preset=config.preset, global_batch_size=config.global_batch_size, layout=layout,
     )  # fmt: skip
     steps = -(-data.rows["train"] // config.global_batch_size)
     facts = [
         ("data", f"{config.data}: {data}"),
+        ("net", _net(config)),
         ("parameters", f"{cost.num_parameters:,}"),
         ("steps", f"{steps} per epoch, {steps * config.epochs} in total"),
         (
@@ -107,6 +108,13 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
         *time_and_cost(config, output, data, config.epochs, machines, cost, layout.workers, images_per_s),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"
+
+
+def _net(config: TrainConfig) -> str:
+    """The preset, and the values that it gives or that take the place of its own."""
+    lrn = config.lrn
+    constants = f"LRN k {lrn.k:g}, n {lrn.n}, alpha {lrn.alpha:g}, beta {lrn.beta:g}" if lrn else "no LRN"
+    return f"{config.preset}: {config.net.title}; {config.crop_size} pixels, {constants}"
 
 
 def time_and_cost(
@@ -202,7 +210,8 @@ def _rate_of(config: TrainConfig, result: object) -> float | None:
     if not isinstance(result.get("config"), dict):
         raise ValueError("has no config")
     ran = make_config(**result["config"])  # older runs have other spellings of equal settings, such as '2' workers
-    if any(getattr(ran, key) != getattr(config, key) for key in SPEED_SETTINGS):
+    before, now = ran.resolved(), config.resolved()
+    if any(before[key] != now[key] for key in SPEED_SETTINGS):
         return None
     rate = result.get("images_per_s")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:

@@ -1,5 +1,6 @@
 """From a config to its net, and what is written beside its weights so that it can be used without the config."""
 
+from dataclasses import asdict
 from typing import Any
 
 import alexnet
@@ -11,8 +12,7 @@ from orchestrator.data.shards import Manifest
 def build_net(config: TrainConfig, num_classes: int) -> alexnet.AlexNet:
     """The net that the config describes."""
     arguments = _arguments(config, num_classes)
-    lrn = alexnet.LRN(**arguments.pop("lrn"))
-    return alexnet.build(**arguments, lrn=lrn, init=config.init, seed=config.seed)
+    return alexnet.build(**arguments | {"lrn": config.lrn}, init=config.init, seed=config.seed)
 
 
 def describe(config: TrainConfig, manifest: Manifest, num_classes: int, epoch: int | None = None) -> Description:
@@ -25,7 +25,6 @@ def describe(config: TrainConfig, manifest: Manifest, num_classes: int, epoch: i
 
 def _arguments(config: TrainConfig, num_classes: int) -> dict[str, Any]:
     return {
-        "preset": config.preset, "num_classes": num_classes, "input_size": config.input_size, "width": config.width,
-        "dropout": config.dropout,
-        "lrn": {"k": config.lrn_k, "n": config.lrn_n, "alpha": config.lrn_alpha, "beta": config.lrn_beta},
+        "preset": config.preset, "num_classes": num_classes, "input_size": config.crop_size, "width": config.width,
+        "dropout": config.dropout, "lrn": config.lrn and asdict(config.lrn),
     }  # fmt: skip

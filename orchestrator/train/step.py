@@ -47,7 +47,7 @@ class WorkerStep:
         self.class_weights = class_weights
         weight = next(net.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.input_size, config.pixel_scale)
+        self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.crop_size, config.pixel_scale)
         noisy = config.color_noise == "code2012"
         self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0, "val": 1.0}
 

@@ -14,16 +14,43 @@ import alexnet
 from alexnet import layouts
 from alexnet.cost import Exchange, communication
 from alexnet.dropout import BatchPosition, keep_mask
-from alexnet.layouts import Layout, ShardedNet
+from alexnet.layouts import Layout, Partition, ShardedNet
+from alexnet.net import AlexNet
+from alexnet.presets import PRESETS
+from alexnet.presets.description import LRN, Conv, FullyConnected, Gaussian, Pool, Preset
 from orchestrator.data.order import rank_slice
 
 CLASSES = 7  # divisible neither by columns nor by workers
 BATCH, STEPS = 12, 20
 KINDS = ("data", "columns", "hybrid")
+# nothing here may know the names or the number of the paper's layers, or what comes after which
+ODD = Preset(
+    name="odd",
+    title="two columns, other names, LRN before ReLU, averages, dropout of inputs",
+    source="",
+    differences=(),
+    input_size=64,
+    columns=2,
+    lrn=LRN(alpha=0.1),
+    convs=(
+        Conv("eye", 4, 7, Gaussian(0.1), stride=3, padding=1, then=("lrn", Pool("max", 2, 2), "relu")),
+        Conv("ear", 6, 3, Gaussian(0.1, 0.1), then=("relu", Pool("average", 3, 2, ceil=True))),
+        Conv("nose", 8, 3, Gaussian(0.1), reads="own column", then=("relu",)),
+    ),
+    fully_connected=(
+        FullyConnected("thought", 16, Gaussian(0.1), dropout="of input"),
+        FullyConnected("word", None, Gaussian(0.1), activation=None, dropout="of input"),
+    ),
+)
+OTHERS = {"caffe": ("data", "hybrid"), "torchvision": ("data", "hybrid"), "odd": KINDS}  # presets and their layouts
 
 
-def build(dtype, dropout):
-    net = alexnet.build("paper", CLASSES, input_size=64, width=0.125, init="he", dropout=dropout, seed=3)
+def build(dtype, dropout, preset="paper"):
+    if preset == "odd":
+        net = AlexNet(ODD, CLASSES, dropout=dropout)
+        net.initialize("paper", 3)
+        return net.to(dtype)
+    net = alexnet.build(preset, CLASSES, input_size=64, width=0.125, init="he", dropout=dropout, seed=3)
     return net.to(dtype)
 
 
@@ -35,8 +62,8 @@ def global_batch(step, dtype):
     return images, torch.randint(0, CLASSES, (size,), generator=random)
 
 
-def make(rank, kind, workers, dtype, dropout):
-    sharded = ShardedNet(build(dtype, dropout), Layout(kind, workers), rank)
+def make(rank, kind, workers, dtype, dropout, preset="paper"):
+    sharded = ShardedNet(build(dtype, dropout, preset), Layout(kind, workers), rank)
     return sharded, alexnet.PaperSGD(sharded.parameters(), lr=0.001)
 
 
@@ -76,9 +103,9 @@ def scores_of(sharded, step, dtype):
     return torch.cat([part for part in everyone if part is not None])
 
 
-def train(rank, kind, workers, dtype, dropout, steps=STEPS):
+def train(rank, kind, workers, dtype, dropout, steps=STEPS, preset="paper"):
     """A run of some steps; canonical tensors of what came of it, on rank 0."""
-    sharded, optimizer = make(rank, kind, workers, dtype, dropout)
+    sharded, optimizer = make(rank, kind, workers, dtype, dropout, preset)
     found = {"scores before": scores_of(sharded, 0, dtype)}
     losses = []
     for step in range(steps):
@@ -97,9 +124,9 @@ def collected(sharded, parts, what):
 
 
 @functools.cache
-def alone(dtype, dropout, steps=STEPS):
+def alone(dtype, dropout, steps=STEPS, preset="paper"):
     torch.set_num_threads(1)
-    return train(0, "single", 1, dtype, dropout, steps)
+    return train(0, "single", 1, dtype, dropout, steps, preset)
 
 
 VARIANTS = [(torch.float64, 0.5), (torch.float64, 0.0), (torch.float32, 0.5), (torch.float32, 0.0)]
@@ -114,7 +141,17 @@ def everything(rank, workers):
             for dtype, dropout in VARIANTS
         },
         "gradients": check_gradients(rank),
-        "bytes": {kind: count_bytes(rank, kind, workers) for kind in KINDS},
+        "bytes": {
+            (preset, kind): count_bytes(rank, kind, workers, preset)
+            for preset, kinds in ({"paper": KINDS} | OTHERS).items()
+            if preset in PRESETS
+            for kind in kinds
+        },
+        "others": {
+            (preset, kind): train(rank, kind, workers, torch.float64, 0.5, 5, preset)
+            for preset, kinds in OTHERS.items()
+            for kind in kinds
+        },
     }
 
 
@@ -139,6 +176,41 @@ def test_every_layout_equals_one_process(together):
         for name, tensor in trained.items():
             assert tensor.shape == wanted[name].shape
             assert difference(tensor, wanted[name]) < bound, f"{kind} {workers} {dtype} dropout {dropout}: {name}"
+
+
+@pytest.mark.slow
+def test_every_layout_of_every_preset_equals_one_process(together):
+    workers, found = together
+    assert set(PRESETS) < {"paper", *OTHERS}
+    for (preset, kind), trained in found[0]["others"].items():
+        wanted = alone(torch.float64, 0.5, 5, preset)
+        assert trained.keys() == wanted.keys()
+        for name, tensor in trained.items():
+            assert tensor.shape == wanted[name].shape
+            assert difference(tensor, wanted[name]) < 1e-10, f"{preset} {kind} {workers}: {name}"
+
+
+def test_what_is_exchanged_follows_from_the_description():
+    def exchanged(preset, kind, workers):
+        partition = Partition(preset, Layout(kind, workers))
+        return partition.sharded, partition.gathers_rows, partition.gathers_maps
+
+    assert exchanged(ODD, "columns", 2) == (("eye", "ear", "nose", "thought", "word"), None, ("ear", "thought"))
+    assert exchanged(ODD, "hybrid", 3) == (("thought", "word"), "thought", ())
+    assert exchanged(PRESETS["torchvision"], "hybrid", 2) == (("fc6", "fc7", "fc8"), "fc6", ("fc7",))
+    assert exchanged(ODD, "data", 2) == exchanged(ODD, "hybrid", 1) == ((), None, ())
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("torchvision", "layout = columns: preset torchvision has one column; choose data, hybrid or single"),
+        ("caffe", "layout = columns: preset caffe has LRN across its columns; choose data, hybrid or single"),
+    ],
+)
+def test_columns_of_a_net_that_cannot_have_them_are_refused(preset, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        ShardedNet(build(torch.float32, 0.5, preset), Layout("columns", 2))
 
 
 def _keep_own(parts, group):
@@ -270,11 +342,11 @@ def test_gradients_through_every_exchange(together):
         assert found["gradients"] == {"maps of images": True, "units": True, "rows": True, "scores": True}
 
 
-def count_bytes(rank, kind, workers):
+def count_bytes(rank, kind, workers, preset):
     """Bytes that this worker's sockets send in one step of a layout, and the ledger's figure."""
     settings, size = {"input_size": 96, "width": 0.25}, 64
     layout = Layout(kind, workers)
-    sharded = ShardedNet(alexnet.build("paper", 10, init="he", **settings), layout, rank)
+    sharded = ShardedNet(alexnet.build(preset, 10, init="he", **settings), layout, rank)
     images = size // workers
     sizes = [images] * layout.group_size
     pixels, info = torch.zeros(images, 96, 96, 3, dtype=torch.uint8), torch.zeros(images, 4, dtype=torch.int32)
@@ -286,7 +358,7 @@ def count_bytes(rank, kind, workers):
         F.cross_entropy(sharded(x, None, sizes), labels, reduction="sum").backward()
         time.sleep(0.3)  # for the last acknowledgements
         sent = bytes_sent() - before
-    said = communication(layout, num_classes=10, global_batch_size=size, **settings)
+    said = communication(layout, num_classes=10, global_batch_size=size, preset=preset, **settings)
     return torch.tensor([sent, sum(exchange.size_bytes for exchange in said)])
 
 
@@ -294,9 +366,9 @@ def count_bytes(rank, kind, workers):
 @pytest.mark.skipif(sys.platform != "linux", reason="counts bytes with Linux's TCP_INFO")
 def test_the_ledger_says_what_the_sockets_send(together):
     for found in together[1]:
-        for kind, both in found["bytes"].items():
+        for key, both in found["bytes"].items():
             sent, said = both.tolist()
-            assert sent == pytest.approx(said, rel=0.01), kind
+            assert sent == pytest.approx(said, rel=0.01), key
 
 
 def test_the_ledger_of_the_paper_s_net():

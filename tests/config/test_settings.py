@@ -6,9 +6,10 @@ import typing
 import pytest
 import yaml
 
+from alexnet import LRN
 from orchestrator.cli.flags import Parser, add_fields, given_fields
 from orchestrator.config.models import MAX_YAML_BYTES, dump_yaml, make_model, parse_yaml, read_yaml
-from orchestrator.config.recipes import RECIPES
+from orchestrator.config.recipes import RECIPES, adapted
 from orchestrator.config.train import TrainConfig, make_config
 
 
@@ -16,7 +17,35 @@ def test_the_defaults_are_the_paper_s():
     config = make_config()
     assert (config.lr, config.momentum, config.weight_decay) == (0.01, 0.9, 0.0005)
     assert (config.global_batch_size, config.epochs, config.dropout) == (128, 90, 0.5)
-    assert (config.lrn_k, config.lrn_n, config.lrn_alpha, config.lrn_beta) == (2.0, 5, 1e-4, 0.75)
+    assert config.lrn == LRN(k=2.0, n=5, alpha=1e-4, beta=0.75)
+    assert (config.preset, config.crop_size) == ("paper", 224)
+
+
+def test_what_is_not_set_is_the_preset_s_own():
+    caffe = make_config(preset="caffe", lrn_beta=0.5)
+    assert caffe.lrn == LRN(k=1.0, n=5, alpha=2e-5, beta=0.5)
+    assert caffe.crop_size == 227
+    assert caffe.changed(input_size=64).crop_size == 64
+    assert caffe.lrn_k is None, "a changed copy with another preset has that preset's"
+    assert caffe.changed(preset="paper").lrn == LRN(beta=0.5)
+    lrn = {"lrn_k": 1.0, "lrn_n": 5, "lrn_alpha": 2e-5, "lrn_beta": 0.5}
+    assert caffe.resolved() == caffe.model_dump() | lrn | {"input_size": 227}
+    plain = make_config(preset="torchvision")
+    assert plain.lrn is None
+    assert plain.resolved() == plain.model_dump() | {"input_size": 224}
+
+
+def test_settings_of_a_run_before_there_were_presets_mean_the_same():
+    old = {"preset": "paper", "input_size": 224, "lrn_k": 2.0, "lrn_n": 5, "lrn_alpha": 1e-4, "lrn_beta": 0.75}
+    assert make_config(**old).resolved() == make_config().resolved()
+
+
+def test_a_recipe_s_layout_is_for_its_own_net():
+    digits = RECIPES["digits"]()
+    assert digits.layout == "columns"
+    assert adapted(digits, {"preset": "torchvision"}).layout == "auto"
+    for given in ({}, {"preset": "paper"}, {"preset": "caffe", "layout": "columns"}):
+        assert adapted(digits, given) == digits
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,6 +76,8 @@ def test_every_recipe_says_source_command_cost_and_result(name):
         ({"precision": "fp16"}, ["precision = 'fp16'", "bf16"]),
         ({"input_size": 10}, ["input_size = 10", "64"]),
         ({"width": "wide"}, ["width = 'wide'"]),
+        ({"preset": "vgg"}, ["preset = 'vgg': unknown; the presets are paper, caffe, torchvision"]),
+        ({"preset": "torchvision", "lrn_n": 3}, ["lrn_n = 3: preset torchvision has no LRN; leave it out"]),
     ],
 )
 def test_a_wrong_value_is_one_line_with_field_value_and_remedy(fields, words):
@@ -105,7 +136,7 @@ def test_every_setting_of_text_reads_as_the_value_it_stands_for():
     """As YAML has them in quotes, or without a dot in 1e-3: equal values must be equal afterwards."""
     for recipe in RECIPES.values():
         config = recipe().changed(num_classes=10, threads=2)
-        text = {name: str(value) for name, value in config.model_dump().items()}
+        text = {name: str(value) for name, value in config.model_dump().items() if value is not None}
         assert make_config(**text) == config
     assert make_config(**yaml.safe_load("lr: 1e-3")).lr == 0.001
 

@@ -42,6 +42,7 @@ def test_the_papers_constants_are_the_papers_and_the_rest_is_the_recipe_s():
     space = make_space({"dropout": {"uniform": [0.0, 0.9]}, "width": {"choice": [0.25, 0.5]}}, digits())
     assert space.paper_baseline(digits()) == {"dropout": 0.5, "width": 0.25}
     assert SPACE.paper_baseline(digits())["lrn_alpha"] == 1e-4
+    assert SPACE.paper_baseline(digits().changed(preset="caffe"))["lrn_alpha"] == 2e-5
 
 
 def test_a_grid_is_every_combination():
@@ -84,6 +85,7 @@ def test_a_mutation_stays_in_the_space_and_moves():
         ({"lr": [0.1, 0.2]}, "expected one of choice"),
         ({"lrn_n": {"uniform": [3, 9]}}, "is a whole number; use randint or choice"),
         ({"lrn_k": {"randint": [1, 9]}}, "is a real number; use uniform or loguniform"),
+        ({"preset": {"choice": ["caffe", "vgg"]}}, "space: preset = 'vgg': unknown; the presets are paper, caffe"),
         ({"lrn_n": {"choice": [3, 4]}}, "space: lrn_n = 4: the window is centred on a map, so n must be odd"),
         ({"flip": {"choice": [0, 1]}}, "0 should be a bool"),
         ({"init": {"uniform": [0, 1]}}, "is no number; use choice"),

@@ -13,7 +13,7 @@ from gloo import run_gloo
 
 import alexnet
 from alexnet.dropout import BatchPosition
-from alexnet.layouts import Layout, ShardedNet
+from alexnet.layouts import Layout, Partition, ShardedNet
 from orchestrator.config.recipes import digits
 from orchestrator.train import checkpoints
 from orchestrator.train.model import build_net
@@ -145,6 +145,7 @@ def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
             part = ShardedNet.__new__(ShardedNet)
             torch.nn.Module.__init__(part)
             part.layout, part.rank, part.group_rank = Layout(kind, workers), rank, rank
+            part.partition = Partition(net.part.preset, part.layout)
             read = dict(checkpoints._read(tmp_path / "model.safetensors", part))
             assert read["conv4.weight"].shape[0] == (48 if kind == "columns" else 96)
             assert torch.equal(read["fc7.bias"], whole["fc7.bias"].chunk(workers)[rank])

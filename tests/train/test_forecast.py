@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,13 @@ import yaml
 
 from alexnet.cost import estimate
 from orchestrator.base.storage import StoragePath
-from orchestrator.config.recipes import digits
-from orchestrator.train.forecast import SPEED_SETTINGS, Machines, measured_rate, time_and_cost
+from orchestrator.config.recipes import adapted, digits
+from orchestrator.train.forecast import SPEED_SETTINGS, Machines, describe, measured_rate, time_and_cost
 from orchestrator.train.run_folder import RunFolder
 
 OTHER = {
-    "data": "shards/x", "width": 0.5, "input_size": 96, "global_batch_size": 32, "workers": 4, "layout": "data",
-    "device": "gpu", "precision": "bf16", "threads": 3,
+    "data": "shards/x", "preset": "caffe", "width": 0.5, "input_size": 96, "global_batch_size": 32, "workers": 4,
+    "layout": "data", "device": "gpu", "precision": "bf16", "threads": 3,
 }  # fmt: skip
 
 
@@ -43,6 +44,24 @@ def test_the_newest_finished_run_counts_whatever_its_name(output):
         assert measured_rate(digits(), output) == (200.0, "b"), status
     earlier(output, "later", 900.0, written=3000)
     assert measured_rate(digits(), output) == (900.0, "later")
+
+
+@pytest.mark.parametrize(
+    ("preset", "net", "parameters"),
+    [
+        ("paper", "the two-column net of the paper; 64 pixels, LRN k 2, n 5, alpha 0.0001, beta 0.75", "1,279,082"),
+        ("caffe", "Caffe's replication, BVLC AlexNet; 64 pixels, LRN k 1, n 5, alpha 2e-05, beta 0.75", "1,279,082"),
+        ("torchvision", "torchvision's, of one column and without LRN; 64 pixels, no LRN", "3,579,098"),
+    ],
+)
+def test_the_description_of_a_run_has_its_net_its_size_and_the_layouts_it_can_have(output, preset, net, parameters):
+    config = adapted(digits(), {"preset": preset}).changed(preset=preset)
+    facts = dict(re.findall(r"^  (\S+(?: \w+)?)\s{2,}(.*)$", describe(config, output, None), re.M))
+    assert facts["net"] == f"{preset}: {net}"
+    assert facts["parameters"] == parameters
+    assert {name.split()[1] for name in facts if name.startswith("layout ")} == (
+        {"data", "columns", "hybrid"} if preset == "paper" else {"data", "hybrid"}
+    )
 
 
 @pytest.mark.parametrize("workers", ["2", " 2 ", "2..2", 2, 2.0])

@@ -176,9 +176,10 @@ def make_batch(random, size):
     }  # fmt: skip
 
 
-def test_a_step_is_the_paper_s_update_on_the_mean_loss_of_the_global_batch():
+@pytest.mark.parametrize("preset", alexnet.PRESETS)
+def test_a_step_is_the_paper_s_update_on_the_mean_loss_of_the_global_batch(preset):
     """A short last batch of 6 images, against the same step written out."""
-    config = digits().changed(dropout=0.0, global_batch_size=8, workers=1, layout="single")
+    config = digits().changed(preset=preset, dropout=0.0, global_batch_size=8, workers=1, layout="single")
     batch, step = make_batch(np.random.default_rng(0), 6), make_step(config, {"train": 14, "val": 8})
     assert [step.size_of("train", number) for number in (0, 1)] == [8, 6]
     twin = build_net(config, 10).double()
