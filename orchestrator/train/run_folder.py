@@ -26,6 +26,7 @@ RESULT_KINDS: dict[str, Any] = {  # of what is read of it again
 }  # fmt: skip
 RUN_LOG = "run.log"
 CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it
+KEPT_EPOCH_PREFIX = "kept-epoch-"  # of a folder with weights that stay (orchestrator/train/keep.py)
 KEPT = "kept"  # beside the runs of a population: checkpoints that other trials may continue from
 
 

@@ -37,6 +37,7 @@ from orchestrator.train.messages import (
     Warned,
 )
 from orchestrator.train.model_log import log_model
+from orchestrator.train.overfitting import overfitting_warning
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
@@ -52,6 +53,7 @@ MUTABLE_ON_RESUME = (
     "spread",
     "data",
     "max_failures",
+    "keep_every",
 )
 
 log = logging.getLogger(__name__)
@@ -220,6 +222,11 @@ class Session:
             case Finished():
                 self._on_finish(event)
         self.view.event(event)
+        if isinstance(event, EpochEnded):
+            text = overfitting_warning(event.history, self.config, self.data.manifest.rows)
+            if text is not None:
+                log.info("%s", text)
+                self.view.event(Warned(text=text))
 
     def _cost(self) -> float | None:
         """Dollars so far, kept for the result."""

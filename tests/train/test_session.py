@@ -160,6 +160,7 @@ def session(tmp_path):
     session.started, session.elapsed_before_s = time.monotonic(), 0.0
     manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
     session.class_errors = ClassErrors(manifest, {})
+    session.data = SimpleNamespace(manifest=SimpleNamespace(rows={"train": 32, "val": 12}))
     session.view = TrainView()
     session.shown = io.StringIO()
     session.view.line = LiveLine(session.shown)
