@@ -8,7 +8,7 @@ import pytest
 from orchestrator.config.recipes import digits
 from orchestrator.train.overfitting import interval, overfitting_warning
 
-ROWS = {"train": 20_000, "val": 2_000}  # 2,000 probed
+ROWS = {"train": 40_000, "val": 2_000}  # 2,000 probed
 
 
 def history_of(train, val, rates=None):
