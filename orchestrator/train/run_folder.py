@@ -23,6 +23,7 @@ RESULT_KINDS: dict[str, Any] = {  # of what is read of it again
     "name": str, "status": str, "recipe": str, "config": dict, "mlflow_run_id": str, "mlflow_tracking_uri": str,
     "history": list, "metrics": dict, "best": (dict, int), "checkpoint": str, "best_checkpoint": str,
     "cost_usd": (int, float), "elapsed_s": (int, float), "classes": list, "digest": str, "per_class": list,
+    "started_from": str,
 }  # fmt: skip
 RUN_LOG = "run.log"
 CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it

@@ -38,6 +38,7 @@ from orchestrator.train.messages import (
 )
 from orchestrator.train.model_log import log_model
 from orchestrator.train.overfitting import overfitting_warning
+from orchestrator.train.pretrained import Pretrained, said_of_start
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
@@ -98,7 +99,9 @@ class Session:
     Raises ValueError of one line for wrong settings, DamagedData for shards that do not match their manifest.
     """
 
-    def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
+    def __init__(
+        self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None, start: Pretrained | None = None
+    ) -> None:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
         self.view = TrainView()
         join(run.output)
@@ -114,6 +117,9 @@ class Session:
         self.tracker = Tracker(uri)
         if not resume:
             run.create(config)
+            if start is not None:
+                start.store(run.path)
+        self.start = start
         self.lock = RunLock(run)
         self.result = self.run.result()
         done = len(self.result.get("history") or ())
@@ -171,6 +177,9 @@ class Session:
         self.class_errors = ClassErrors(manifest, self.result)
         if self.told:
             say(self.told)
+        if not self.resume and (text := said_of_start(self.start, self.config, manifest)):
+            say(text)
+        self.result |= {} if self.start is None else {"started_from": self.start.text}
         new_data = check_identity(self.result, manifest, self.data.folder)
         if new_data:
             say(new_data)

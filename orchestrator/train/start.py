@@ -1,4 +1,4 @@
-"""Where a worker's net starts from: its run's last checkpoint, another run's, or nothing."""
+"""Where a worker's net starts from: its run's last checkpoint, another run's, a trained net, or nothing."""
 
 from pathlib import Path
 
@@ -9,22 +9,33 @@ from alexnet import PaperSGD
 from alexnet.layouts import ShardedNet
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
+from orchestrator.data.shards import Manifest
 from orchestrator.train import checkpoints
 from orchestrator.train.messages import StartFrom
+from orchestrator.train.pretrained import Pretrained
 
 
 def load_start(
-    start: StartFrom | None, config: TrainConfig, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau
+    start: StartFrom | None,
+    pretrained: Pretrained | None,
+    config: TrainConfig,
+    manifest: Manifest,
+    net: ShardedNet,
+    optimizer: PaperSGD,
+    schedule: ReduceLROnPlateau,
 ) -> checkpoints.State:
-    """Load the run's last checkpoint; else another run's weights under this run's settings; else return a new state.
+    """Load the run's last checkpoint; else another run's, under this run's settings; else return a new state, with the
+    weights of the trained net that the run starts from, if there is one.
 
-    Raises ValueError for a checkpoint that does not fit.
+    Raises ValueError for what does not fit.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as path:
             return checkpoints.load(Path(path), net, optimizer, schedule)
     if start is None:
+        if pretrained is not None:
+            pretrained.load_weights(net, manifest.classes, config.num_classes or len(manifest.classes))
         return checkpoints.State()
     with StoragePath(start.checkpoint).as_local_dir() as path:
         state = checkpoints.load(path, net, optimizer, schedule)

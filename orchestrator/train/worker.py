@@ -29,6 +29,7 @@ from orchestrator.train.keep import is_kept, keep_weights
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import EpochEnded, Failed, Started, Step, Stopped, Warned, WorkerPayload
 from orchestrator.train.model import build_net, describe, make_optimizer
+from orchestrator.train.pretrained import Pretrained
 from orchestrator.train.rendezvous import rendezvous
 from orchestrator.train.start import load_start
 from orchestrator.train.step import Pending, WorkerStep
@@ -116,7 +117,8 @@ class Worker:
         self.net = ShardedNet(build_net(config, num_classes).to(self.device, dtype), self.layout, link.rank)
         self.optimizer = make_optimizer(config, self.net.part)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
-        self.mean_image = read_mean_image(folder, self.manifest)
+        pretrained, mean_image = Pretrained.of_run(self.run_folder), read_mean_image(folder, self.manifest)
+        self.mean_image = mean_image if pretrained is None else pretrained.mean_image(mean_image)
         mean = torch.from_numpy(self.mean_image).to(self.device)
         weights = loss_weights(config, self.manifest, num_classes)
         self.step = WorkerStep(
@@ -126,7 +128,9 @@ class Worker:
         self.num_classes = num_classes
         self.wrong_by_class: list[int] = []  # at top 1, in the last validation
         self.stuck = StuckWatch(num_classes, config.init)
-        self.state = load_start(payload.start, config, self.net, self.optimizer, self.schedule)
+        self.state = load_start(
+            payload.start, pretrained, config, self.manifest, self.net, self.optimizer, self.schedule
+        )
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
                 f"the checkpoint is from within epoch {self.state.epoch + 1} on data {self.state.digest}, and --data "

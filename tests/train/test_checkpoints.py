@@ -145,7 +145,7 @@ def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
             part = ShardedNet.__new__(ShardedNet)
             torch.nn.Module.__init__(part)
             part.layout, part.rank, part.group_rank = Layout(kind, workers), rank, rank
-            read = dict(checkpoints._read(tmp_path / "model.safetensors", part))
+            read = dict(checkpoints.parts_of(tmp_path / "model.safetensors", part))
             assert read["conv4.weight"].shape[0] == (48 if kind == "columns" else 96)
             assert torch.equal(read["fc7.bias"], whole["fc7.bias"].chunk(workers)[rank])
             assert torch.equal(read["fc8.weight"], whole["fc8.weight"].chunk(workers, 1)[rank])

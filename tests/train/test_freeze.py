@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 import alexnet
 from alexnet.layouts import Layout, ShardedNet
+from alexnet.trained import Description
+from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.train import checkpoints
 from orchestrator.train.model import build_net, make_optimizer
+from orchestrator.train.pretrained import Pretrained
 
 CLASSES, DTYPE = test_layouts.CLASSES, torch.float64
 # by name: what is frozen, and which factors the rates have
@@ -60,6 +63,12 @@ def train_all(rank, root, workers):
             assert checkpoints.load(folder, net, optimizer, schedule) == checkpoints.State(step=2)
             run(net, optimizer, range(2, 4))
             found[case, kind] = whole(net)
+    for kind in kinds:  # the weights of a trained net: the first case's checkpoint, of the same seed as all others
+        net = pieces(rank, kind, workers, seed=1)[0]
+        description = Description({"num_classes": CLASSES}, tuple("abcdefg"))
+        start = Pretrained(StoragePath.of(root / "first" / "data"), description)
+        start.load_weights(net, "abcdefg" if kind != "data" else "abcdefh", CLASSES)
+        found["start", kind] = whole(net)
     return found
 
 
@@ -75,7 +84,14 @@ def test_in_every_layout_frozen_layers_stay_bit_for_bit_and_the_others_learn_as_
         first[case] = {name: param.detach().clone() for name, param in net.part.named_parameters()}
         run(net, optimizer, range(4))
         wanted[case] = whole(net)
-    for (case, kind), found in run_gloo(4, train_all, tmp_path, 4)[0].items():
+    everything = run_gloo(4, train_all, tmp_path, 4)[0]
+    started = {kind: everything.pop(("start", kind)) for kind in ("data", "columns", "hybrid")}
+    source, fresh = load_file(tmp_path / "first" / "data" / "model.safetensors"), whole(pieces(seed=1)[0])
+    for kind, found in started.items():
+        for name, tensor in source.items():
+            anew = kind == "data" and name.startswith("fc8.")  # one class is another there
+            assert torch.equal(found[f"weight {name}"], fresh[f"weight {name}"] if anew else tensor), (kind, name)
+    for (case, kind), found in everything.items():
         frozen = {name for name, param in pieces(**CASES[case])[0].part.named_parameters() if not param.requires_grad}
         assert {name.split(".")[0] for name in frozen} == set(build_frozen(CASES[case]["freeze"])), (
             "the net freezes what the setting names"
