@@ -35,8 +35,8 @@ def rows_of_pass(kind: str, rows: Mapping[str, int]) -> int:
     """Rows of a pass, from those of each split.
 
     probe: training rows on which errors are measured as on validation rows. As many as of val, so that both errors are
-    as certain; but at most a twentieth of train, which takes about 2 % as long as training on all of it (benchmarks/freeze.py), and
-    10,000, whose error has a standard error of half a point.
+    as certain; but at most a twentieth of train, which takes about 2 % as long as training on all of it
+    (benchmarks/freeze.py), and 10,000, whose error has a standard error of half a point.
     """
     if kind != "probe":
         return rows[kind]
