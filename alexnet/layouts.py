@@ -39,7 +39,7 @@ class ShardedNet(nn.Module):
         self.partition.check(net)
         self.layout, self.rank, self.part = layout, rank, net
         self.group_rank = rank % layout.group_size  # this worker's place in its group
-        self._trained: list[DistributedDataParallel] = []  # in a list, so that it is not a child: it holds the part
+        self._trained: list[nn.Module] = []  # in a list, so that it is not a child: it holds the part
         if layout.workers == 1:
             return
         device = next(net.parameters()).device
@@ -121,7 +121,7 @@ class ShardedNet(nn.Module):
                 if self.partition.is_sharded(name):
                     layer, kind = name.split(".")
                     own = param[self.local_slice(name, param.shape[self.partition.shard_dim(name)])].clone()
-                    setattr(getattr(net, layer), kind, nn.Parameter(own))
+                    setattr(getattr(net, layer), kind, nn.Parameter(own, requires_grad=param.requires_grad))
         for name in self.partition.sharded:
             layer = getattr(net, name)
             if isinstance(layer, nn.Conv2d):
@@ -185,8 +185,11 @@ class _Features(nn.Module):
         return self._features(x_NCHW)
 
 
-def _summing(module: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """The module with its gradients summed over the group, in buckets, while the backward pass still runs."""
+def _summing(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """The module with its gradients summed over the group, in buckets, while the backward pass still runs; the module
+    itself if none of its parameters has a gradient."""
+    if not any(param.requires_grad for param in module.parameters()):
+        return module
     device = next(module.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     parallel = DistributedDataParallel(module, device_ids=ids, process_group=group, gradient_as_bucket_view=True)

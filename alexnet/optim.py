@@ -19,8 +19,13 @@ class PaperSGD(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 0.0005
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0005,
     ) -> None:
+        """params: parameters, or groups of them as for PyTorch's optimizers; a group can have its own lr."""
         if not lr > 0:
             raise ValueError(f"lr = {lr}: must be above 0; the paper has 0.01")
         if not 0 <= momentum < 1:
@@ -59,9 +64,17 @@ def plateau_schedule(optimizer: torch.optim.Optimizer, *, num_drops: int = 3, pa
     """Divide the rate by 10 whenever the validation error has not improved, at most `num_drops` times (paper, 5).
 
     Call `.step(error)` after every validation. The paper's authors judged by eye; `patience` is how many validations
-    without a new best are tolerated before the rate drops.
+    without a new best are tolerated before the rate drops. The rates of all parameter groups are divided alike.
     """
     lowest = [group["lr"] * 0.1**num_drops for group in optimizer.param_groups]
+    eps = min(1e-8, 1e-3 * min(lowest))  # PyTorch's 1e-8 would leave small rates as they are
     return ReduceLROnPlateau(
-        optimizer, mode="min", factor=0.1, patience=patience, threshold=0.0, threshold_mode="abs", min_lr=lowest
+        optimizer,
+        mode="min",
+        factor=0.1,
+        patience=patience,
+        threshold=0.0,
+        threshold_mode="abs",
+        min_lr=lowest,
+        eps=eps,
     )

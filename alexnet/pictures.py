@@ -38,6 +38,15 @@ def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
     for name, label in (("val/top1_error", "top-1"), ("val/top5_error", "top-5")):
         if all(name in entry for entry in history):
             errors.plot(epochs, [100 * entry[name] for entry in history], marker=".", label=label)
+    probed = [entry for entry in history if "train/top1_error" in entry]  # none of runs of 0.2
+    if probed:
+        known = [entry["epoch"] for entry in probed]
+        trained, validated = (
+            [100 * entry[name] for entry in probed] for name in ("train/top1_error", "val/top1_error")
+        )
+        color = errors.lines[0].get_color()
+        errors.plot(known, trained, marker=".", color=color, linestyle="--", label="top-1, training images")
+        errors.fill_between(known, trained, validated, color=color, alpha=0.12, linewidth=0)
     drops = [b["epoch"] for a, b in pairwise(history) if b["train/lr"] < a["train/lr"]]
     for axes in (losses, errors):
         for epoch in drops:  # the rate was divided before this epoch
@@ -47,6 +56,6 @@ def learning_curves(history: Sequence[dict[str, Any]], title: str) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend()
     losses.set_ylabel("cross-entropy loss")
-    errors.set_ylabel("validation error, %")
+    errors.set_ylabel("error, %" if probed else "validation error, %")
     figure.suptitle(plain(title))
     return figure

@@ -131,7 +131,7 @@ def test_events_of_the_journal_are_described():
 
 EPOCH = {
     "epoch": 1, "step": 23, "train/loss": 2.0, "train/lr": 0.01, "train/images_per_s": 100.0, "val/loss": 1.0,
-    "val/top1_error": 0.5, "val/top5_error": 0.1,
+    "val/top1_error": 0.5, "val/top5_error": 0.1, "train/top1_error": 0.4,
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def only_resume(args: argparse.Namespace, *others: str) -> None:
     """Raises ValueError of one line if an argument contradicts --resume, which takes the settings of before."""
     for flag in ("recipe", *others):
         if getattr(args, flag):
-            shown = "RECIPE" if flag == "recipe" else f"--{flag}"
+            shown = "RECIPE" if flag == "recipe" else f"--{flag.replace('_', '-')}"
             raise ValueError(f"--resume {args.resume}: resumes with the settings it has; leave out {shown}")
 
 

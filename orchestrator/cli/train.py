@@ -2,6 +2,7 @@
 
     python jobs/train.py                                      the bundled digits, about a minute
     python jobs/train.py imagenette --data SHARDS             the full net on photographs (jobs/prepare.py makes SHARDS)
+    python jobs/train.py --start-from MODEL --data SHARDS     fine-tune a trained net, such as an earlier run's
     python jobs/train.py --resume NAME                        resume an interrupted run
     python jobs/train.py --config runs/NAME/config.yaml       reuse the settings of an earlier run
 
@@ -11,8 +12,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 
 import argparse
 import re
+import tempfile
 import time
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from orchestrator.base.environment import default_output
 from orchestrator.base.storage import StoragePath
@@ -33,8 +35,10 @@ from orchestrator.config.models import read_yaml
 from orchestrator.config.recipes import RECIPES, adapted
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.dataset import with_absolute_data
+from orchestrator.models.find import WHAT, find_model
 from orchestrator.train import session
 from orchestrator.train.forecast import describe
+from orchestrator.train.pretrained import Pretrained
 from orchestrator.train.run_folder import RunFolder, locate
 
 
@@ -54,6 +58,11 @@ def parser() -> Parser:
         metavar="NAME",
         help="resume a run, given by its name or its folder OUTPUT/NAME, from its last checkpoint",
     )
+    place.add_argument(
+        "--start-from",
+        metavar="MODEL",
+        help=f"start from the weights of a trained net, and take its size, LRN and pixel scale: {WHAT}",
+    )
     place.add_argument("--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
     place.add_argument(
         "--dry-run", action="store_true", help="print the settings, the data, the size and the cost, and exit"
@@ -66,15 +75,18 @@ def parser() -> Parser:
 def main(flags: Parser, args: argparse.Namespace) -> int:
     try:
         folder, config, resume = resolve(args)
-        if args.dry_run:
-            print(describe(config, StoragePath.of(args.output), args.images_per_s))
-            return 0
-        if resume and (lines := session.nothing_left(folder, config)):
-            LiveLine().print(*lines)
-            return 0
-        prepared = session.Session(
-            folder, config, resume=resume, recipe=args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
-        )
+        with tempfile.TemporaryDirectory(prefix="model-") as temporary:  # of one that has to be fetched
+            pretrained = None
+            if args.start_from:
+                pretrained, config = start_from(args, config, Path(temporary))
+            if args.dry_run:
+                print(describe(config, StoragePath.of(args.output), args.images_per_s))
+                return 0
+            if resume and (lines := session.nothing_left(folder, config)):
+                LiveLine().print(*lines)
+                return 0
+            recipe = args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
+            prepared = session.Session(folder, config, resume=resume, recipe=recipe, start=pretrained)
     except ValueError as error:
         flags.error(str(error))
     prepared.train()
@@ -86,7 +98,7 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
     changes = given_fields(args, TrainConfig)
     recipe = recipe_of(args, RECIPES)
     if args.resume:
-        only_resume(args, "config", "name")
+        only_resume(args, "config", "name", "start_from")
         args.output, name = locate(args.output, args.resume)
         folder = RunFolder(args.output, name, "--resume")
         return folder, with_absolute_data(session.resumed(folder.config(), changes)), True
@@ -96,6 +108,19 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
     kind = re.sub(r"[^A-Za-z0-9._-]+", "-", kind).strip("._-") or "run"  # a file may be called anything
     folder = RunFolder(args.output, args.name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     return folder, with_absolute_data(make_config(**fields)), False
+
+
+def start_from(args: argparse.Namespace, config: TrainConfig, into: Path) -> tuple[Pretrained, TrainConfig]:
+    """The trained net that --start-from names, and the settings with its own, but for flags that were given.
+
+    into: a folder for what has to be fetched. Raises ValueError of one line.
+    """
+    found = find_model(args.start_from, into, args.output)
+    pretrained = Pretrained(StoragePath.of(found.path), found.load().description, args.start_from)
+    given = {name: getattr(config, name) for name in given_fields(args, TrainConfig)}
+    for line in pretrained.differences(given):
+        print(line)
+    return pretrained, config.changed(**pretrained.settings() | given)
 
 
 def script() -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from alexnet.presets import LRN, PRESETS, Preset, preset_of
+from orchestrator.config.layers import canonical_factors, canonical_freeze, layer_factors
 from orchestrator.config.models import dump_yaml, make_model, refuse_yes
 
 
@@ -102,6 +103,30 @@ class OptimizerSettings(BaseModel):
     )
 
 
+class LayerSettings(BaseModel):
+    """What single layers learn."""
+
+    freeze: str = Field(
+        "none",
+        description="layers that keep their weights, such as conv1,conv2; conv and fc mean all of a kind",
+    )
+    lr_factor: str = Field(
+        "none",
+        description="factors on the learning rate of layers, such as conv=0.1,fc8=10; a layer's own wins over its "
+        "group's, conv or fc",
+    )
+
+
+class CheckpointSettings(BaseModel):
+    """The checkpoints."""
+
+    keep_every: int = Field(
+        0,
+        ge=0,
+        description="keep the weights of every so many epochs, beside the best and the last checkpoint; 0: none",
+    )
+
+
 class WorkerSettings(BaseModel):
     """The workers."""
 
@@ -132,7 +157,7 @@ class WorkerSettings(BaseModel):
     )
 
 
-class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings):
+class TrainConfig(CheckpointSettings, WorkerSettings, LayerSettings, OptimizerSettings, InputSettings, NetSettings):
     """All settings of one training run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -155,6 +180,21 @@ class TrainConfig(WorkerSettings, OptimizerSettings, InputSettings, NetSettings)
         if value not in PRESETS:
             raise ValueError(f"unknown; the presets are {', '.join(PRESETS)}")
         return value
+
+    @field_validator("freeze")
+    @classmethod
+    def _one_order(cls, value: str) -> str:
+        return canonical_freeze(value)
+
+    @field_validator("lr_factor")
+    @classmethod
+    def _one_order_of_factors(cls, value: str) -> str:
+        return canonical_factors(value)
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        layer_factors(self.freeze, self.lr_factor)  # raises
+        return self
 
     @model_validator(mode="after")
     def _check_lrn(self) -> Self:

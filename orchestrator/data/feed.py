@@ -3,15 +3,16 @@
 An epoch is a plan: one order of all rows, a pure function of (shards, seed, epoch), cut into global batches (order.py).
 Each worker trains on an equal slice of every global batch, in order. A task reads the rows that one worker needs for a
 few steps, decodes, crops, mirrors and colours them, and sends uint8 pixels (reader.py). Ray Data runs the tasks, a
-chunk of them in each execution (execution.py). Training and validation of all epochs are one stream, so that the next
-epoch is decoded while this one is validated. No batch depends on the number of workers, tasks or CPUs.
+chunk of them in each execution (execution.py). The passes of all epochs, training, validation and the probe, are one
+stream, so that the next epoch is decoded while this one is validated. No batch depends on the number of workers, tasks
+or CPUs.
 """
 
 import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from alexnet import augment
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.execution import Execution, FeedClosed
-from orchestrator.data.order import rank_slice
+from orchestrator.data.order import rank_slice, rows_of_pass
 from orchestrator.data.reader import Batch, Columns, Task, TaskReader
 from orchestrator.data.shards import Manifest
 
@@ -45,13 +46,15 @@ class Feed:
         num_cpus: float,
         num_tasks: int,
         num_concurrent: int = 1,
+        passes: Sequence[str] = ("train", "val"),
     ) -> None:
         """num_cpus: of each task. num_tasks: of this worker at a time; briefly twice as many when one execution follows
         another, if there are CPUs. `placement.share_cpus` chooses both so that every worker gets its share, because
-        workers wait for each other. num_concurrent: runs that share the cluster."""
+        workers wait for each other. num_concurrent: runs that share the cluster. passes: of each epoch, in order."""
         self.reader = TaskReader(folder, manifest, config, rank, world_size)
         self.manifest, self.config, self.rank, self.world_size = manifest, config, rank, world_size
         self.num_cpus, self.num_tasks, self.num_concurrent = num_cpus, num_tasks, num_concurrent
+        self.passes = tuple(passes)
         self.steps_per_task, self.steps_per_chunk = self._steps(None)
         self._queue: queue.Queue[Columns | BaseException] = queue.Queue(BLOCKS_AHEAD)
         self._left: Columns | None = None
@@ -66,10 +69,10 @@ class Feed:
 
     def num_steps(self, split: str) -> int:
         """Global batches in a pass."""
-        return -(-self.manifest.rows[split] // self.config.global_batch_size)
+        return -(-rows_of_pass(split, self.manifest.rows) // self.config.global_batch_size)
 
     def start(self, first_epoch: int, first_step: int = 0) -> None:
-        """Begin the stream at a step of an epoch's training; then come its validation, the next epoch's training, ...
+        """Begin the stream at a step of an epoch's training; then come its other passes, the next epoch's training, ...
 
         The steps before it are not read.
         """
@@ -84,7 +87,8 @@ class Feed:
 
     def rank_slice(self, split: str, step: int, rank: int) -> tuple[int, int]:
         """Where a worker's part of a step begins and ends in the pass."""
-        return rank_slice(step, self.manifest.rows[split], self.config.global_batch_size, rank, self.world_size)
+        num_rows = rows_of_pass(split, self.manifest.rows)
+        return rank_slice(step, num_rows, self.config.global_batch_size, rank, self.world_size)
 
     def batches(self, split: str, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The worker's part of every step of a pass; that of the last step can be empty. Ask for passes in order."""
@@ -108,7 +112,7 @@ class Feed:
 
     def _tasks(self, first_epoch: int, first_step: int) -> Iterator[Task]:
         for epoch in range(first_epoch, self.config.epochs):
-            for split in ("train", "val"):
+            for split in self.passes:
                 total = self.num_steps(split)
                 begin = first_step if (epoch, split) == (first_epoch, "train") else 0
                 for first in range(begin, total, self.steps_per_task):

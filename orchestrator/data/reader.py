@@ -23,7 +23,15 @@ from alexnet.allocator import keep_freed_memory
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.order import Order, plan_epoch, plan_validation, rank_slice, row_groups
+from orchestrator.data.order import (
+    Order,
+    plan_epoch,
+    plan_probe,
+    plan_validation,
+    rank_slice,
+    row_groups,
+    rows_of_pass,
+)
 from orchestrator.data.shards import DamagedData, Manifest, Shard
 
 DECODED_AT_A_TIME = 4  # JPEG images
@@ -40,7 +48,7 @@ class Task:
     """Some steps of one pass, for one worker."""
 
     epoch: int
-    split: str
+    split: str  # or probe: a part of train, as validation reads it
     first_step: int
     last_step: int  # exclusive
 
@@ -68,11 +76,16 @@ class TaskReader:
 
     def order(self, split: str, epoch: int) -> Order:
         """The rows of a pass, in order."""
-        return _order(self.manifest.split(split), split, self.config.seed, epoch, self.config.shuffle_window)
+        num_rows = rows_of_pass(split, self.manifest.rows)
+        return _order(self.shards(split), split, self.config.seed, epoch, self.config.shuffle_window, num_rows)
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards that a pass reads."""
+        return self.manifest.split("val" if split == "val" else "train")
 
     def rank_slices(self, task: Task) -> list[tuple[int, int]]:
         """Where this worker's part of each of the task's steps begins and ends in the pass."""
-        num_rows = self.manifest.rows[task.split]
+        num_rows = rows_of_pass(task.split, self.manifest.rows)
         size = self.config.global_batch_size
         steps = range(task.first_step, task.last_step)
         return [rank_slice(step, num_rows, size, self.rank, self.world_size) for step in steps]
@@ -98,7 +111,7 @@ class TaskReader:
         Raises DamagedData, JobError where a file cannot be read.
         """
         config, manifest, total = self.config, self.manifest, len(positions)
-        order, shards = self.order(task.split, task.epoch), manifest.split(task.split)
+        order, shards = self.order(task.split, task.epoch), self.shards(task.split)
         places = row_groups(shards)
         group, row = order.group[positions], order.row[positions]
         labels, ids = np.empty(total, np.int64), np.empty(total, np.int64)
@@ -109,11 +122,11 @@ class TaskReader:
             found = read_row_group(self.folder / shards[shard].file, index, shards[shard].pixels_at[index : index + 1])
             labels[where], ids[where] = found.labels[row[where]], found.ids[row[where]]
             groups.append((found, where))
-        if task.split == "val":
-            draws, noise = augment.center(total, margin=self.margin), "none"
-        else:
+        if task.split == "train":
             draws = augment.draw(ids, seed=config.seed, epoch=task.epoch, margin=self.margin, flip=config.flip)
             noise = config.color_noise
+        else:
+            draws, noise = augment.center(total, margin=self.margin), "none"
         values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
         shift = augment.color_shift(draws.normal, values, vectors, noise)
         image = np.empty((total, config.crop_size, config.crop_size, 3), np.uint8)
@@ -199,9 +212,11 @@ def _read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...]) 
 
 
 @lru_cache(maxsize=4)
-def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window: int) -> Order:
+def _order(shards: tuple[Shard, ...], split: str, seed: int, epoch: int, window: int, num_rows: int) -> Order:
     rows = np.array([rows for _, _, rows in row_groups(shards)], np.int64)
-    return plan_validation(rows) if split == "val" else plan_epoch(rows, seed=seed, epoch=epoch, window=window)
+    if split == "train":
+        return plan_epoch(rows, seed=seed, epoch=epoch, window=window)
+    return plan_validation(rows) if split == "val" else plan_probe(rows, seed=seed, num_rows=num_rows)
 
 
 @lru_cache(maxsize=64)

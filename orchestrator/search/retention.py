@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from orchestrator.base.storage import PARTIAL, StoragePath
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import PAPER_TRIAL, Journal
-from orchestrator.train.run_folder import CHECKPOINT_PREFIX, KEPT
+from orchestrator.train.run_folder import CHECKPOINT_PREFIX, KEPT, KEPT_EPOCH_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Retention:
 
     def _remove_checkpoints(self, run: str) -> None:
         for name in (self.trials / run).children():
-            if name.startswith(CHECKPOINT_PREFIX):
+            if name.startswith((CHECKPOINT_PREFIX, KEPT_EPOCH_PREFIX)):
                 (self.trials / run / name).remove()
                 log.debug("removed %s of %s", name, run)
 

@@ -6,7 +6,7 @@ on any number of workers can resume from it.
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
     """
     rest, state = _read_state(folder / STATE, len(optimizer.param_groups), schedule.state_dict())
     params = dict(net.part.named_parameters())
-    weights = dict(_read(folder / WEIGHTS, net))
+    weights = dict(parts_of(folder / WEIGHTS, net))
     if weights.keys() != params.keys():
         wrong = sorted(weights.keys() ^ params.keys())[0]
         raise ValueError(f"{folder / WEIGHTS}: {wrong} is in the checkpoint or in the net, but not in both")
@@ -89,7 +89,7 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
     with torch.no_grad():
         for name, weight in weights.items():
             params[name].copy_(weight)
-        for name, velocity in _read(folder / VELOCITIES, net):
+        for name, velocity in parts_of(folder / VELOCITIES, net):
             optimizer.state[params[name]]["velocity"] = torch.empty_like(params[name]).copy_(velocity)
     for group, lr in zip(optimizer.param_groups, rest["lr"], strict=True):
         group["lr"] = lr
@@ -183,9 +183,11 @@ def _write(path: Path | None, net: ShardedNet, parts: dict[str, Tensor]) -> None
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
-def _read(path: Path, net: ShardedNet) -> Iterator[tuple[str, Tensor]]:
-    """This worker's part of every tensor in the file; nothing else of it is read."""
+def parts_of(path: Path, net: ShardedNet, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """This worker's part of every tensor in the file but those `without`; nothing else of it is read."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a dictionary)
+            if name in without:
+                continue
             tensor = file.get_slice(name)
             yield name, tensor[net.local_slice(name, tensor.get_shape()[net.partition.shard_dim(name)])]

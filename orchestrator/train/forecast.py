@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 # The settings that a run's speed depends on: an earlier run in which they are equal gives the forecast.
 SPEED_SETTINGS = (
-    "data", "preset", "width", "input_size", "global_batch_size", "workers", "layout", "device", "precision", "threads",
+    "data", "preset", "width", "input_size", "global_batch_size", "freeze", "workers", "layout", "device", "precision",
+    "threads",
 )  # fmt: skip
 
 
@@ -105,6 +106,11 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
         ("layout", reason),
         *ledger(config, layout.workers, num_classes),
         ("checkpoint", f"{2 * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
+        *(
+            [("kept weights", f"{config.epochs // config.keep_every} times {4 * cost.num_parameters / 1e6:.0f} MB")]
+            if config.keep_every
+            else []
+        ),
         *time_and_cost(config, output, data, config.epochs, machines, cost, layout.workers, images_per_s),
     ]
     return f"{config.to_yaml()}\n{table(facts)}\n\nnothing was started (--dry-run)"

@@ -166,6 +166,7 @@ class WorkerPayload:
     layout: str
     mailbox: Any  # the actor
     topic: str  # of this start of the workers
+    run: str  # the run's folder, a StoragePath's text
     start: StartFrom | None
     feed_cpus: float  # of each Ray Data task
     feed_tasks: int  # of this worker, at a time

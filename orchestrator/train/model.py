@@ -1,18 +1,36 @@
-"""From a config to its net, and what is written beside its weights so that it can be used without the config."""
+"""From a config to its net, to what updates it, and to what describes it beside its weights."""
 
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 import alexnet
 from alexnet.trained import Description
+from orchestrator.config.layers import frozen_layers, layer_factors
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
 
 
 def build_net(config: TrainConfig, num_classes: int) -> alexnet.AlexNet:
-    """The net that the config describes."""
+    """The net that the config describes, its frozen layers without gradients."""
     arguments = _arguments(config, num_classes)
-    return alexnet.build(**arguments | {"lrn": config.lrn}, init=config.init, seed=config.seed)
+    net = alexnet.build(**arguments | {"lrn": config.lrn}, init=config.init, seed=config.seed)
+    for layer in frozen_layers(config.freeze):
+        net.get_submodule(layer).requires_grad_(False)
+    return net
+
+
+def make_optimizer(config: TrainConfig, net: nn.Module) -> alexnet.PaperSGD:
+    """The update rule for a net, or a worker's part of one. Its first parameter group has the base rate and the layers
+    without a factor, if there are any; each further group the layers of one factor."""
+    factors = layer_factors(config.freeze, config.lr_factor)
+    groups: dict[float, dict[str, Any]] = {1.0: {"params": [], "lr": config.lr}}
+    for name, param in net.named_parameters():
+        factor = factors.get(name.split(".")[0])
+        if factor is not None:
+            groups.setdefault(factor, {"params": [], "lr": config.lr * factor})["params"].append(param)
+    return alexnet.PaperSGD(groups.values(), config.lr, config.momentum, config.weight_decay)
 
 
 def describe(config: TrainConfig, manifest: Manifest, num_classes: int, epoch: int | None = None) -> Description:

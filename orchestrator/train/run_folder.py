@@ -23,9 +23,11 @@ RESULT_KINDS: dict[str, Any] = {  # of what is read of it again
     "name": str, "status": str, "recipe": str, "config": dict, "mlflow_run_id": str, "mlflow_tracking_uri": str,
     "history": list, "metrics": dict, "best": (dict, int), "checkpoint": str, "best_checkpoint": str,
     "cost_usd": (int, float), "elapsed_s": (int, float), "classes": list, "digest": str, "per_class": list,
+    "started_from": str,
 }  # fmt: skip
 RUN_LOG = "run.log"
 CHECKPOINT_PREFIX = "checkpoint-epoch-"  # of a folder in it
+KEPT_EPOCH_PREFIX = "kept-epoch-"  # of a folder with weights that stay (orchestrator/train/keep.py)
 KEPT = "kept"  # beside the runs of a population: checkpoints that other trials may continue from
 
 

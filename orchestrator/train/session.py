@@ -37,6 +37,8 @@ from orchestrator.train.messages import (
     Warned,
 )
 from orchestrator.train.model_log import log_model
+from orchestrator.train.overfitting import overfitting_warning
+from orchestrator.train.pretrained import Pretrained, said_of_start
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
 from orchestrator.train.training import Training
@@ -52,6 +54,7 @@ MUTABLE_ON_RESUME = (
     "spread",
     "data",
     "max_failures",
+    "keep_every",
 )
 
 log = logging.getLogger(__name__)
@@ -96,7 +99,9 @@ class Session:
     Raises ValueError of one line for wrong settings, DamagedData for shards that do not match their manifest.
     """
 
-    def __init__(self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None) -> None:
+    def __init__(
+        self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None, start: Pretrained | None = None
+    ) -> None:
         self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
         self.view = TrainView()
         join(run.output)
@@ -112,6 +117,9 @@ class Session:
         self.tracker = Tracker(uri)
         if not resume:
             run.create(config)
+            if start is not None:
+                start.store(run.path)
+        self.start = start
         self.lock = RunLock(run)
         self.result = self.run.result()
         done = len(self.result.get("history") or ())
@@ -169,6 +177,9 @@ class Session:
         self.class_errors = ClassErrors(manifest, self.result)
         if self.told:
             say(self.told)
+        if not self.resume and (text := said_of_start(self.start, self.config, manifest)):
+            say(text)
+        self.result |= {} if self.start is None else {"started_from": self.start.text}
         new_data = check_identity(self.result, manifest, self.data.folder)
         if new_data:
             say(new_data)
@@ -220,6 +231,11 @@ class Session:
             case Finished():
                 self._on_finish(event)
         self.view.event(event)
+        if isinstance(event, EpochEnded):
+            text = overfitting_warning(event.history, self.config, self.data.manifest.rows)
+            if text is not None:
+                log.info("%s", text)
+                self.view.event(Warned(text=text))
 
     def _cost(self) -> float | None:
         """Dollars so far, kept for the result."""

@@ -19,7 +19,7 @@ from alexnet import augment
 from alexnet.dropout import BatchPosition
 from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.order import rank_slice
+from orchestrator.data.order import rank_slice, rows_of_pass
 from orchestrator.data.reader import Batch
 
 CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
@@ -49,7 +49,7 @@ class WorkerStep:
         self.device, self.dtype = weight.device, weight.dtype
         self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.crop_size, config.pixel_scale)
         noisy = config.color_noise == "code2012"
-        self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0, "val": 1.0}
+        self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0}  # of other passes 1
 
     def update(self, batch: Batch, step: int, total_step: int) -> tuple[Tensor, int]:
         """One update on the global batch's mean loss; total_step: updates made before this one.
@@ -69,10 +69,10 @@ class WorkerStep:
         return loss_sum.detach().double() * self.net.is_group_leader, len(labels) * self.net.is_group_leader
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, step: int) -> Tensor:
-        """(4 + num_classes,) on the device: loss sum, without class_weights, wrong at top 1, wrong at top 5, images,
-        and of each class those wrong at top 1; zeros but from a group's leader."""
-        scores, labels = self.scores("val", step, batch, 0)
+    def evaluate(self, batch: Batch, step: int, split: str = "val") -> Tensor:
+        """(4 + num_classes,) on the device, of a batch of val or probe: loss sum, without class_weights, wrong at
+        top 1, wrong at top 5, images, and of each class those wrong at top 1; zeros but from a group's leader."""
+        scores, labels = self.scores(split, step, batch, 0)
         if not self.net.is_group_leader:
             return torch.zeros(4 + scores.shape[1], dtype=torch.float64, device=self.device)
         loss_sum = F.cross_entropy(scores, labels, reduction="sum")
@@ -87,7 +87,7 @@ class WorkerStep:
         """
         config, layout = self.config, self.net.layout
         slices = [
-            rank_slice(step, self.rows[split], config.global_batch_size, rank, layout.workers)
+            rank_slice(step, rows_of_pass(split, self.rows), config.global_batch_size, rank, layout.workers)
             for rank in layout.group_of(self.net.rank)
         ]
         sizes = [last - first for first, last in slices]
@@ -100,13 +100,13 @@ class WorkerStep:
         where = BatchPosition(config.seed, total_step, position)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.net.share_images(image, sizes)
-            x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors[split])
+            x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors.get(split, 1.0))
             scores = self.net(x.to(self.dtype), where, sizes)
         return scores.to(self.dtype), labels
 
     def size_of(self, split: str, step: int) -> int:
         """Images of a global batch; the last of a pass may be smaller."""
-        return min(self.config.global_batch_size, self.rows[split] - step * self.config.global_batch_size)
+        return min(self.config.global_batch_size, rows_of_pass(split, self.rows) - step * self.config.global_batch_size)
 
     def all_reduce(self, pending: Sequence[Pending]) -> list[tuple[float, float, float]]:
         """Loss sum, number of images and stop code of each pending step, summed over all workers."""

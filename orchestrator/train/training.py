@@ -139,6 +139,7 @@ class Training:
             layout=plan.layout.kind,
             mailbox=self._mailbox,
             topic=self._topic,
+            run=self.run.path.text,
             start=self.start,
             feed_cpus=plan.resources.feed_cpus,
             feed_tasks=plan.resources.feed_tasks,

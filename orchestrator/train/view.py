@@ -61,10 +61,12 @@ def results(result: Mapping[str, Any], run: RunFolder, uri: str) -> list[str]:
     """The lines at the end of a run. result: what result.json has; uri: of MLflow."""
     last, best = result["metrics"], result["best"]
     time_s, session_s = result["elapsed_s"], result.get("session_s", result["elapsed_s"])
+    best_error = f"best {percent(best['val/top1_error'])}"
+    trained = f", on training images {percent(last['train/top1_error'])}" if "train/top1_error" in last else ""
     rows = [
         (
             "top-1 error",
-            f"{percent(last['val/top1_error'])} (best {percent(best['val/top1_error'])}, epoch {best['epoch']})",
+            f"{percent(last['val/top1_error'])} ({best_error}, epoch {best['epoch']}){trained}",
         ),
         *([("top-5 error", percent(last["val/top5_error"]))] if "val/top5_error" in last else []),
         ("loss", f"train {last['train/loss']:.4f}, validation {last['val/loss']:.4f}"),

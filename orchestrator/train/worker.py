@@ -20,19 +20,24 @@ from orchestrator.base import logs
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
+from orchestrator.data.order import rows_of_pass
 from orchestrator.data.shards import DamagedData, Manifest, read_manifest, read_mean_image
 from orchestrator.train import checkpoints
 from orchestrator.train.classes import has_top5, loss_weights
 from orchestrator.train.driver_link import STOP_CODES, DriverLink
+from orchestrator.train.keep import is_kept, keep_weights
 from orchestrator.train.mailbox import SAVE
-from orchestrator.train.messages import EpochEnded, Failed, Started, StartFrom, Step, Stopped, Warned, WorkerPayload
-from orchestrator.train.model import build_net, describe
+from orchestrator.train.messages import EpochEnded, Failed, Started, Step, Stopped, Warned, WorkerPayload
+from orchestrator.train.model import build_net, describe, make_optimizer
+from orchestrator.train.pretrained import Pretrained
 from orchestrator.train.rendezvous import rendezvous
+from orchestrator.train.start import load_start
 from orchestrator.train.step import Pending, WorkerStep
 from orchestrator.train.stuck import StuckWatch
 
 SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
+PASSES = ("train", "val", "probe")  # of each epoch; the last reads training images as validation does
 NEVER_BEST = 2.0  # error of a checkpoint without validation; infinity would become null on Ray's disk
 
 log = logging.getLogger(__name__)
@@ -92,12 +97,13 @@ class Worker:
 
     def __init__(self, config: TrainConfig, folder: StoragePath, payload: WorkerPayload, link: DriverLink) -> None:
         context = ray.train.get_context()
-        self.config, self.link = config, link
+        self.config, self.link, self.run_folder = config, link, StoragePath(payload.run)
         self.layout = Layout(payload.layout, context.get_world_size())
         self.manifest: Manifest = read_manifest(folder)
         self.feed = Feed(
             folder, self.manifest, config, rank=link.rank, world_size=self.layout.workers,
             num_cpus=payload.feed_cpus, num_tasks=payload.feed_tasks, num_concurrent=payload.num_concurrent,
+            passes=PASSES,
         )  # fmt: skip
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
@@ -109,9 +115,10 @@ class Worker:
         self.precision = "bf16" if self.agreed.bf16 else {torch.float32: "fp32", torch.float64: "fp64"}[dtype]
         num_classes = config.num_classes or len(self.manifest.classes)
         self.net = ShardedNet(build_net(config, num_classes).to(self.device, dtype), self.layout, link.rank)
-        self.optimizer = alexnet.PaperSGD(self.net.parameters(), config.lr, config.momentum, config.weight_decay)
+        self.optimizer = make_optimizer(config, self.net.part)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
-        self.mean_image = read_mean_image(folder, self.manifest)
+        pretrained, mean_image = Pretrained.of_run(self.run_folder), read_mean_image(folder, self.manifest)
+        self.mean_image = mean_image if pretrained is None else pretrained.mean_image(mean_image)
         mean = torch.from_numpy(self.mean_image).to(self.device)
         weights = loss_weights(config, self.manifest, num_classes)
         self.step = WorkerStep(
@@ -121,26 +128,15 @@ class Worker:
         self.num_classes = num_classes
         self.wrong_by_class: list[int] = []  # at top 1, in the last validation
         self.stuck = StuckWatch(num_classes, config.init)
-        self.state = self._load(payload.start)
+        self.state = load_start(
+            payload.start, pretrained, config, self.manifest, self.net, self.optimizer, self.schedule
+        )
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
                 f"the checkpoint is from within epoch {self.state.epoch + 1} on data {self.state.digest}, and --data "
                 f"{folder} is {self.manifest.digest}: finish the epoch on the same data first"
             )
         self.state.digest = self.manifest.digest
-
-    def _load(self, start: StartFrom | None) -> checkpoints.State:
-        """The run's last checkpoint; else another run's weights under this run's settings; else a new state."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint:
-            with checkpoint.as_directory() as path:
-                return checkpoints.load(Path(path), self.net, self.optimizer, self.schedule)
-        if start is None:
-            return checkpoints.State()
-        with StoragePath(start.checkpoint).as_local_dir() as path:
-            state = checkpoints.load(path, self.net, self.optimizer, self.schedule)
-        checkpoints.scale_rate(self.config.lr / start.lr, self.optimizer, self.schedule)
-        return state
 
     def run(self) -> None:
         """Train from where the state is to the last epoch, validating and saving after each."""
@@ -154,7 +150,7 @@ class Worker:
         )  # fmt: skip
         log.info("rank %d of %d on %s in %s", self.link.rank, self.layout.workers, self.device, self.precision)
         for epoch in range(state.epoch, self.config.epochs):
-            metrics = self.train_epoch(epoch) | self.validate(epoch)
+            metrics = self.train_epoch(epoch) | self.validate(epoch) | self.probe(epoch)
             self.schedule.step(metrics["val/top1_error"])
             state.epoch, state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": state.step} | metrics
@@ -197,29 +193,43 @@ class Worker:
         images_per_s = sum(sizes[first:]) / (time.monotonic() - start)
         return {"train/loss": mean, "train/lr": self.lr, "train/images_per_s": images_per_s}
 
-    @torch.no_grad()
     def validate(self, epoch: int) -> dict[str, float]:
         """Every row of val exactly once, centre crops; returns val/loss, val/top1_error and, of more than five classes,
         val/top5_error. Sets wrong_by_class.
 
         Raises StopRequested or Diverged.
         """
-        self.net.eval()
-        total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)  # of WorkerStep.evaluate
-        for step, batch in enumerate(self.feed.batches("val", epoch)):
-            if step % LOG_EVERY_STEPS == 0:
-                self.stop_if(self.link.all_reduce_stop(self.device, self.layout.workers))
-            total += self.step.evaluate(batch, step)
-        loss, top1, top5, count, *by_class = self.step.all_reduce_total(total)
+        loss, top1, top5, count, *by_class = self._evaluate("val", epoch)
         if not math.isfinite(loss):  # from the last update, which no training loss has seen; nothing of it is saved
             raise Diverged(
                 f"validation loss is {loss / count} after step {self.state.step} (epoch {epoch + 1}): {self._advice()}"
             )
-        if count != self.manifest.rows["val"]:
-            raise RuntimeError(f"validated {count:.0f} images where the manifest says {self.manifest.rows['val']}")
         self.wrong_by_class = [int(wrong) for wrong in by_class]
         top5_error = {"val/top5_error": top5 / count} if has_top5(self.num_classes) else {}
         return {"val/loss": loss / count, "val/top1_error": top1 / count, **top5_error}
+
+    def probe(self, epoch: int) -> dict[str, float]:
+        """A part of the training images as they are validated, the same in every epoch; returns train/top1_error.
+
+        Raises StopRequested; the epoch's validation is then repeated when the run is resumed.
+        """
+        _, top1, _, count, *_ = self._evaluate("probe", epoch)
+        return {"train/top1_error": top1 / count}
+
+    @torch.no_grad()
+    def _evaluate(self, split: str, epoch: int) -> list[float]:
+        """What `WorkerStep.evaluate` counts, over every row of a pass exactly once. Raises StopRequested."""
+        self.net.eval()
+        total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)
+        for step, batch in enumerate(self.feed.batches(split, epoch)):
+            if step % LOG_EVERY_STEPS == 0:
+                self.stop_if(self.link.all_reduce_stop(self.device, self.layout.workers))
+            total += self.step.evaluate(batch, step, split)
+        found = self.step.all_reduce_total(total)
+        wanted = rows_of_pass(split, self.manifest.rows)
+        if found[3] != wanted:
+            raise RuntimeError(f"{split}: {found[3]:.0f} images were evaluated where the manifest says {wanted}")
+        return found
 
     def save(self, metrics: dict[str, float]) -> None:
         """Report to Ray Train, with a checkpoint from rank 0, to which its group contributes."""
@@ -233,6 +243,8 @@ class Worker:
             return
         description = describe(self.config, self.manifest, self.num_classes, self.state.epoch)
         write_description(folder, description, self.mean_image)
+        if not self.state.losses and is_kept(self.state.epoch, self.config.keep_every):
+            keep_weights(folder, self.run_folder, self.state.epoch)
         name = checkpoints.checkpoint_name(self.state.epoch, len(self.state.losses))
         ray.train.report(
             metrics,

@@ -12,9 +12,13 @@ import sys
 import mlflow
 import psutil
 import pytest
+import torch
 from conftest import ROOT, assert_same_history, error_of, refused
+from safetensors.torch import load_file
 
+import alexnet
 from orchestrator.config.recipes import digits
+from orchestrator.models.find import find_model
 from orchestrator.train.run_folder import RunFolder
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -65,6 +69,31 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
     assert sorted(p.name for p in place.iterdir()) == ["mlartifacts", "mlflow.db", "runs"], (
         "nothing else is left behind"
     )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_net_is_fine_tuned_from_a_run_that_may_be_gone_when_it_is_resumed(finished, job, place, here):
+    shutil.copytree(place / "runs" / "first", place / "source")
+    flags = ("--freeze", "conv", "--lr-factor", "fc8=2", "--keep-every", "1", "--precision", "fp64")
+    done = job("train", "--start-from", "source", *flags, "--epochs", "1", "--name", "tuned", cwd=place, **here)
+    assert done.returncode == 0, done.stderr
+    assert "starting from the weights of source\n" in done.stdout
+    source = load_file(find_model(str(place / "source"), place).path / "model.safetensors")
+    shutil.rmtree(place / "source")
+    done = job("train", "--resume", "tuned", "--epochs", "2", cwd=place, **here)
+    assert done.returncode == 0, done.stderr
+    result, kept = result_of(place, "tuned"), place / "runs" / "tuned"
+    assert result["started_from"] == "source"
+    assert [0 <= entry["train/top1_error"] < 0.5 > entry["val/top1_error"] for entry in result["history"]] == [True] * 2
+    assert sorted(path.name for path in kept.glob("kept-*")) == ["kept-epoch-0001", "kept-epoch-0002"]
+    for epoch in (1, 2):
+        trained = alexnet.load(kept / f"kept-epoch-{epoch:04d}")
+        assert trained.description.epoch == epoch
+        weights = load_file(kept / f"kept-epoch-{epoch:04d}" / "model.safetensors")
+        assert {name.split(".")[0] for name in weights if torch.equal(weights[name], source[name])} == {
+            "conv1", "conv2", "conv3", "conv4", "conv5",
+        }  # fmt: skip
 
 
 @pytest.mark.ray
@@ -211,6 +240,10 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
         ),
         (["--name", "a/b"], "use at most 150 letters, digits"),
         (["--config", "none.yaml"], "No such file"),
+        (["--start-from", "none"], "MODEL 'none': is not there"),
+        (["--resume", "first", "--start-from", "none"], "resumes with the settings it has; leave out --start-from"),
+        (["--freeze", "conv9"], "freeze = 'conv9': no layer 'conv9'; there are conv1, conv2"),
+        (["--lr-factor", "conv1=0"], "lr_factor = 'conv1=0': conv1=0: a factor is above 0; to keep a layer as it is"),
         (["imagenette"], "no such folder"),
     ],
 )

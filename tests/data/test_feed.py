@@ -4,12 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import simplejpeg
 
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
 from orchestrator.data.feed import Feed
-from orchestrator.data.order import plan_epoch, plan_validation, rank_slice
+from orchestrator.data.order import plan_epoch, plan_probe, plan_validation, rank_slice, rows_of_pass
 from orchestrator.data.reader import TaskReader
 from orchestrator.data.shards import DamagedData
 
@@ -33,6 +34,27 @@ def test_a_plan_holds_every_row_once(window):
 
 def test_validation_is_every_row_as_stored():
     assert pairs(plan_validation(GROUPS)) == everything()
+
+
+def test_a_probe_is_whole_row_groups_drawn_by_the_seed_alone():
+    plans = [pairs(plan_probe(GROUPS, seed=seed, num_rows=200)) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    for plan in plans:
+        assert len(set(plan)) == len(plan) == 200
+        assert set(plan) <= set(everything())
+        groups = list(dict.fromkeys(group for group, _ in plan))
+        for group in groups[:-1]:
+            assert [row for g, row in plan if g == group] == list(range(GROUPS[group]))
+    assert sorted(pairs(plan_probe(GROUPS, seed=0, num_rows=int(GROUPS.sum())))) == everything()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "probe"),
+    [(1437, 360, 71), (9469, 3925, 473), (1_281_167, 50_000, 10_000), (500, 20, 20), (5, 3, 1)],
+)
+def test_a_probe_has_the_rows_of_val_but_at_most_a_twentieth_of_those_of_train_and_10_000(train, val, probe):
+    rows = {"train": train, "val": val}
+    assert [rows_of_pass(kind, rows) for kind in ("train", "val", "probe")] == [train, val, probe]
 
 
 def test_a_plan_is_a_function_of_seed_and_epoch():
@@ -67,12 +89,15 @@ def test_the_workers_slices_tile_every_batch(world, rows):
 
 def feed_for(digit_shards, config, rank, world, first_epoch=0, first_step=0):
     folder, manifest = digit_shards
-    feed = Feed(StoragePath.of(folder), manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1)
+    feed = Feed(
+        StoragePath.of(folder), manifest, config, rank=rank, world_size=world, num_cpus=0.25, num_tasks=1, passes=PASSES
+    )
     feed.start(first_epoch, first_step)
     STARTED.append(feed)
     return feed
 
 
+PASSES = ("train", "val", "probe")
 STARTED: list[Feed] = []
 
 
@@ -87,9 +112,7 @@ def closed():
 def take(feed, epochs, first_epoch=0):
     """All batches of some epochs, by (epoch, split)."""
     return {
-        (epoch, split): list(feed.batches(split, epoch))
-        for epoch in range(first_epoch, epochs)
-        for split in ("train", "val")
+        (epoch, split): list(feed.batches(split, epoch)) for epoch in range(first_epoch, epochs) for split in PASSES
     }
 
 
@@ -120,11 +143,32 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(digit_shards, 
     stored = {"train": set(range(1797)) - set(ids[0, "val"].tolist()), "val": set(ids[0, "val"].tolist())}
     assert {split: len(found) for split, found in stored.items()} == digit_shards[1].rows
     for (epoch, split), found in ids.items():
+        if split == "probe":
+            continue
         assert sorted(found.tolist()) == sorted(stored[split]), (epoch, split)
         assert np.array_equal(found, np.concatenate([batch["id"] for batch in again[epoch, split]]))
     assert not np.array_equal(ids[0, "train"], ids[1, "train"])
     assert np.array_equal(ids[0, "val"], ids[1, "val"])
     assert not np.array_equal(one[0, "train"][0]["image"], one[1, "train"][0]["image"])
+
+
+@pytest.mark.ray
+def test_the_probe_is_the_same_training_images_in_every_epoch_cut_as_validation_images(digit_shards, one):
+    """Against the shards, read here without the feed."""
+    folder, manifest = digit_shards
+    found = [
+        {name: np.concatenate([batch[name] for batch in one[epoch, "probe"]]) for name in one[0, "probe"][0]}
+        for epoch in (0, 1)
+    ]
+    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in found[0])
+    assert len(found[0]["id"]) == len(set(found[0]["id"].tolist())) == 71
+    rows = {row["id"]: row for s in manifest.split("train") for row in pq.read_table(folder / s.file).to_pylist()}
+    margin = (manifest.image_size - 64) // 2
+    for image, label, number in zip(*(found[0][name] for name in ("image", "label", "id")), strict=True):
+        stored = simplejpeg.decode_jpeg(rows[number]["image"], "RGB")
+        assert np.array_equal(image, stored[margin : margin + 64, margin : margin + 64])
+        assert label == rows[number]["label"]
+    assert not found[0]["flip"].any()
 
 
 @pytest.mark.ray

@@ -93,3 +93,11 @@ def test_a_population_keeps_the_last_two_of_each_trial_and_what_one_starts_from(
         "12340-checkpoint-epoch-0002",
     }  # fmt: skip
     assert age_of_kept("0001-2-from-0000-at-0002-checkpoint-epoch-0004") == (2, 4)
+
+
+def test_weights_that_trials_keep_go_with_their_checkpoints(journal, tmp_path):
+    for number in range(3):
+        add(journal, tmp_path, number, 0.1 * (number + 1), "STOPPED")
+        store(tmp_path, f"{number:04d}/kept-epoch-0001")
+    retention_of(journal, tmp_path).keep_the_best({0, 1, 2})
+    assert [path.parent.name for path in (tmp_path / "trials").glob("*/kept-epoch-*")] == ["0000"]

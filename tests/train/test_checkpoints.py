@@ -146,7 +146,7 @@ def test_one_process_resumes_from_four_and_four_from_one(tmp_path):
             torch.nn.Module.__init__(part)
             part.layout, part.rank, part.group_rank = Layout(kind, workers), rank, rank
             part.partition = Partition(net.part.preset, part.layout)
-            read = dict(checkpoints._read(tmp_path / "model.safetensors", part))
+            read = dict(checkpoints.parts_of(tmp_path / "model.safetensors", part))
             assert read["conv4.weight"].shape[0] == (48 if kind == "columns" else 96)
             assert torch.equal(read["fc7.bias"], whole["fc7.bias"].chunk(workers)[rank])
             assert torch.equal(read["fc8.weight"], whole["fc8.weight"].chunk(workers, 1)[rank])

@@ -187,10 +187,10 @@ def test_validation_tells_the_errors_of_each_class_and_a_top_5_error_only_where_
     worker.layout, worker.num_classes = Layout("single", 1), num_classes
     worker.link = SimpleNamespace(all_reduce_stop=lambda device, workers: 0.0)
     worker.feed = SimpleNamespace(batches=lambda split, epoch: range(2))
-    worker.manifest, worker.state = SimpleNamespace(rows={"val": 8}), State()
+    worker.manifest, worker.state = SimpleNamespace(rows={"train": 160, "val": 8}), State()
     by_class = [2, 1, *[0] * (num_classes - 2)]
     worker.step = SimpleNamespace(
-        evaluate=lambda batch, step: torch.tensor([6.0, 3, 1, 4, *by_class], dtype=torch.float64),
+        evaluate=lambda batch, step, split: torch.tensor([6.0, 3, 1, 4, *by_class], dtype=torch.float64),
         all_reduce_total=lambda total: total.tolist(),
     )
     metrics = worker.validate(0)
@@ -198,3 +198,5 @@ def test_validation_tells_the_errors_of_each_class_and_a_top_5_error_only_where_
     top5 = {"val/top5_error": 2 / 8} if num_classes == 6 else {}
     assert metrics == {"val/loss": 12 / 8, "val/top1_error": 6 / 8} | top5
     assert worker.wrong_by_class == [4, 2, *[0] * (num_classes - 2)]
+    assert worker.probe(0) == {"train/top1_error": 6 / 8}, "8 of the 160, as many as of val"
+    assert worker.wrong_by_class == [4, 2, *[0] * (num_classes - 2)], "of val still"

@@ -20,7 +20,7 @@ from orchestrator.train.classes import ClassErrors
 from orchestrator.train.messages import EpochEnded, Finished, Logged, Started, Stopped
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.session import Session, nothing_left
-from orchestrator.train.view import TrainView
+from orchestrator.train.view import TrainView, results
 
 
 def begin(data, tmp_path, monkeypatch, **changes):
@@ -160,6 +160,7 @@ def session(tmp_path):
     session.started, session.elapsed_before_s = time.monotonic(), 0.0
     manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
     session.class_errors = ClassErrors(manifest, {})
+    session.data = SimpleNamespace(manifest=SimpleNamespace(rows={"train": 32, "val": 12}))
     session.view = TrainView()
     session.shown = io.StringIO()
     session.view.line = LiveLine(session.shown)
@@ -341,3 +342,33 @@ def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal
     ):
         assert re.search(words, log), (words, log)
     assert result["schema_version"] == 2
+
+
+def test_the_terminal_says_once_that_a_run_overfits_after_the_line_of_that_epoch(session):
+    session.config = session.config.changed(lr_drops=0)
+    session.data.manifest.rows = {"train": 40_000, "val": 2_000}
+    history = []
+    for epoch, error in enumerate([0.5, 0.4, *[0.42] * 8], start=1):
+        history.append(entry(epoch, error) | {"train/top1_error": 0.5 - 0.05 * epoch})
+        session.on_event(EpochEnded(epochs=10, metrics=history[-1], history=list(history)))
+    lines = session.shown.getvalue().splitlines()
+    [place] = [number for number, line in enumerate(lines) if "overfitting" in line]
+    assert lines[place - 1].startswith("epoch 7/10")
+    assert lines[place].startswith(
+        "warning: validation error has not improved since epoch 2 (40.00 % then, 42.00 % now)"
+    )
+
+
+def test_results_say_the_error_on_training_images_of_runs_that_measured_it(tmp_path):
+    run = RunFolder(tmp_path, "run")
+    result = {
+        "metrics": entry(4, 0.4), "best": entry(3, 0.3), "images_per_s": 100.0, "elapsed_s": 61.0, "checkpoint": "c",
+        "mlflow_run_id": "r",
+    }  # fmt: skip
+    assert results(result, run, "sqlite:///m.db")[:2] == [
+        "results after 4 epochs", "  top-1 error  40.00 % (best 30.00 %, epoch 3)",
+    ]  # fmt: skip
+    result["metrics"] |= {"train/top1_error": 0.25}
+    assert results(result, run, "sqlite:///m.db")[1] == (
+        "  top-1 error  40.00 % (best 30.00 %, epoch 3), on training images 25.00 %"
+    )

@@ -307,8 +307,8 @@ def payload(actor, monkeypatch):
     monkeypatch.setattr(loop.ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
     monkeypatch.setattr(loop, "Worker", lambda config, folder, payload, link: _raise())
     yield WorkerPayload(
-        config=digits().model_dump(), data="nowhere", layout="single", mailbox=actor, topic="topic", start=None,
-        feed_cpus=1.0, feed_tasks=1, num_concurrent=1,
+        config=digits().model_dump(), data="nowhere", layout="single", mailbox=actor, topic="topic",
+        run="runs/run", start=None, feed_cpus=1.0, feed_tasks=1, num_concurrent=1,
     )  # fmt: skip
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__module__.startswith("orchestrator")]:
