@@ -29,7 +29,7 @@ CLASSES = 10
 
 def make(config: TrainConfig, batch_size: int) -> tuple[WorkerStep, dict[str, Any]]:
     net = ShardedNet(build_net(config, CLASSES), Layout("single", 1))
-    rows, side = {"train": 10**6, "val": 10**6}, config.input_size
+    rows, side = {"train": 10**6, "val": 10**6}, config.crop_size
     mean = torch.zeros(side + 8, side + 8, 3)
     random, none = np.random.default_rng(0), np.zeros(batch_size, np.int32)
     batch = {
