@@ -88,6 +88,23 @@ def test_features_are_fc7_after_relu_and_the_maps_are_those_of_each_convolution(
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.net.children())
 
 
+@pytest.mark.parametrize(("preset", "columns"), [("caffe", 2), ("torchvision", 1)])
+def test_other_nets_are_explained_too(compiled, preset, columns):
+    net = alexnet.build(preset, 3, width=0.25, init="he")
+    side = net.input_size
+    described = alexnet.Description({"preset": preset, "num_classes": 3, "width": 0.25}, ("a", "b", "c"), 1 / 64)
+    model = alexnet.TrainedNet(net, described, np.full((side, side, 3), 120, np.float32))
+    images = pictures(2, side)
+    features, probabilities = explain.features_and_probabilities(model, images)
+    weight, bias = (each.detach().numpy() for each in (net.fc8.weight, net.fc8.bias))
+    scores = np.exp(features.astype(np.float64) @ weight.T + bias)
+    np.testing.assert_allclose(probabilities, scores / scores.sum(1, keepdims=True), rtol=1e-4)
+    maps = explain.feature_maps(model, images[0])
+    assert list(maps) == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert explain.grad_cam(model, images, np.array([0, 2])).shape == (2, *maps["conv5"].shape[1:])
+    assert len(explain_pictures.feature_maps(images[0], maps, columns, preset).axes) == 1 + 5 * columns
+
+
 def naive_grad_cam(net, maps, label):
     """Loops over maps (C, H, W) of the last convolution: pooling, three layers, and their derivatives backwards."""
     maps = maps.astype(np.float64)
