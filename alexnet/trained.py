@@ -101,14 +101,17 @@ class TrainedNet:
         """
         return images.resize_and_center(images.decode(data, exif=exif), self.image_size)
 
-    @torch.inference_mode()
-    def scores(self, stored_NHWC: NDArray[np.uint8], draws: augment.Draws) -> torch.Tensor:
-        """Class scores (N, K), before the softmax, of one crop of each image."""
+    def inputs(self, stored_NHWC: NDArray[np.uint8], draws: augment.Draws) -> torch.Tensor:
+        """What the net reads of one crop of each image: (N, 3, input_size, input_size) float32, without the mean."""
         none = np.zeros((len(stored_NHWC), 3), np.float32)
         crops = augment.crop_flip_shift(stored_NHWC, draws, none, self.net.input_size)
         device = next(self.net.parameters()).device
-        cut = (torch.from_numpy(part).to(device) for part in (crops, draws.top, draws.left, draws.flip))
-        scores: torch.Tensor = self.net(self.subtract_mean(*cut))
+        return self.subtract_mean(*(torch.from_numpy(part).to(device) for part in (crops, *draws[:3])))
+
+    @torch.inference_mode()
+    def scores(self, stored_NHWC: NDArray[np.uint8], draws: augment.Draws) -> torch.Tensor:
+        """Class scores (N, K), before the softmax, of one crop of each image."""
+        scores: torch.Tensor = self.net(self.inputs(stored_NHWC, draws))
         return scores
 
     def probabilities(self, stored_NHWC: NDArray[np.uint8], views: int = 1) -> NDArray[np.float32]:

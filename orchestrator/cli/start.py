@@ -25,6 +25,10 @@ def tracking() -> int:
     return _start("tracking")
 
 
+def look() -> int:
+    return _start("look")
+
+
 def ui() -> int:
     return _start("ui")
 

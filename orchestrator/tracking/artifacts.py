@@ -1,0 +1,31 @@
+"""Files for a run in MLflow, whether or not it has ended."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.base.exits import last_line
+from orchestrator.base.redaction import redact
+from orchestrator.tracking.store import Store
+
+
+def add_files(uri: str, run_id: str, folder: str, files: Mapping[str, bytes]) -> str | None:
+    """Store files as artifacts of a run, in a folder of them; earlier ones of these names are replaced.
+
+    Returns why that failed, in one line; None if it did not.
+    """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.exists():  # which to connect would create
+        return f"MLflow at {redact(uri)} is not there"
+    try:
+        store = Store(uri)
+        if not store.exists(run_id):
+            return f"MLflow at {redact(uri)} has no run {run_id}"
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, data in files.items():
+                file = Path(temporary, name)
+                file.write_bytes(data)
+                store.client.log_artifact(run_id, str(file), folder)
+    except Exception as error:  # whatever a server answers: what the files show was worth the time all the same
+        return f"MLflow at {redact(uri)}: {redact(last_line(error))}"
+    return None
