@@ -31,5 +31,5 @@ def log_model(tracker: Tracker, config: TrainConfig, data: Dataset, checkpoint: 
         model.mkdir()
         shutil.copyfile(folder / WEIGHTS, model / WEIGHTS)
         write_description(model, description, mean_image)
-        tracker.log_model(model, data.manifest.image_size, num_classes)
+        tracker.log_model(model, step=epoch)
     tracker.run.tag(**{EPOCH_TAG: str(epoch)})

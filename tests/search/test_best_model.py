@@ -73,7 +73,8 @@ def test_the_best_trial_s_run_gets_its_model_and_stays_as_it_ended(ended):
     assert after.data.tags["model.epoch"] == "2"
     assert (after.info.status, after.info.end_time) == ("KILLED", before.end_time)
     model = mlflow.pyfunc.load_model(f"runs:/{ended.run.run_id}/model")
-    assert model.predict(np.zeros((2, 72, 72, 3), np.uint8)).shape == (2, 10)
+    images = np.zeros((2, 72, 72, 3), np.uint8)
+    assert model.predict(images, params={"probabilities": True}).shape == (2, 10)
     ended.runs.log_best_model(ended.record, SimpleNamespace(), ended.trials)  # resumed: it is there
     assert ended.said == []
 
