@@ -1,6 +1,7 @@
 """Text of others in Markdown: names and values that are shown as they are, and are no markup."""
 
 import re
+from collections.abc import Sequence
 
 from orchestrator.base.shown import LONGEST, shown
 
@@ -27,7 +28,7 @@ def code_block(text: str, language: str = "") -> str:
     return "\n".join([f"{marks}{language}", *lines, marks])
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Of cells that are Markdown already."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, tuple("---" for _ in head), *rows))
 

@@ -69,7 +69,7 @@ def check_name(flag: str, name: str) -> str:
     """Raises ValueError of one line for a name that no registered model can have."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}", name):
         raise ValueError(
-            f"{flag} {quoted(name)}: use at most 150 letters, digits, '.', '_' and '-', and begin with a letter or digit"
+            f"{flag} {quoted(name)}: use at most 150 letters, digits, '.', '_' and '-', first a letter or digit"
         )
     return name
 
@@ -77,8 +77,8 @@ def check_name(flag: str, name: str) -> str:
 def register(run: Run, name: str, tags: Mapping[str, str], description: str = "") -> Registered:
     """The newest model of a run as a version of a registered model; the one that it is already, if there is one.
 
-    tags: of the version. Retries while the server is away, for up to run.patience_s. Raises ValueError of one line for a
-    run without a model, and what the server answers.
+    tags: of the version. Retries while the server is away, for up to run.patience_s. Raises ValueError of one line
+    for a run without a model, and what the server answers.
     """
     return run.patiently(lambda: _register(run.store, run.run_id, name, tags, description))
 

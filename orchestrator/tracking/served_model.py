@@ -4,8 +4,8 @@
     model.predict([Path("cat.jpg").read_bytes()])                       # a table: class, probability, top
     model.predict(images, params={"probabilities": True})               # (N, classes) float32
 
-The model has no input schema: MLflow's would admit either arrays or bytes, and turns arrays of four dimensions down where
-there are columns. `pictures_of` says what is taken, and refuses the rest in one line, over HTTP with status 400.
+The model has no input schema: MLflow's would admit either arrays or bytes, and turns arrays of four dimensions down
+where there are columns. `pictures_of` says what is taken, and refuses the rest in one line, over HTTP with status 400.
 """
 
 import base64
@@ -38,7 +38,7 @@ class Refused(mlflow.MlflowException, ValueError):  # type: ignore[misc]
 
     def __init__(self, text: str) -> None:
         self._line = " ".join(text.split())[:500]
-        super().__init__(self._line, error_code=INVALID_PARAMETER_VALUE)
+        super().__init__(self._line, error_code=INVALID_PARAMETER_VALUE)  # type: ignore[call-arg]
 
     @property
     def message(self) -> str:
@@ -97,8 +97,8 @@ class Classifier:
         self.lock = threading.Lock()  # a net uses all cores; a server's requests would share them
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """A table with a row for each picture: class, probability, and top, a list of the best classes; class_name, too,
-        where the data has words for its classes.
+        """A table with a row for each picture: class, probability, and top, a list of the best classes; class_name,
+        too, where the data has words for its classes.
 
         params: top (how many), views (1: the centre crop, or 10, as in the paper), probabilities (return those of all
         classes instead, (N, classes) float32). Raises Refused.

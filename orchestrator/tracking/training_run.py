@@ -38,14 +38,15 @@ class Tracker:
         *,
         run_id: str | None = None,
         new_data: bool = False,
+        note: str = "",
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Begin a run, or go on with an earlier one; log what is known at the start.
 
         new_data: whether its images may be others than those of the earlier run. From here on a server that fails is
-        no reason to stop training: `warn` is told, and metrics are sent later.
+        no reason to stop training: `warn` is told, and metrics are sent later. note: the run's description (note.py).
         """
-        run, run.warn = self.run, warn
+        run, run.warn, run.note = self.run, warn, note
         patience = run.patience_s
         is_new = run.begin(name, "jobs/train.py", config.resolved(), run_id=run_id)
         run.say_if_replaced()
