@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet.intervals import difference_interval
+from orchestrator.tracking import registry
+from orchestrator.tracking.run import Run
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,23 @@ def decide(wrong_old: NDArray[np.bool_], wrong_new: NDArray[np.bool_]) -> Decisi
     else:
         verdict = "not told apart by that many images: not promoted"
     return Decision(high < 0, f"{what}; {verdict}", difference, (low, high))
+
+
+def promote(run: Run, registered: registry.Registered, decision: Decision | None) -> str:
+    """Carry a decision out; returns a line that says which way it went and why.
+
+    run: the MLflow run of the new model; registered: its version; decision: against the champion, None if there is no
+    champion, or it is this version. Raises what the server answers.
+    """
+    name, champion = registered.name, registry.champion(run.store, registered.name)
+    if champion == registered.version:
+        return f"{registered.address} is the champion of {name} already"
+    if champion is None:
+        reason = "the first champion"
+    elif decision is None or not decision.promote:
+        why = decision.text if decision else "not compared with it"
+        return f"models:/{name}/{champion} stays the champion of {name}: {why}"
+    else:
+        reason = decision.text
+    registry.make_champion(run, registered, reason)
+    return f"{registered.address} is now the champion of {name}: {reason}"

@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import mlflow
+import numpy as np
 import pytest
 import requests
 
 from orchestrator.config.recipes import digits
+from orchestrator.models.promote import decide, promote
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.store import Store
@@ -65,6 +67,25 @@ def test_the_champion_is_an_alias_that_moves_and_says_why(run, store):
     registry.make_champion(run, second, "better by more than chance")
     assert registry.champion(store, "moving") == "2"
     assert store.client.get_model_version("moving", "2").tags["champion.reason"] == "better by more than chance"
+
+
+def test_the_champion_is_replaced_only_by_a_better_model(run, store):
+    """The first model is champion; then come a worse, an equal and a better one."""
+    old = np.arange(200) < 40
+    first = registry.register(run, "best", {})
+    assert promote(run, first, None) == "models:/best/1 is now the champion of best: the first champion"
+    assert promote(run, first, None) == "models:/best/1 is the champion of best already"
+    for number, (num_wrong, verdict) in enumerate(((80, "worse"), (40, "not told apart"), (5, "better")), start=2):
+        log(run, 100 + number)
+        decision = decide(old, np.arange(200) < num_wrong)
+        said = promote(run, registry.register(run, "best", {}), decision)
+        assert verdict in said
+        if verdict == "better":
+            assert said == f"models:/best/4 is now the champion of best: {decision.text}"
+        else:
+            assert said == f"models:/best/1 stays the champion of best: {decision.text}"
+        assert registry.champion(store, "best") == ("4" if verdict == "better" else "1")
+    assert store.client.get_model_version("best", "4").tags["champion.reason"] == decision.text
 
 
 def data():
