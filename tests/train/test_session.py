@@ -161,7 +161,8 @@ def session(tmp_path):
     session.started, session.elapsed_before_s = time.monotonic(), 0.0
     manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
     session.class_errors = ClassErrors(manifest, {})
-    session.data = SimpleNamespace(manifest=SimpleNamespace(rows={"train": 32, "val": 12}))
+    known = SimpleNamespace(source="mine", digest="d", classes=("cat", "dog"), rows={"train": 32, "val": 12})
+    session.data = SimpleNamespace(manifest=known)
     session.view = TrainView()
     session.shown = io.StringIO()
     session.view.line = LiveLine(session.shown)
