@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 
 OUTPUT = "ALEXNET_OUTPUT"  # where runs are stored by default (--output); a cluster's yaml sets it
@@ -19,6 +20,11 @@ def installed() -> bool:
 def command(job: str) -> str:
     """What the user types to start a job, in the form in which this process was started."""
     return f"alexnet-{job}" if installed() else f"python jobs/{job}.py"
+
+
+def command_line(job: str) -> str:
+    """What the user typed to start this process."""
+    return f"{command(job)} {shlex.join(sys.argv[1:])}".strip()
 
 
 def on_cluster() -> bool:

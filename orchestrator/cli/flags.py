@@ -17,6 +17,7 @@ from orchestrator import __version__
 from orchestrator.base import logs
 from orchestrator.base.environment import command, installed
 from orchestrator.base.exits import USAGE, one_line, run_job
+from orchestrator.tracking.registry import check_name
 
 DEFAULT_RECIPE = "digits"
 METAVARS = {"data": "DIR", "workers": "N", "time_budget": "TIME"}  # where the type alone says too little
@@ -90,6 +91,19 @@ def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
     """Add the positional argument; `recipe_of` reads it."""
     shown = f"one of {', '.join(recipes)} (default: {DEFAULT_RECIPE}); the defaults below are those of this recipe"
     flags.add_argument("recipe", nargs="?", metavar="RECIPE", help=shown)
+
+
+def add_register(group: Any, what: str) -> None:
+    """Add --register. what: that is registered."""
+    text = f"register {what} in MLflow under this name, as its next version; models:/NAME/VERSION is then its address"
+    group.add_argument("--register", metavar="NAME", type=_registered_name, help=text)
+
+
+def _registered_name(text: str) -> str:
+    try:
+        return check_name("NAME", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def shown_recipe(recipes: Collection[str]) -> str:

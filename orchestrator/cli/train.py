@@ -24,6 +24,7 @@ from orchestrator.cli.flags import (
     Parser,
     add_fields,
     add_recipe,
+    add_register,
     given_fields,
     only_resume,
     positive,
@@ -64,6 +65,7 @@ def parser() -> Parser:
         help=f"start from the weights of a trained net, and take its size, LRN and pixel scale: {WHAT}",
     )
     place.add_argument("--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
+    add_register(place, "the best model of the run")
     place.add_argument(
         "--dry-run", action="store_true", help="print the settings, the data, the size and the cost, and exit"
     )
@@ -82,11 +84,13 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             if args.dry_run:
                 print(describe(config, StoragePath.of(args.output), args.images_per_s))
                 return 0
-            if resume and (lines := session.nothing_left(folder, config)):
+            if resume and not args.register and (lines := session.nothing_left(folder, config)):
                 LiveLine().print(*lines)
                 return 0
             recipe = args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
-            prepared = session.Session(folder, config, resume=resume, recipe=recipe, start=pretrained)
+            prepared = session.Session(
+                folder, config, resume=resume, recipe=recipe, start=pretrained, register=args.register
+            )
     except ValueError as error:
         flags.error(str(error))
     prepared.train()

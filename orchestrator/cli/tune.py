@@ -20,6 +20,7 @@ from orchestrator.cli.flags import (
     Parser,
     add_fields,
     add_recipe,
+    add_register,
     given_fields,
     only_resume,
     positive,
@@ -66,6 +67,7 @@ def parser() -> Parser:
         metavar="FILE",
         help="YAML file of what to search: choice, uniform, loguniform, randint or grid (default: the recipe's)",
     )
+    add_register(place, "the model of the best trial")
     place.add_argument("--dry-run", action="store_true", help="print the space, the trials and the cost, and exit")
     place.add_argument("--images-per-s", type=positive, metavar="X", help="speed of a trial that --dry-run assumes")
     defaults = SEARCHES[shown_recipe(SEARCHES)]()
@@ -80,7 +82,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         if args.dry_run:
             print(describe(config, StoragePath.of(args.output), args.images_per_s))
             return 0
-        prepared = Search(folder, config, resume=resume)
+        prepared = Search(folder, config, resume=resume, register=args.register)
     except ValueError as error:
         flags.error(str(error))
     prepared.run()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alexnet.trained import WEIGHTS
@@ -13,15 +14,28 @@ from orchestrator.search.config import SearchConfig
 from orchestrator.search.entries import RunBegun, SearchBegun
 from orchestrator.search.folder import BEST_YAML, SEARCH_YAML
 from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.notes import search_note, trial_note
 from orchestrator.tracking.run import FINISH_TIMEOUT_S, HURRIED_TIMEOUT_S, Run
 from orchestrator.tracking.store import Store
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train.checkpoints import checkpoint_name
-from orchestrator.train.model_log import EPOCH_TAG, log_model
+from orchestrator.train.model_card import how_it_ended
+from orchestrator.train.model_log import EPOCH_TAG, log_model, register_model
 
 PAUSE_S = 60.0  # after a call that failed: the trials' loop waits for each
 MLFLOW_STATUS = {"FINISHED": "FINISHED", "STOPPED": "KILLED", "FAILED": "FAILED"}  # of a trial, in MLflow's words
 SCRIPT = "jobs/tune.py"  # the runs' source
+STARTED = "started_with"  # tag: the command that began the search
+
+
+@dataclass(frozen=True)
+class About:
+    """What the runs' descriptions say of the search."""
+
+    command: str = ""  # that began it
+    data: str = ""  # its data, in Markdown
+    num_val: int = 1  # validation images
+    trials: StoragePath | None = None  # the folder of the trials' runs
 
 
 class SearchRuns:
@@ -41,23 +55,29 @@ class SearchRuns:
         self.store, self.config, self.journal, self.name, self.resume = store, config, journal, name, resume
         self.warn = warn
         self.parent = Run(store, warn)
+        self.about = About()
         self._children: dict[int, Run] = {}  # of trials that are under way
         self._begun_in_part: dict[int, Run] = {}  # of trials whose run's beginning failed
         self._endings: list[threading.Thread] = []
         self._retry_at = 0.0
 
-    def begin(self, config: SearchConfig, digest: str | None = None) -> None:
+    def begin(self, config: SearchConfig, digest: str | None = None, about: About | None = None) -> None:
         """The parent, and the ends of children that a killed driver left open. config: as it is now resolved.
 
         digest: of the data, if they are others than those that the search began with.
         """
-        self.config = config
+        self.config, self.about = config, about or self.about
         settings = config.settings() | {f"space.{d.name}": str(d) for d in config.space.dimensions}
         settings |= {f"train.{name}": value for name, value in config.train.resolved().items()}
         known = self.journal.parent_run_id
         self.parent.patience_s = FINISH_TIMEOUT_S
-        self.parent.begin(self.name, SCRIPT, settings, run_id=known, look_for=self.resume)
+        self.parent.note = search_note(config, self.about.data, "running", self.about.command)
+        is_new = self.parent.begin(self.name, SCRIPT, settings, run_id=known, look_for=self.resume)
         self.parent.say_if_replaced()
+        if is_new:
+            self.parent.tag(**{STARTED: self.about.command})
+        else:
+            self._take_command()
         if digest:
             self.parent.tag(**{"data.digest": digest})
         if self.parent.run_id != known:
@@ -75,7 +95,17 @@ class SearchRuns:
                     continue
             if run:
                 run.complete(record.history, config.metric)
-                self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
+                self._finish(run, record, MLFLOW_STATUS[record.status], record.error, hurry=False)
+
+    def _take_command(self) -> None:
+        """The command that began a resumed search, for its description."""
+        try:
+            command = self.store.client.get_run(self.parent.run_id).data.tags.get(STARTED)
+        except Exception as error:  # the server has just answered, and may be away again
+            self.warn(f"MLflow does not answer about the search: {self.store.reason(error)}")
+            return
+        if command:
+            self.about = replace(self.about, command=command)
 
     def begin_trial(self, record: TrialRecord) -> None:
         """The trial's run; where the server is away, it is tried again at later epochs, and at the end."""
@@ -83,6 +113,7 @@ class SearchRuns:
             return
         number, half = record.number, self._begun_in_part.pop(record.number, None)
         run = self._children[number] = half or Run(self.store, self.warn)
+        run.note = self._note_of(record, "running")
         try:
             params = self.config.trial(record.values).resolved()
             run.begin(
@@ -123,7 +154,7 @@ class SearchRuns:
     def end_trial(self, record: TrialRecord) -> None:
         """Beside the trials' loop: the server may be away."""
         if run := self._children.pop(record.number, None):
-            self._finish(run, MLFLOW_STATUS[record.status], record.error, hurry=False)
+            self._finish(run, record, MLFLOW_STATUS[record.status], record.error, hurry=False)
 
     def end(
         self,
@@ -135,6 +166,8 @@ class SearchRuns:
     ) -> None:
         """All runs, and what the search came to. status: FINISHED, FAILED or KILLED."""
         begun = bool(self.parent.run_id)
+        how = how_it_ended(status, error, result["epochs_used"])
+        self.parent.note = search_note(self.config, self.about.data, how, self.about.command, result)
         if status == "FINISHED":
             self._end_children(status)
             if begun:
@@ -151,25 +184,44 @@ class SearchRuns:
         if begun:
             self.parent.finish(status, error)
 
-    def log_best_model(self, record: TrialRecord, data: Dataset, trials: StoragePath) -> None:
-        """The model of the best trial, whose run has ended. trials: the folder of the trials' runs."""
-        run = self._run_of(record)
-        if run is None or self.parent.is_given_up:
-            return
+    def log_best_model(
+        self, record: TrialRecord, data: Dataset, trials: StoragePath,
+        register: str | None = None, later: str = "", say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        """The model of the best trial, whose run has ended. trials: the folder of the trials' runs.
+
+        register: the name under which it is registered. later: the command that does so, if it fails now.
+        """
+        run = None if self.parent.is_given_up else self._run_of(record)
+        entry = self._log_best_model(run, record, data, trials) if run else None
+        if register and (run is None or entry is None):
+            self.warn(f"no model was registered as {register}; register it later: {later}")
+        elif register and run and entry:
+            run.patience_s = FINISH_TIMEOUT_S
+            register_model(run, register, self.config.trial(record.values), data, entry, later, say)
+
+    def _log_best_model(
+        self, run: Run, record: TrialRecord, data: Dataset, trials: StoragePath
+    ) -> dict[str, Any] | None:
+        """The epoch that the model is of; None where it is not in MLflow, which was warned of."""
         try:
             found = _best_checkpoint(record, trials, self.config.metric)
             if found is None:
                 self.warn(f"the checkpoint of the best trial, {record.number}, is gone: no model is logged to MLflow")
-                return
+                return None
+            checkpoint, entry = found
             known = self.store.client.get_run(run.run_id)
-            if known.data.tags.get(EPOCH_TAG) == str(found[1]):
-                return  # by an earlier session
+            if known.data.tags.get(EPOCH_TAG) == str(entry["epoch"]):
+                return entry  # logged by an earlier session
             try:
-                log_model(Tracker(self.store.uri, run), self.config.trial(record.values), data, *found)
+                config = self.config.trial(record.values)
+                logged = log_model(Tracker(self.store.uri, run), config, data, checkpoint, entry, checkpoint.parent)
             finally:  # MLflow ends a run a second time when it is given a model
                 self.store.client.set_terminated(run.run_id, known.info.status, known.info.end_time)
         except Exception as error:  # whatever the storage or the server answers: the search is over
             self.warn(f"the model of the best trial did not reach MLflow: {self.store.reason(error)}")
+            return None
+        return entry if logged else None
 
     def _run_of(self, record: TrialRecord) -> Run | None:
         """A trial's run, if it has one that is still there."""
@@ -203,12 +255,19 @@ class SearchRuns:
             if run is None and self.parent.run_id:
                 run = self._run_of(record)
             if run is not None:
-                self._finish(run, "KILLED", "the search was stopped before the trial's end; it can resume", hurry=True)
+                why = "the search was stopped before the trial's end; it can resume"
+                self._finish(run, record, "KILLED", why, hurry=True)
         deadline = time.monotonic() + (FINISH_TIMEOUT_S if status == "FINISHED" else HURRIED_TIMEOUT_S)
         for end in self._endings:
             end.join(max(0.0, deadline - time.monotonic()))
 
-    def _finish(self, run: Run, status: str, error: str | None, *, hurry: bool) -> None:
+    def _note_of(self, record: TrialRecord, how: str) -> str:
+        """A trial's description."""
+        return trial_note(self.config, record, how, self.name, self.about.data, self.about.num_val, self.about.trials)
+
+    def _finish(self, run: Run, record: TrialRecord, status: str, error: str | None, *, hurry: bool) -> None:
+        how = how_it_ended(record.status if record.ended else status, error, record.epoch)
+        run.note = self._note_of(record, how)
         end = threading.Thread(target=run.finish, args=(status, error), kwargs={"hurry": hurry}, daemon=True)
         end.start()
         self._endings.append(end)
@@ -227,8 +286,10 @@ class SearchRuns:
                 run.tag(best="true" if is_best else "false")
 
 
-def _best_checkpoint(record: TrialRecord, trials: StoragePath, metric: str) -> tuple[StoragePath, int] | None:
-    """The checkpoint of a trial's best epoch, or else of the best of those that are there, and its epoch. Ray Train
+def _best_checkpoint(
+    record: TrialRecord, trials: StoragePath, metric: str
+) -> tuple[StoragePath, dict[str, Any]] | None:
+    """The checkpoint of a trial's best epoch, or else of the best of those that are there, and that epoch. Ray Train
     keeps the one of the lowest top-1 error, which need not be the best by another metric, and the last."""
     since = record.start["epoch"] if record.start else 0  # what came before was trained with other settings
     history = [entry for entry in record.history if entry["epoch"] > since] or record.history
@@ -236,5 +297,5 @@ def _best_checkpoint(record: TrialRecord, trials: StoragePath, metric: str) -> t
         for folder in (record.folder, *reversed(record.earlier_folders)):
             checkpoint = trials / folder / checkpoint_name(entry["epoch"])
             if (checkpoint / WEIGHTS).size() is not None:
-                return checkpoint, entry["epoch"]
+                return checkpoint, entry
     return None

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.base import logs
-from orchestrator.base.environment import command
+from orchestrator.base.environment import command, command_line
 from orchestrator.base.exits import Interrupted, JobError, catch_signals, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
 from orchestrator.base.shown import count_of
@@ -35,7 +35,7 @@ from orchestrator.search.entries import CostSoFar, WorkersStarted
 from orchestrator.search.folder import BEST_YAML, TRIALS, TUNES_OWN, SearchFolder
 from orchestrator.search.forecast import check_all, check_plans
 from orchestrator.search.journal import JOURNAL, Journal, TrialRecord
-from orchestrator.search.mlflow_runs import SearchRuns
+from orchestrator.search.mlflow_runs import About, SearchRuns
 from orchestrator.search.plots import all_pictures
 from orchestrator.search.report import summary
 from orchestrator.search.retention import Retention
@@ -43,6 +43,7 @@ from orchestrator.search.view import SearchView
 from orchestrator.tracking.store import Store, tracking_uri_of
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import Logged, PlacementGroupMade, TrialEvent, TrialPayload, TrialStarted
+from orchestrator.train.model_card import data_line
 from orchestrator.train.run_folder import KEPT, RUN_LOG, check_identity
 from orchestrator.train.run_lock import RunLock
 
@@ -82,9 +83,12 @@ class StopReason(enum.Enum):
 class Search:
     """One search of jobs/tune.py. The constructor finds what the user may have got wrong."""
 
-    def __init__(self, folder: SearchFolder, config: SearchConfig, *, resume: bool) -> None:
-        """Raises ValueError of one line, or DamagedData."""
-        self.folder, self.config, self.resume = folder, config, resume
+    def __init__(
+        self, folder: SearchFolder, config: SearchConfig, *, resume: bool, register: str | None = None
+    ) -> None:
+        """register: the name under which the best model is registered in MLflow. Raises ValueError of one line, or
+        DamagedData."""
+        self.folder, self.config, self.resume, self.register = folder, config, resume, register
         join(folder.output)
         self.data = Dataset(config.train, folder.output)
         check_all(config, self.data)
@@ -174,7 +178,9 @@ class Search:
         new_data = check_identity({"classes": self.classes, "digest": self.digest}, manifest, self.data.folder)
         for line in filter(None, (self.told, new_data)):
             self.view.say(line)
-        self.runs.begin(self.config, digest=manifest.digest if new_data else None)
+        began = command_line("tune") if not self.resume else self._command()
+        about = About(redact_all(began), data_line(manifest), manifest.rows["val"], self.folder.path / TRIALS)
+        self.runs.begin(self.config, digest=manifest.digest if new_data else None, about=about)
         self.classes, self.digest = list(manifest.classes), manifest.digest
         self.folder.write_result(self._outcome("RUNNING", None))  # for a --resume after this process was killed
         each = f"{count_of(train.worker_range[1], 'worker')} of {count_of(train.threads or 1, 'thread')} each"
@@ -357,7 +363,10 @@ class Search:
         finally:  # storage may be what failed
             self.runs.end(status, error, result, pictures, best)
         if status == "FINISHED" and result["best"] is not None:
-            self.runs.log_best_model(self.journal.trials[result["best"]], self.data, self.folder.path / TRIALS)
+            self.runs.log_best_model(
+                self.journal.trials[result["best"]], self.data, self.folder.path / TRIALS, self.register,
+                f"{self._command()} --register {self.register}", self.view.say,
+            )  # fmt: skip
         if result["best"] is not None:
             lines = summary(result, self.config, self.journal, self.folder, list(pictures), self.store.uri)
             self.view.say("", *self.view.findings(self.data.rows["val"]), "", *lines.splitlines())

@@ -1,13 +1,17 @@
 """Models in MLflow, by their addresses: runs:/RUN_ID/model, models:/NAME/VERSION, models:/NAME@ALIAS."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.base.shown import LONGEST_VALUE, shown
+from orchestrator.base.shown import LONGEST_VALUE, quoted, shown
+from orchestrator.tracking.run import Run
 from orchestrator.tracking.store import Store
 
 SCHEMES = ("runs:/", "models:/")
+CHAMPION = "champion"  # the alias of the version to use: models:/NAME@champion
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,89 @@ def fetch(store: Store, address: str, into: Path) -> LoggedModel:
 def _run_of(info: Any) -> str | None:
     run_id: str | None = info.run_id
     return run_id or None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    is_new: bool = True  # registered by this call
+
+    @property
+    def address(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def check_name(flag: str, name: str) -> str:
+    """Raises ValueError of one line for a name that no registered model can have."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}", name):
+        raise ValueError(
+            f"{flag} {quoted(name)}: use at most 150 letters, digits, '.', '_' and '-', first a letter or digit"
+        )
+    return name
+
+
+def register(run: Run, name: str, tags: Mapping[str, str], description: str = "") -> Registered:
+    """The newest model of a run as a version of a registered model; the one that it is already, if there is one.
+
+    tags: of the version. Retries while the server is away, for up to run.patience_s. Raises ValueError of one line
+    for a run without a model, and what the server answers.
+    """
+    return run.patiently(lambda: _register(run.store, run.run_id, name, tags, description))
+
+
+def _register(store: Store, run_id: str, name: str, tags: Mapping[str, str], description: str) -> Registered:
+    import mlflow
+
+    model_id = _newest_model(store, run_id)
+    try:
+        store.client.create_registered_model(name)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for known in store.client.search_model_versions(f"name = '{name}'"):
+        if known.run_id == run_id and known.source == f"models:/{model_id}":
+            return Registered(name, str(known.version), is_new=False)
+    made = store.client.create_model_version(
+        name, f"models:/{model_id}", run_id, dict(tags), description=description, await_creation_for=0,
+        model_id=model_id,
+    )  # fmt: skip
+    return Registered(name, str(made.version))
+
+
+def _newest_model(store: Store, run_id: str) -> str:
+    """The id of the last model that a run logged. Raises ValueError of one line."""
+    outputs = store.client.get_run(run_id).outputs
+    models = outputs.model_outputs if outputs else []
+    if not models:
+        raise ValueError(f"the run {run_id} has no model in MLflow")
+    newest: str = max(models, key=lambda output: output.step).model_id
+    return newest
+
+
+def champion(store: Store, name: str) -> str | None:
+    """The version of a registered model that its alias `champion` stands for; None if there is none.
+
+    Raises what the server answers.
+    """
+    import mlflow
+
+    try:
+        return str(store.client.get_model_version_by_alias(name, CHAMPION).version)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            return None
+        raise
+
+
+def make_champion(run: Run, registered: Registered, reason: str) -> None:
+    """Move the alias `champion` to a version, which is told why. Retries, and raises, as `register`."""
+
+    def move() -> None:
+        client = run.store.client
+        client.set_model_version_tag(registered.name, registered.version, "champion.reason", reason[:5000])
+        client.set_registered_model_alias(registered.name, CHAMPION, registered.version)
+
+    run.patiently(move)

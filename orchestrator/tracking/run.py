@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.base.environment import job_id
 from orchestrator.base.exits import JobError
 from orchestrator.base.redaction import redact
+from orchestrator.tracking.note import LONGEST_NOTE, NOTE, USER, user
 from orchestrator.tracking.sender import Sender
 from orchestrator.tracking.store import RETRY_S, Metrics, Store, T, is_refusal, is_transient, said_if_slow
 
@@ -23,11 +24,13 @@ class Run:
     """One MLflow run. Once it is begun, a server that fails is no reason to stop: `warn` is told.
 
     patience_s: how long beginning a run, and storing a file, is retried if the server does not answer.
+    note: its description (note.py), sent when it begins and when it ends.
     """
 
     def __init__(self, store: Store, warn: Callable[[str], None] = lambda text: None) -> None:
         self.store, self.client, self.warn, self.run_id = store, store.client, warn, ""
         self.patience_s, self.is_given_up = 0.0, False
+        self.note = ""
         self.replaced: str | None = None  # the id of an earlier run that is not there any more
         self.sender = Sender(store, lambda: self.run_id, lambda text: self.warn(text))
 
@@ -65,6 +68,7 @@ class Run:
                 self.client.delete_tag(earlier, "error")
             if job := job_id():
                 self.client.set_tag(earlier, JOB, job)
+            self._send_note()
             if lost:  # it may have been made and not been told its settings
                 try:
                     self._log_params(params)
@@ -73,7 +77,9 @@ class Run:
                         raise
             return False
         self.replaced = run_id
-        tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL"}
+        tags = {"mlflow.runName": name, "mlflow.source.name": script, "mlflow.source.type": "LOCAL", USER: user()}
+        if self.note:
+            tags[NOTE] = self.note[:LONGEST_NOTE]
         if commit := _git_commit():
             tags["mlflow.source.git.commit"] = commit
         if parent:
@@ -84,6 +90,10 @@ class Run:
             self.run_id = self.client.create_run(self.store.experiment_id, tags=tags).info.run_id
         self._log_params(params)
         return True
+
+    def _send_note(self) -> None:
+        if self.note:
+            self.client.set_tag(self.run_id, NOTE, self.note[:LONGEST_NOTE])
 
     def _log_params(self, params: dict[str, Any]) -> None:
         import mlflow
@@ -186,6 +196,7 @@ class Run:
             try:
                 if error:
                     self.client.set_tag(self.run_id, "error", error[:5000])
+                self._send_note()
                 self.client.set_terminated(self.run_id, status)
                 return
             except Exception as trouble:

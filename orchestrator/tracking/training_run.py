@@ -1,5 +1,6 @@
 """The MLflow run of a training run: parameters, dataset, model."""
 
+import base64
 import contextlib
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from orchestrator.tracking.run import FINISH_TIMEOUT_S, Run, within
 from orchestrator.tracking.store import Store
 
 MONITOR_TIMEOUT_S = 10.0
+MODEL = "model"  # its name in its run: runs:/RUN_ID/model
 
 
 class Tracker:
@@ -36,14 +38,15 @@ class Tracker:
         *,
         run_id: str | None = None,
         new_data: bool = False,
+        note: str = "",
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Begin a run, or go on with an earlier one; log what is known at the start.
 
         new_data: whether its images may be others than those of the earlier run. From here on a server that fails is
-        no reason to stop training: `warn` is told, and metrics are sent later.
+        no reason to stop training: `warn` is told, and metrics are sent later. note: the run's description (note.py).
         """
-        run, run.warn = self.run, warn
+        run, run.warn, run.note = self.run, warn, note
         patience = run.patience_s
         is_new = run.begin(name, "jobs/train.py", config.resolved(), run_id=run_id)
         run.say_if_replaced()
@@ -63,38 +66,36 @@ class Tracker:
         self._monitor = SystemMetricsMonitor(run.run_id, resume_logging=bool(run_id))
         self._monitor.start()
 
-    def log_model(self, folder: Path, image_size: int, num_classes: int) -> None:
-        """The net of a model's folder (alexnet/trained.py) as an MLflow model: stored images in, class probabilities
-        out. Nothing in it is pickled."""
+    def log_model(self, folder: Path, step: int = 0) -> str | None:
+        """The net of a model's folder (alexnet/trained.py) as an MLflow model (served_model.py), of which nothing is
+        pickled; returns its id, or None after a warning. step: by which the newest of a run's models is told."""
         import mlflow
-        import numpy as np
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
 
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, image_size, image_size, 3))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
-        )
         # advice for authors of models; not catch_warnings, which is no good beside MLflow's own threads
         warnings.filterwarnings("ignore", message="(?is).*input example", category=UserWarning)
         here = Path(__file__).parent
 
-        def log() -> None:
+        def log() -> str:
             with mlflow.start_run(run_id=self.run.run_id, log_system_metrics=False):
-                mlflow.pyfunc.log_model(
-                    name="model",
+                logged = mlflow.pyfunc.log_model(
+                    name=MODEL,
                     python_model=str(here / "served_model.py"),
                     artifacts={"net": str(folder)},
                     code_paths=[str(here.parent.parent / "alexnet")],
-                    signature=signature,
-                    pip_requirements=["torch", "numpy", "numba", "pillow", "safetensors", "simplejpeg"],
+                    signature=_signature(),
+                    input_example=[base64.b64encode(_example()).decode()],
+                    model_config={"files": False},
+                    pip_requirements=["torch", "numpy", "numba", "pandas", "pillow", "safetensors", "simplejpeg"],
+                    step=step,
                 )
+            return str(logged.model_id)
 
         try:
-            self.run.patiently(log)
+            return self.run.patiently(log)
         except Exception as error:
             run = self.run
             run.warn(f"the model did not reach MLflow; its checkpoint is kept: {run.store.reason(error)}")
+            return None
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:
         if self._monitor is not None:  # it sends its last values itself, to a server that may be away
@@ -137,3 +138,31 @@ class Tracker:
         entity = dataset._to_mlflow_entity()
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
         self.run.client.log_inputs(self.run.run_id, inputs)
+
+
+def _signature() -> Any:
+    """What the model answers, and its parameters; why it has no schema of its input is in served_model.py."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, Object, Property
+
+    guess = Object([Property("class", DataType.string), Property("probability", DataType.double)])
+    return ModelSignature(
+        outputs=Schema([
+            ColSpec(DataType.string, "class"), ColSpec(DataType.double, "probability"), ColSpec(Array(guess), "top"),
+        ]),
+        params=ParamSchema([
+            ParamSpec("top", DataType.long, 5), ParamSpec("views", DataType.long, 1),
+            ParamSpec("probabilities", DataType.boolean, False),
+        ]),
+    )  # fmt: skip
+
+
+def _example() -> bytes:
+    """A picture of 48 x 48 pixels as a JPEG: a slope from dark to light."""
+    import numpy as np
+
+    from alexnet import images
+
+    slope = np.linspace(0, 255, 48).astype(np.uint8)
+    return images.encode(np.stack([np.broadcast_to(slope, (48, 48))] * 3, axis=2), quality=90)

@@ -1,8 +1,9 @@
-"""The model of a checkpoint, to MLflow: of a run's best epoch, and of a search's best trial."""
+"""The model of a checkpoint, to MLflow: of a run's best epoch, and of a search's best trial; and its registration."""
 
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from alexnet.trained import WEIGHTS, write_description
@@ -10,26 +11,62 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.shards import read_mean_image
+from orchestrator.tracking import registry
+from orchestrator.tracking.run import Run
 from orchestrator.tracking.training_run import Tracker
+from orchestrator.train.messages import Metrics
 from orchestrator.train.model import describe
+from orchestrator.train.model_card import MODEL_CARD, data_line, errors_line, model_card, net_line
 
 EPOCH_TAG = "model.epoch"  # of the MLflow run: the epoch that the model is of
 
 log = logging.getLogger(__name__)
 
 
-def log_model(tracker: Tracker, config: TrainConfig, data: Dataset, checkpoint: StoragePath, epoch: int) -> None:
-    """Log the net of a checkpoint, which was saved after `epoch`, with what serving it takes. A server that fails is
-    warned of. Raises OSError where the checkpoint cannot be read, DamagedData where the mean image is not the data's.
+def log_model(
+    tracker: Tracker, config: TrainConfig, data: Dataset, checkpoint: StoragePath, entry: Metrics, place: StoragePath
+) -> bool:
+    """Log the net of a checkpoint, which was saved after the epoch `entry`, with what serving it takes and its card,
+    which is put into its run's folder, `place`, too.
+
+    Returns whether it was logged; a server that fails is warned of. Raises OSError where the checkpoint cannot be read,
+    DamagedData where the mean image is not the data's.
     """
-    num_classes = data.num_classes(config)
-    description = describe(config, data.manifest, num_classes, epoch)
+    epoch, run = int(entry["epoch"]), tracker.run
+    description = describe(config, data.manifest, data.num_classes(config), epoch)
     mean_image = read_mean_image(data.folder, data.manifest)
+    card = model_card(config, data.manifest, entry, run_id=run.run_id, checkpoint=checkpoint, place=place)
+    (place / MODEL_CARD).write(card.encode())
     log.info("logging the model of epoch %d to MLflow, from %s", epoch, checkpoint)
     with checkpoint.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "net")
         model.mkdir()
         shutil.copyfile(folder / WEIGHTS, model / WEIGHTS)
         write_description(model, description, mean_image)
-        tracker.log_model(model, data.manifest.image_size, num_classes)
-    tracker.run.tag(**{EPOCH_TAG: str(epoch)})
+        (model / MODEL_CARD).write_text(card)
+        logged = tracker.log_model(model, step=epoch) is not None
+    run.log_text(card, MODEL_CARD)
+    if logged:
+        run.tag(**{EPOCH_TAG: str(epoch)})
+    return logged
+
+
+def register_model(
+    run: Run, name: str, config: TrainConfig, data: Dataset, entry: Metrics, later: str, say: Callable[[str], None]
+) -> registry.Registered | None:
+    """Register the model that a run logged last under a name, and say its address.
+
+    later: the command that does it, which the warning names where it fails; the answer is then None.
+    """
+    manifest = data.manifest
+    tags = {
+        "data.digest": manifest.digest, "top1_error": f"{entry['val/top1_error']:.6f}", "epoch": str(entry["epoch"]),
+    }  # fmt: skip
+    about = f"{net_line(config)}. {data_line(manifest)}. {errors_line(entry, manifest.rows['val'])}."
+    try:
+        found = registry.register(run, name, tags, about)
+    except Exception as error:  # whatever the server answers: the training is done
+        run.warn(f"the model was not registered as {name}: {run.store.reason(error)}; register it later: {later}")
+        return None
+    say(f"registered as {found.address}" + ("" if found.is_new else ", which it was before"))
+    return found

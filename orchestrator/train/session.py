@@ -36,7 +36,8 @@ from orchestrator.train.messages import (
     Stopped,
     Warned,
 )
-from orchestrator.train.model_log import log_model
+from orchestrator.train.model_card import data_line, how_it_ended, run_note
+from orchestrator.train.model_log import log_model, register_model
 from orchestrator.train.overfitting import overfitting_warning
 from orchestrator.train.pretrained import Pretrained, said_of_start
 from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
@@ -96,13 +97,23 @@ def nothing_left(run: RunFolder, config: TrainConfig) -> list[str]:
 class Session:
     """One run of jobs/train.py. What the user can get wrong is checked when it is made.
 
-    Raises ValueError of one line for wrong settings, DamagedData for shards that do not match their manifest.
+    register: the name under which its best model is registered in MLflow. Raises ValueError of one line for wrong
+    settings, DamagedData for shards that do not match their manifest.
     """
 
+    register: str | None = None
+
     def __init__(
-        self, run: RunFolder, config: TrainConfig, *, resume: bool, recipe: str | None, start: Pretrained | None = None
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        *,
+        resume: bool,
+        recipe: str | None,
+        start: Pretrained | None = None,
+        register: str | None = None,
     ) -> None:
-        self.run, self.config, self.resume, self.recipe = run, config, resume, recipe
+        self.run, self.config, self.resume, self.recipe, self.register = run, config, resume, recipe, register
         self.view = TrainView()
         join(run.output)
         self.data = Dataset(config, run.output)
@@ -147,7 +158,7 @@ class Session:
         except Interrupted as stop:
             log.info("stopped by %s", stop)
             self._end("KILLED", f"stopped by {stop}")
-            self.view.line.print(f"stopped; resume with: {command('train')}{self.run.flag} --resume {self.run.name}")
+            self.view.line.print(f"stopped; resume with: {self._command()}")
             stop.said = True
             raise
         except BaseException as error:
@@ -193,6 +204,7 @@ class Session:
             self.data.folder,
             run_id=self.result.get("mlflow_run_id"),
             new_data=self.resume and self.result.get("digest") != manifest.digest,
+            note=self._note("running"),
             warn=lambda text: self.view.event(Warned(text=text)),
         )
         log.info("MLflow run %s at %s", self.tracker.run.run_id, redact(self.tracker.run.store.uri))
@@ -305,13 +317,34 @@ class Session:
             self.view.event(Warned(text="the best epoch's checkpoint is not stored: no model is logged to MLflow"))
             return
         best = StoragePath.of(self.result["best_checkpoint"])
-        log_model(self.tracker, self.config, self.data, best, self.result["best"]["epoch"])
+        entry = self.result["best"]
+        logged = log_model(self.tracker, self.config, self.data, best, entry, self.run.path)
+        if not self.register:
+            return
+        run, again = self.tracker.run, f"{self._command()} --register {self.register}"
+        if logged:
+            register_model(run, self.register, self.config, self.data, entry, again, self.view.line.print)
+        else:
+            run.warn(f"no model was registered as {self.register}; register it later: {again}")
+
+    def _command(self) -> str:
+        """That resumes the run."""
+        return f"{command('train')}{self.run.flag} --resume {self.run.name}"
+
+    def _note(self, how: str) -> str:
+        """The run's description in MLflow."""
+        manifest = self.data.manifest
+        return run_note(
+            self.config, data_line(manifest), self.run.path, how, manifest.rows["val"], self.result.get("best")
+        )
 
     def _end(self, status: str, error: str | None = None) -> None:
         error = redact_all(error) if error else None
         self.result |= {"status": status, "error": error}
         self._keep_time()
         try:
+            if self.tracker.run.run_id:
+                self.tracker.run.note = self._note(how_it_ended(status, error, len(self.result.get("history") or ())))
             if status != "FINISHED":
                 self.result["checkpoint"] = self.run.latest_checkpoint()
             self.run.write_result(self.result)

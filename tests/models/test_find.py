@@ -134,7 +134,7 @@ def test_a_model_in_mlflow_is_fetched_by_run_and_by_alias(run, tmp_path, monkeyp
     tracker = Tracker(uri)
     tracker.run.begin("logged", "jobs/train.py", {"data": "shards/mine"})
     save(tmp_path / "net", 8)
-    tracker.log_model(tmp_path / "net", 72, 3)
+    tracker.log_model(tmp_path / "net")
     tracker.finish("FINISHED", hurry=False)
     client, run_id = Store(uri).client, tracker.run.run_id
     mlflow.set_tracking_uri(uri)

@@ -45,7 +45,7 @@ def ended(tmp_path):
     digest = hashlib.sha256((tmp_path / "mean.npy").read_bytes()).hexdigest()
     manifest = SimpleNamespace(
         mean_image_file="mean.npy", mean_image_sha256=digest, classes=["0"], class_names=[], image_size=72,
-        source="mine", digest="d",
+        source="mine", digest="d", rows={"train": 400, "val": 100},
     )  # fmt: skip
     data = SimpleNamespace(manifest=manifest, folder=StoragePath.of(tmp_path), num_classes=lambda config: 10)
     yield SimpleNamespace(
@@ -67,20 +67,27 @@ def test_the_best_trial_s_run_gets_its_model_and_stays_as_it_ended(ended):
     before = ended.run.client.get_run(ended.run.run_id).info
     for epoch in (2, 3):
         store_checkpoint(ended, epoch)
-    ended.runs.log_best_model(ended.record, ended.data, ended.trials)
-    assert ended.said == []
+    told = []
+    ended.runs.log_best_model(ended.record, ended.data, ended.trials, "tuned", "tune --register tuned", told.append)
+    assert (ended.said, told) == ([], ["registered as models:/tuned/1"])
+    assert "| top-1 | 20.00 % |" in (ended.trials.local / "0000" / "model_card.md").read_text()
+    assert ended.run.client.get_model_version("tuned", "1").tags["top1_error"] == "0.200000"
     after = ended.run.client.get_run(ended.run.run_id)
     assert after.data.tags["model.epoch"] == "2"
     assert (after.info.status, after.info.end_time) == ("KILLED", before.end_time)
     model = mlflow.pyfunc.load_model(f"runs:/{ended.run.run_id}/model")
-    assert model.predict(np.zeros((2, 72, 72, 3), np.uint8)).shape == (2, 10)
-    ended.runs.log_best_model(ended.record, SimpleNamespace(), ended.trials)  # resumed: it is there
-    assert ended.said == []
+    images = np.zeros((2, 72, 72, 3), np.uint8)
+    assert model.predict(images, params={"probabilities": True}).shape == (2, 10)
+    ended.runs.log_best_model(ended.record, ended.data, ended.trials, "tuned", "", told.append)  # resumed: it is there
+    assert (ended.said, told[1:]) == ([], ["registered as models:/tuned/1, which it was before"])
 
 
 def test_a_best_trial_whose_checkpoints_are_gone_is_one_warning(ended):
-    ended.runs.log_best_model(ended.record, ended.data, ended.trials)
-    assert ended.said == ["the checkpoint of the best trial, 0, is gone: no model is logged to MLflow"]
+    ended.runs.log_best_model(ended.record, ended.data, ended.trials, "tuned", "tune --register tuned")
+    assert ended.said == [
+        "the checkpoint of the best trial, 0, is gone: no model is logged to MLflow",
+        "no model was registered as tuned; register it later: tune --register tuned",
+    ]
     assert "model.epoch" not in ended.run.client.get_run(ended.run.run_id).data.tags
 
 

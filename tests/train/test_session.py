@@ -106,7 +106,7 @@ def model_data(folder, name="mean.npy", classes=("0",)):
         np.save(opened, mean)
     manifest = SimpleNamespace(
         mean_image_file=name, mean_image_sha256=hashlib.sha256(file.read_bytes()).hexdigest(), image_size=72,
-        classes=classes, class_names=(), source="mine", digest="d",
+        classes=classes, class_names=(), source="mine", digest="d", rows={"train": 400, "val": 100},
     )  # fmt: skip
     return SimpleNamespace(folder=StoragePath.of(folder), num_classes=lambda config: 10, manifest=manifest)
 
@@ -115,9 +115,10 @@ def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session
     """It is under a plain name in a temporary folder, even if a manifest's check were to fail."""
     logged = []
 
-    def log_model(folder, *rest):
+    def log_model(folder, **step):
         logged.append(sorted(path.name for path in folder.iterdir()))
         assert np.load(folder / "mean_image.npy").max() == 7
+        return "m-1"
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     session.tracker.log_model = log_model
@@ -126,7 +127,7 @@ def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session
         (tmp_path / "data").mkdir(exist_ok=True)
         session.data = model_data(tmp_path / "data", name)
         session._log_outcome()
-    assert logged == 2 * [["mean_image.npy", "model.safetensors", "net.json"]]
+    assert logged == 2 * [["mean_image.npy", "model.safetensors", "model_card.md", "net.json"]]
 
 
 # events
@@ -160,7 +161,8 @@ def session(tmp_path):
     session.started, session.elapsed_before_s = time.monotonic(), 0.0
     manifest = SimpleNamespace(classes=("cat", "dog"), class_rows={"train": (30, 2), "val": (8, 4)})
     session.class_errors = ClassErrors(manifest, {})
-    session.data = SimpleNamespace(manifest=SimpleNamespace(rows={"train": 32, "val": 12}))
+    known = SimpleNamespace(source="mine", digest="d", classes=("cat", "dog"), rows={"train": 32, "val": 12})
+    session.data = SimpleNamespace(manifest=known)
     session.view = TrainView()
     session.shown = io.StringIO()
     session.view.line = LiveLine(session.shown)
@@ -204,8 +206,9 @@ def test_the_model_in_mlflow_is_of_the_epoch_that_it_is_said_to_be(session, tmp_
     )
     session.data, models = model_data(tmp_path), []
 
-    def log_model(folder, *rest):
+    def log_model(folder, **step):
         models.append(((folder / "model.safetensors").read_text(), json.loads((folder / "net.json").read_text())))
+        return "m-1"
 
     session.tracker.log_model = log_model
     session._log_outcome()
