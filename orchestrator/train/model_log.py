@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from alexnet.trained import WEIGHTS, write_description
+from alexnet.trained import DESCRIPTION, MEAN_IMAGE, WEIGHTS, write_description
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
@@ -33,8 +33,6 @@ def log_model(
     DamagedData where the mean image is not the data's.
     """
     epoch, run = int(entry["epoch"]), tracker.run
-    description = describe(config, data.manifest, data.num_classes(config), epoch)
-    mean_image = read_mean_image(data.folder, data.manifest)
     card = model_card(config, data.manifest, entry, run_id=run.run_id, checkpoint=checkpoint, place=place)
     (place / MODEL_CARD).write(card.encode())
     log.info("logging the model of epoch %d to MLflow, from %s", epoch, checkpoint)
@@ -42,7 +40,12 @@ def log_model(
         model = Path(temporary, "net")
         model.mkdir()
         shutil.copyfile(folder / WEIGHTS, model / WEIGHTS)
-        write_description(model, description, mean_image)
+        if (folder / DESCRIPTION).is_file():  # its mean image may be another than the data's (pretrained.py)
+            for name in (MEAN_IMAGE, DESCRIPTION):
+                shutil.copyfile(folder / name, model / name)
+        else:  # of before 0.3
+            description = describe(config, data.manifest, data.num_classes(config), epoch)
+            write_description(model, description, read_mean_image(data.folder, data.manifest))
         (model / MODEL_CARD).write_text(card)
         logged = tracker.log_model(model, step=epoch) is not None
     run.log_text(card, MODEL_CARD)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import alexnet
 from orchestrator.base import logs
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
@@ -109,6 +110,27 @@ def model_data(folder, name="mean.npy", classes=("0",)):
         classes=classes, class_names=(), source="mine", digest="d", rows={"train": 400, "val": 100},
     )  # fmt: skip
     return SimpleNamespace(folder=StoragePath.of(folder), num_classes=lambda config: 10, manifest=manifest)
+
+
+def test_the_model_in_mlflow_has_the_mean_image_of_its_checkpoint(session, tmp_path):
+    """It may have started from another net, whose mean image it keeps."""
+    net = alexnet.build("paper", 10, width=0.0625, input_size=64)
+    build = {"preset": "paper", "num_classes": 10, "width": 0.0625, "input_size": 64}
+    start = alexnet.Description(build, tuple("abcdefghij"), epoch=1)
+    alexnet.TrainedNet(net, start, np.full((72, 72, 3), 99, np.float32)).save(tmp_path / "checkpoint")
+    logged = []
+
+    def log_model(folder, *rest, **more):
+        found = alexnet.load(folder)
+        logged.append((found.mean_image.max(), found.description.epoch))
+
+    session.tracker.log_model = log_model
+    session.result = {
+        "history": [entry(1, 0.5)], "best": entry(1, 0.5), "best_checkpoint": str(tmp_path / "checkpoint"),
+    }  # fmt: skip
+    session.data = model_data(tmp_path / "data")
+    session._log_outcome()
+    assert logged == [(99, 1)]
 
 
 def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session, tmp_path):
