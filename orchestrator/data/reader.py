@@ -201,7 +201,7 @@ def _read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...]) 
     columns = ["label", "id"] if mapped else ["image", "label", "id"]
     try:
         table = place.with_retries(lambda: _open(place).read_row_group(index, columns=columns), "read")
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: of names in its footer
         text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
         if isinstance(error, OSError) and error.errno is not None:  # the disk or the network: another try may succeed
             raise JobError(text) from None
