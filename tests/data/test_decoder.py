@@ -157,6 +157,7 @@ def test_no_file_is_written_and_no_child_is_left(bad, tmp_path):
     bad(write)
     with pytest.raises(JobError, match="File too large"):
         decoded([BAD])
+    bad(lambda: READ(jpegs(1)[0]))
     stopped = Decoder(SIZE, False, images.WHITE).outcomes(entries([BAD] * 9), [(n, lambda: BAD) for n in range(9)])
     next(stopped)
     stopped.close()
