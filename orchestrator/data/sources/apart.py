@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 )
 FIELDS: dict[str, tuple[Any, Any]] = {  # of a Source in JSON: its type, and that of a list's items
     "name": (str, None), "format": (str, None), "image_size": (int, None), "classes": (list, str),
-    "class_names": (list, str), "misplaced": (list, list), "left_out": (list, list), "warnings": (list, str),
+    "class_names": (list, str), "misplaced": (list, list), "left_out": (list, list), "warnings": (list, str), "found": (list, str),
 }  # fmt: skip
 ERRORS: dict[str, type[Exception]] = {"value": ValueError, "job": JobError, "storage": StorageError}
 
@@ -104,7 +104,7 @@ def unpacked(data: bytes, root: StoragePath) -> Source:
         runs = _runs(head["runs"], splits)
         found = Source(
             head["name"], head["format"], tuple(head["classes"]), splits, image_size=head["image_size"],
-            class_names=tuple(head["class_names"]), warnings=head["warnings"], runs=runs, **pairs,
+            class_names=tuple(head["class_names"]), warnings=head["warnings"], found=head["found"], runs=runs, **pairs,
         )  # fmt: skip
     except _Error as error:
         raise error.kind(error.message) from None
