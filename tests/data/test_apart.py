@@ -40,7 +40,8 @@ def source(**changes) -> Source:
     }
     found = Source(
         "photos", "tar", ("cat", "dog"), entries, image_size=72, class_names=("a cat", "a\ndog"),
-        misplaced=[("m", "why")], left_out=[("l", "\ud800")], warnings=["w"], found=["f"], runs={"train": [1, 1], "val": [2]},
+        misplaced=[("m", "why")], left_out=[("l", "\ud800")], warnings=["w"], found=["f"],
+        runs={"train": [1, 1], "val": [2]},
     )  # fmt: skip
     return replace(found, **changes)
 

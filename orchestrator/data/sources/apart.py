@@ -33,7 +33,8 @@ SCHEMA = pa.schema(
 )
 FIELDS: dict[str, tuple[Any, Any]] = {  # of a Source in JSON: its type, and that of a list's items
     "name": (str, None), "format": (str, None), "image_size": (int, None), "classes": (list, str),
-    "class_names": (list, str), "misplaced": (list, list), "left_out": (list, list), "warnings": (list, str), "found": (list, str),
+    "class_names": (list, str), "misplaced": (list, list), "left_out": (list, list),
+    "warnings": (list, str), "found": (list, str),
 }  # fmt: skip
 ERRORS: dict[str, type[Exception]] = {"value": ValueError, "job": JobError, "storage": StorageError}
 
