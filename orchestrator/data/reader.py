@@ -169,10 +169,10 @@ class RowGroup:
         for first in range(0, len(rows), DECODED_AT_A_TIME):
             part = rows[first : first + DECODED_AT_A_TIME]
             for target, row in zip(pixels, part, strict=False):
-                data = memoryview(self.images[row].as_buffer()).cast("B")
                 try:
+                    data = memoryview(self.images[row].as_buffer()).cast("B")
                     simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=target)
-                except ValueError as error:
+                except (ValueError, TypeError) as error:  # the latter: the row has no bytes
                     raise DamagedData(f"{self.name}: image {self.ids[row]} cannot be decoded: {error}") from None
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
