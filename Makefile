@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train tune token ui test cluster quick long check bench clean help
+.PHONY: setup train tune token ui test cluster quick long fuzz check bench clean help
 
 help:  ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +40,9 @@ cluster: setup  ## test a cluster of hosts in network namespaces, as root; FAULT
 
 quick: setup  ## run the fast tests, which do not start Ray, under two minutes
 	$(BIN)/python -m pytest -m "not ray and not slow and not long and not cluster"
+
+fuzz: setup  ## feed damaged files to all readers of foreign files: make fuzz MINUTES=60
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),60)
 
 check: setup  ## check lint, format, types and the direction of imports
 	$(BIN)/ruff check .

@@ -56,22 +56,9 @@ def decode(
     """
     if not data:
         raise NotAnImage("empty file")
-    turn = 1
-    if data[:2] == b"\xff\xd8":
-        turn = jpeg_orientation(data) if exif else 1
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(height, width)
-            _check_scans(data, height, width)
-            if colorspace != "CMYK":
-                decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
-                if colorspace == "Gray":
-                    count("gray")
-                return _turned(decoded, turn, count)
-        except NotAnImage:
-            raise
-        except ValueError:
-            pass  # Pillow reads some that libjpeg's strict mode refuses; of the others it gives the reason
+    plain = decode_jpeg(data, exif=exif, count=count)
+    if plain is not None:
+        return plain
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and b"avif" not in data[8:64] and not _reads_heic():
         raise NotAnImage("HEIC: pip install pillow-heif")
     return _decode_with_pillow(data, warn, exif, background, count)
@@ -97,6 +84,28 @@ def decode_gray(data: bytes, side: int) -> tuple[NDArray[np.uint8], int]:
     image = decode(data)
     gray = (image @ np.array([77, 150, 29], np.uint16)) >> 8  # as JPEG weights the colours, in 256ths
     return gray.astype(np.uint8), min(image.shape[:2])
+
+
+def decode_jpeg(data: bytes, *, exif: bool = False, count: Callable[[str], None] = lambda what: None) -> Image | None:
+    """As `decode`, of a JPEG that libjpeg reads by itself, in a time and a memory that its headers bound; None of
+    anything else. Raises NotAnImage."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    turn = jpeg_orientation(data) if exif else 1
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(height, width)
+        _check_scans(data, height, width)
+        if colorspace == "CMYK":
+            return None
+        decoded: Image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except NotAnImage:
+        raise
+    except ValueError:
+        return None  # Pillow reads some that libjpeg's strict mode refuses; of the others it gives the reason
+    if colorspace == "Gray":
+        count("gray")
+    return _turned(decoded, turn, count)
 
 
 def jpeg_orientation(data: bytes) -> int:

@@ -42,7 +42,8 @@ from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
 from orchestrator.data.sheet import draw_classes
-from orchestrator.data.sources import FORMATS, Options, open_source
+from orchestrator.data.sources import FORMATS, Options
+from orchestrator.data.sources.apart import open_apart
 from orchestrator.data.view import CheckView, PrepareView, show_source
 
 SMALLEST = 64  # pixels
@@ -177,14 +178,14 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     line = LiveLine()
     try:
         if args.dry_run:
-            source = open_source(args.source, options_of(args), say=line.print)
+            source = open_apart(args.source, options_of(args), say=line.print)
             show_source(source, line)
             check_rejected(source, args.max_rejected)
             return 0
         output = StoragePath.of(args.output)
         if (output / shards.MANIFEST).size() is not None and not args.overwrite:
             flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
-        source = open_source(args.source, options_of(args), say=line.print)
+        source = open_apart(args.source, options_of(args), say=line.print)
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
         check_rejected(source, args.max_rejected)
         check_apart(args.source, output)

@@ -5,16 +5,19 @@ yaml on the head, which is how node types are known before any of their nodes ex
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from orchestrator.base.exits import last_line
+from orchestrator.base.shown import shown
 from orchestrator.cluster.nodes import uses_gpu
+from orchestrator.config.models import read_whole_yaml
 from orchestrator.config.train import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -38,30 +41,61 @@ class NodeType:
         return f"{self.name} ({self.cpus:g} CPUs, {self.gpus:g} GPUs{price})"
 
 
+class _Kind(BaseModel):
+    """What is read of a node type."""
+
+    resources: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    max_workers: Annotated[int, Field(ge=0)] | None = None
+    labels: dict[str, str | float] = {}
+
+    @field_validator("labels")
+    @classmethod
+    def _has_a_price(cls, labels: dict[str, str | float]) -> dict[str, str | float]:
+        if PRICE in labels and not 0 <= float(labels[PRICE]) < math.inf:
+            raise ValueError(f"{PRICE} is not a price")
+        return labels
+
+
+class _Cluster(BaseModel):
+    """What is read of a cluster's yaml; Ray's schema has the rest."""
+
+    provider: dict[str, Any] = {}
+    available_node_types: dict[str, _Kind] = {}
+    head_node_type: str | None = None
+    max_workers: Annotated[int, Field(ge=0)] | None = None
+
+
 def read_bootstrap(path: Path = BOOTSTRAP) -> dict[str, Any]:
     """The cluster's yaml, as `ray up` left it on the head; empty on other machines."""
     try:
-        config = yaml.safe_load(path.expanduser().read_text())
+        config = read_whole_yaml(path.expanduser())
+        _Cluster.model_validate(config)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        log.warning("%s: ignored: %s", path, shown(reason))
+        return {}
+    except (OSError, ValueError) as error:
         log.warning("%s: ignored: %s", path, last_line(error))
         return {}
-    return config if isinstance(config, dict) else {}
+    return dict(config)
 
 
 def node_types(path: Path = BOOTSTRAP) -> list[NodeType]:
     """The types of node that this cluster can start, smallest first; none if it has a fixed set of nodes."""
-    config = read_bootstrap(path)
-    if config.get("provider", {}).get("type") == "local":
+    config = _Cluster.model_validate(read_bootstrap(path))
+    if config.provider.get("type") == "local":
         return []
     found = []
-    for name, kind in config.get("available_node_types", {}).items():
-        has, most = kind.get("resources", {}), kind.get("max_workers", config.get("max_workers", 0))
-        if name != config.get("head_node_type") and most:
-            price = kind.get("labels", {}).get(PRICE)
-            most = min(most, config.get("max_workers", most))
-            found.append(NodeType(name, has.get("CPU", 0), has.get("GPU", 0), most, price and float(price)))
+    for name, kind in config.available_node_types.items():
+        most = (config.max_workers or 0) if kind.max_workers is None else kind.max_workers
+        if name != config.head_node_type and most:
+            price = kind.labels.get(PRICE)
+            most = most if config.max_workers is None else min(most, config.max_workers)
+            cpus, gpus = kind.resources.get("CPU", 0), kind.resources.get("GPU", 0)
+            found.append(NodeType(name, cpus, gpus, most, None if price is None else float(price)))
     return sorted(found, key=lambda kind: (kind.gpus, kind.cpus))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orchestrator.base.environment import command
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.config.models import read_whole_yaml
 from orchestrator.tracking.server import CLIENT, FOLDER
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,14 @@ class Head:
 
         Raises ValueError if the file is missing or not such a yaml, JobError if the cluster is not running.
         """
-        import yaml
         from ray.autoscaler.sdk import bootstrap_config, get_head_node_ip
 
         if not path.is_file():
             raise ValueError(f"{path}: no such file; give the yaml that `ray up` was given")
         try:
-            settings = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: cannot be read as YAML: {last_line(error)}") from None
+            settings = read_whole_yaml(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror or last_line(error)}") from None
         if not isinstance(settings, dict) or "provider" not in settings:
             raise ValueError(f"{path}: describes no cluster; give the yaml that `ray up` was given")
         try:

@@ -12,6 +12,7 @@ from orchestrator.base.storage import StoragePath
 
 MAX_YAML_BYTES = 100_000  # the largest search.yaml has a few thousand
 MAX_YAML_DEPTH = 10  # a search has 4
+MAX_WHOLE_DEPTH, MAX_WHOLE_NODES = 50, 100_000  # of a YAML that is another program's, its aliases written out
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 OCTAL = re.compile(r"[-+]?0o[0-7]+")  # of YAML 1.2; a text in 1.1
@@ -82,6 +83,29 @@ def parse_yaml(text: str | bytes, where: str) -> dict[str, Any]:
     return fields
 
 
+def read_whole_yaml(path: Path) -> Any:
+    """The value of a YAML file of another program, such as a cluster's: all of YAML, but no more of it than such a file
+    could need. Raises ValueError of one line, OSError where the file cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(MAX_YAML_BYTES + 1)
+    if len(data) > MAX_YAML_BYTES:
+        raise ValueError(f"{path}: more than {MAX_YAML_BYTES} bytes: this describes no cluster")
+    try:
+        text = data.decode()
+        _check_growth(text)
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text in UTF-8 (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{path}: not YAML: {line}{shown(error.problem or error.context, LONGEST_MESSAGE)}") from None
+    except _Refused as refusal:
+        raise ValueError(f"{path}, line {refusal.line}: {refusal}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:  # a date that is none, say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not YAML: {shown(reason, LONGEST_MESSAGE)}") from None
+
+
 def dump_yaml(parts: dict[str, Any], **options: Any) -> str:
     """YAML that `parse_yaml` reads as the same values. options: of yaml.dump."""
     text: str = yaml.dump(parts, Dumper=_Dumper, sort_keys=False, **options)
@@ -114,6 +138,31 @@ def _check_structure(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise _Refused(event.start_mark, f"nested more than {MAX_YAML_DEPTH} deep")
+
+
+def _check_growth(text: str) -> None:
+    """Refuse what nests, or grows by its aliases, without end. Raises _Refused, yaml.YAMLError."""
+    sizes: dict[str, int] = {}  # of what has an anchor, aliases written out
+    held: list[list[Any]] = [["", 0]]  # anchor and size of each collection around
+    for event in yaml.parse(text, yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            held.append([anchor, 1])
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, size = held.pop()
+            sizes[name] = size
+            held[-1][1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            if any(name == anchor for name, _ in held):
+                raise _Refused(event.start_mark, f"alias {quoted(anchor)}: stands within what it stands for")
+            held[-1][1] += sizes.get(anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[anchor or ""] = 1
+            held[-1][1] += 1
+        if len(held) > MAX_WHOLE_DEPTH + 1:
+            raise _Refused(event.start_mark, f"nested more than {MAX_WHOLE_DEPTH} deep")
+        if held[-1][1] > MAX_WHOLE_NODES:
+            raise _Refused(event.start_mark, f"more than {MAX_WHOLE_NODES} values, its aliases written out")
 
 
 def _value(node: Any) -> Any:

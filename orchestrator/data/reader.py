@@ -169,10 +169,10 @@ class RowGroup:
         for first in range(0, len(rows), DECODED_AT_A_TIME):
             part = rows[first : first + DECODED_AT_A_TIME]
             for target, row in zip(pixels, part, strict=False):
-                data = memoryview(self.images[row].as_buffer()).cast("B")
                 try:
+                    data = memoryview(self.images[row].as_buffer()).cast("B")
                     simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=target)
-                except ValueError as error:
+                except (ValueError, TypeError) as error:  # the latter: the row has no bytes
                     raise DamagedData(f"{self.name}: image {self.ids[row]} cannot be decoded: {error}") from None
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
@@ -201,7 +201,7 @@ def _read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...]) 
     columns = ["label", "id"] if mapped else ["image", "label", "id"]
     try:
         table = place.with_retries(lambda: _open(place).read_row_group(index, columns=columns), "read")
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: of names in its footer
         text = f"{place}, row group {index}: cannot be read: {str(error).splitlines()[0]}"
         if isinstance(error, OSError) and error.errno is not None:  # the disk or the network: another try may succeed
             raise JobError(text) from None

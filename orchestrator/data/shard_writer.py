@@ -15,6 +15,7 @@ from alexnet import images
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.schema import KEY, check_version
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.decoder import Decoder
 from orchestrator.data.read_ahead import read_ahead
 from orchestrator.data.shards import ROW_GROUP_ROWS, UNFINISHED, schema, sha256
 from orchestrator.data.sources import Entry, versions
@@ -114,23 +115,14 @@ class ShardWriter:
         made: list[tuple[int, bytes]] = []  # position and stored image
         counts: collections.Counter[str] = collections.Counter()
         rejected, guessed = [], []  # guessed: lines about images whose range of pixel values is not known
-        for position, load in read_ahead(entries):
-            entry = entries[position]
-            notes: list[str] = []
-            kinds: list[str] = []
-            try:
-                decoded = images.decode(
-                    load(), notes.append, exif=self.exif, background=self.background, count=kinds.append
-                )
-                pixels = images.resize_and_center(decoded, self.size)
-            except images.NotAnImage as reason:
-                rejected.append({"name": entry.name, "reason": str(reason)})
+        decoder = Decoder(self.size, self.exif, self.background)
+        for position, outcome in decoder.outcomes(entries, read_ahead(entries)):
+            if outcome.pixels is None:
+                rejected.append({"name": entries[position].name, "reason": outcome.reason})
                 continue
-            except (MemoryError, OSError) as fault:  # the machine's: another run would make another shard
-                what = "not enough memory" if isinstance(fault, MemoryError) else last_line(fault)
-                raise JobError(f"{entry.name}: cannot be decoded now: {what}; a lower --parallelism may do") from None
-            counts.update(kinds)
-            guessed += [f"{entry.name}: {note}" for note in notes]
+            pixels = outcome.pixels
+            counts.update(outcome.kinds)
+            guessed += [f"{entries[position].name}: {note}" for note in outcome.notes]
             moments.add(pixels)
             stored = pixels.tobytes() if self.jpeg_quality is None else images.encode(pixels, self.jpeg_quality)
             made.append((position, stored))

@@ -298,7 +298,7 @@ def _label_range(place: StoragePath) -> tuple[int, int]:
     try:
         with place.open() as file:
             labels = pq.read_table(file, columns=["label"])["label"].to_numpy()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DamagedData(f"{place}: shard cannot be read: {str(error).splitlines()[0]}") from None
     return (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
 

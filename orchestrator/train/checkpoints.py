@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -25,6 +25,7 @@ from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
+LONGEST_REASON = 200  # characters
 NEEDED = {"best", "num_bad_epochs", "last_epoch"}  # of PyTorch's schedule
 STATE_VERSION = 1  # of state.json; 0, without the key, is read too
 
@@ -90,6 +91,8 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
         for name, weight in weights.items():
             params[name].copy_(weight)
         for name, velocity in parts_of(folder / VELOCITIES, net):
+            if name not in params or velocity.shape != params[name].shape:
+                raise ValueError(f"{folder / VELOCITIES}: damaged: {quoted(name)} is the velocity of no weight")
             optimizer.state[params[name]]["velocity"] = torch.empty_like(params[name]).copy_(velocity)
     for group, lr in zip(optimizer.param_groups, rest["lr"], strict=True):
         group["lr"] = lr
@@ -122,7 +125,8 @@ def _read_state(path: Path, num_rates: int, schedule: dict[str, Any]) -> tuple[d
         state = State.model_validate(rest.get("state"))
     except ValidationError as error:
         first = error.errors()[0]
-        wrong = f"{'.'.join(map(str, ('state', *first['loc'])))}: {shown(first['msg'], LONGEST_VALUE)}"
+        where = shown(".".join(map(str, ("state", *first["loc"]))), LONGEST_VALUE)
+        wrong = f"{where}: {shown(first['msg'], LONGEST_VALUE)}"
     if wrong is not None:
         raise ValueError(f"{path}: damaged: {wrong}; resume from another checkpoint")
     return rest, state
@@ -184,10 +188,18 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 def parts_of(path: Path, net: ShardedNet, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """This worker's part of every tensor in the file but those `without`; nothing else of it is read."""
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  (not a dictionary)
-            if name in without:
-                continue
-            tensor = file.get_slice(name)
-            yield name, tensor[net.local_slice(name, tensor.get_shape()[net.partition.shard_dim(name)])]
+    """This worker's part of every tensor in the file but those `without`; nothing else of it is read. Raises
+    ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                if name in without:
+                    continue
+                tensor = file.get_slice(name)
+                shape, kind = tensor.get_shape(), tensor.get_dtype()
+                if kind not in _DTYPES.values() or len(shape) <= net.partition.shard_dim(name):
+                    raise SafetensorError(f"{quoted(name)} is {kind} of shape {shape}")
+                yield name, tensor[net.local_slice(name, shape[net.partition.shard_dim(name)])]
+    except (SafetensorError, OSError) as error:
+        reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__, LONGEST_REASON)
+        raise ValueError(f"{path}: cannot be read: {reason}; resume from another checkpoint") from None

@@ -1,7 +1,9 @@
 """The files that describe clusters, checked against Ray's own schema and this project's lock; nothing is started."""
 
+import json
 import re
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from conftest import ROOT
 
 import alexnet
 from orchestrator.cluster.prices import Meter, NodeType, node_types, read_bootstrap, usd_per_hour, would_start
+from orchestrator.cluster.tunnel import Head
 from orchestrator.config.train import make_config
 
 FILES = ["cluster.yaml", "clusters/onprem.yaml"]
@@ -151,6 +154,60 @@ def test_a_broken_yaml_on_the_head_starts_no_nodes(content, tmp_path):
     (tmp_path / "bootstrap.yaml").write_bytes(content)
     assert read_bootstrap(tmp_path / "bootstrap.yaml") == {}
     assert node_types(tmp_path / "bootstrap.yaml") == []
+
+
+def bomb(depth=30):
+    """Ten times ten times ten values, in a few lines."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 10) + "]" for n in range(1, depth)]
+    return "\n".join(lines)
+
+
+REFUSED = {
+    "bomb": (bomb(), "line 5: more than 100000 values, its aliases written out"),
+    "brackets": ("provider: " + "[" * 3000, "line 1: nested more than 50 deep"),
+    "loop": ("provider: &a [1, *a]", "line 1: alias 'a': stands within what it stands for"),
+    "tag": ("provider: !!python/object/apply:os.system [ls]", "not YAML: line 1: could not determine a constructor"),
+    "date": ("provider: 2026-99-99", "not YAML: month must be in 1..12"),
+    "control": ("provider: \x07", "not YAML: unacceptable character"),
+    "large": ("# " + "x" * 100_000, "more than 100000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_yaml_of_a_cluster_is_refused_in_one_line_and_at_once(name, tmp_path, caplog):
+    text, words = REFUSED[name]
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        Head.of(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+    assert node_types(path) == []
+    assert words in caplog.text
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"provider": []}, "provider: Input should be a valid dictionary"),
+        ({"available_node_types": {"gpu": "large"}}, "available_node_types.gpu: "),
+        ({"available_node_types": {"gpu": {"max_workers": -1}}}, "available_node_types.gpu.max_workers: "),
+        ({"available_node_types": {"gpu": {"resources": {"GPU": "many"}}}}, "available_node_types.gpu.resources.GPU: "),
+        ({"available_node_types": {"gpu": {"labels": {"usd-per-hour": "dear"}}}}, "available_node_types.gpu.labels: "),
+    ],
+)
+def test_a_yaml_on_the_head_of_other_kinds_of_values_is_named_and_starts_no_nodes(changes, words, tmp_path, caplog):
+    (tmp_path / "bootstrap.yaml").write_text(json.dumps({"provider": {"type": "aws"}} | changes))
+    assert node_types(tmp_path / "bootstrap.yaml") == []
+    assert words in caplog.text
+
+
+def test_aliases_of_a_yaml_that_people_write_are_followed():
+    kinds = read_bootstrap(ROOT / "cluster.yaml")["available_node_types"]
+    assert kinds == read("cluster.yaml")["available_node_types"]
 
 
 @pytest.mark.parametrize(

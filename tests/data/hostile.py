@@ -82,3 +82,14 @@ def pickle_of_repeats() -> bytes:
     for _ in range(40):
         value = [value, value]
     return pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": value}, protocol=2)
+
+
+def aborting_parquet() -> bytes:
+    """One byte of its footer says that a column has no nulls; pyarrow ends the process that looks at its statistics."""
+    out = io.BytesIO()
+    images = [{"bytes": b"x" * 10, "path": "a"}] * 4
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 0, 1]}), out)
+    data = out.getvalue()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    at = data.index(b"\x25\x02", footer) + 1  # the repetition of a column: optional
+    return data[:at] + b"\0" + data[at + 1 :]

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from alexnet import images
 from orchestrator.base.storage import StoragePath
-from orchestrator.data import sandbox
+from orchestrator.data import decoder, sandbox
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.sources import Entry
 
@@ -29,6 +29,8 @@ READ = {
     "gray16_png": "images.decode(data); raise ValueError('fine')",
     "tar_of_long_names": "open('x.tar', 'wb').write(data); "
     "from orchestrator.data.sources import ilsvrc; list(ilsvrc.members(StoragePath.of('x.tar')))",
+    "aborting_parquet": "open('x.parquet', 'wb').write(data); "
+    "from orchestrator.data.sources import apart; apart.open_apart('x.parquet')",
     "tar_of_a_huge_name": "open('x.tar', 'wb').write(data); "
     "from orchestrator.data.sources import ilsvrc; list(ilsvrc.members(StoragePath.of('x.tar')))",
 }
@@ -61,7 +63,7 @@ def test_a_hostile_file_ends_in_one_line_in_bounded_time_and_memory(tmp_path, na
     assert len(lines[0]) < 500
     assert int(lines[1]) < 1_100_000  # KB
     assert time.monotonic() - start < 60
-    assert {path.name for path in tmp_path.iterdir()} <= {"train.parquet", "x.tar"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"train.parquet", "x.parquet", "x.tar"}
 
 
 def grow(data: bytes) -> bytes:
@@ -94,12 +96,12 @@ def test_the_sandbox_limits_memory_time_and_writing(tmp_path, monkeypatch):
     assert sandbox.run(double, b"ab\n") == b"ab\nab\n"
     for reader, words in [
         (grow, "needs more than 512 MB"),
-        (spin, "took more than 5 seconds"),
+        (spin, "took more than (2|20) seconds"),
         (crash, "crashed its reader"),
         (write, "File too large"),
     ]:
         with pytest.raises(sandbox.Refused, match=words) as error:
-            sandbox.run(reader, b"x", seconds=5)
+            sandbox.run(reader, b"x", seconds=2)
         assert "\n" not in str(error.value)
     assert (tmp_path / "written").stat().st_size == 0 if (tmp_path / "written").exists() else True
 
@@ -114,6 +116,7 @@ def test_a_fault_of_the_machine_fails_the_task_and_rejects_no_image(tmp_path, mo
     whole = writer(row)
     assert whole["failure"] == ""
     assert json.loads(whole["report"])["rejected"] == []
+    monkeypatch.setattr(decoder, "_can_be_had", lambda count: False)  # or it would be the image that takes too much
     monkeypatch.setattr(PIL.Image, "open", lambda *args, **options: (_ for _ in ()).throw(fault))
     row = pack("train", "train/shard-00001.parquet", [Entry(0, 0, "train/a.ppm", data=ppm)])
     failure = writer(row)["failure"]

@@ -235,3 +235,39 @@ def test_tensor_files_have_the_header_that_older_versions_wrote(tmp_path):
             begin, end = end, end + 4 * math.prod(param.shape)
             assert header[key] == {"dtype": "F32", "shape": list(param.shape), "data_offsets": [begin, end]}
         assert len(content) == 8 + length + end
+
+
+def test_a_state_with_an_endless_name_ends_in_one_short_line(tmp_path):
+    checkpoints.save(tmp_path, *pieces(), checkpoints.State())
+    state = json.loads((tmp_path / "state.json").read_text())
+    state["state"]["x\n" * 3000] = 1
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"state.json: damaged: state.x\\nx") as error:
+        checkpoints.load(tmp_path, *pieces())
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model.safetensors", lambda data: data[:40], "cannot be read: .*; resume from another checkpoint"),
+        ("model.safetensors", lambda data: b"\xff" * 8 + data[8:], "cannot be read: "),
+        ("model.safetensors", lambda data: data.replace(b'"F32"', b'"I32"', 1), "is I32 of shape"),
+        (
+            "velocity.safetensors",
+            lambda data: data.replace(b"conv1.bias", b"conv9.bias"),
+            "'conv9.bias' is the velocity",
+        ),
+        ("velocity.safetensors", None, "cannot be read: No such file"),
+    ],
+)
+def test_damaged_tensors_are_named_in_one_line(tmp_path, file, change, words):
+    net, optimizer, schedule = pieces()
+    trained(1, net, optimizer)
+    checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
+    data = (tmp_path / file).read_bytes()
+    (tmp_path / file).unlink() if change is None else (tmp_path / file).write_bytes(change(data))
+    with pytest.raises(ValueError, match=f"{file}: .*{words}") as error:
+        checkpoints.load(tmp_path, *pieces())
+    assert "\n" not in str(error.value)

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.data import sandbox
 
@@ -26,6 +27,7 @@ MAX_BYTES = 2**26  # of a file in a small archive: twice the largest real one
 MAX_ARCHIVE_BYTES = 2**29  # of a small archive, unpacked
 MAX_META_BYTES = 2**24  # the real one has less than a megabyte
 META_SECONDS = 30  # the real one takes less than one
+MAX_MEMBER_BYTES = 2**60  # beyond it are numbers that no seek takes
 MAX_HEADER_BYTES = 2**16  # of a member's long name or extended header
 
 
@@ -120,13 +122,17 @@ def _meta_rows(data: bytes) -> bytes:
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """A member of an archive whose long names and extended headers are of a sensible size."""
+    """A member of an archive whose size is one, and whose long names and extended headers are of a sensible size."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
         if self.type in (*extended, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
             raise tarfile.HeaderError(f"an extended header of {self.size} bytes")  # read whole by tarfile
+        stated = self.size
         found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        for size in (stated, found.size):  # an extended or a sparse header may state another
+            if not 0 <= size <= MAX_MEMBER_BYTES:
+                raise tarfile.HeaderError(f"a member of {size} bytes")
         return found
 
 
@@ -134,9 +140,9 @@ def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
     """Raises ValueError for a member outside its archive. Nothing is unpacked, but no genuine archive has one."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{archive}: member {member.name!r} has an absolute or parent path; download it again")
+        raise ValueError(f"{archive}: member {quoted(member.name)} has an absolute or parent path; download it again")
     if not (member.isreg() or member.isdir()):
-        raise ValueError(f"{archive}: member {member.name!r} is a link or device, not a file; download it again")
+        raise ValueError(f"{archive}: member {quoted(member.name)} is a link or device, not a file; download it again")
 
 
 def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, bytes]:
@@ -156,7 +162,9 @@ def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, byte
                 name = PurePosixPath(member.name).name
                 if member.isreg() and name in wanted:
                     if member.size > MAX_BYTES:
-                        raise ValueError(f"{archive}: member {member.name!r} has {member.size} bytes: not genuine")
+                        raise ValueError(
+                            f"{archive}: member {quoted(member.name)} has {member.size} bytes: not genuine"
+                        )
                     file = tar.extractfile(member)
                     assert file is not None
                     found[name] = file.read()
@@ -183,5 +191,5 @@ def _devkit_file(root: StoragePath, name: str) -> tuple[StoragePath, bytes] | No
 def _truth(where: StoragePath, named: dict[str, str], label_of_class: dict[str, int]) -> Truth:
     for stem, wnid in named.items():
         if wnid not in label_of_class:
-            raise ValueError(f"{where}: {stem} is of class {wnid!r}, which is not in train")
+            raise ValueError(f"{where}: {stem} is of class {quoted(wnid)}, which is not in train")
     return Truth(str(where), {stem: label_of_class[wnid] for stem, wnid in named.items()})

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.devkit import DEVKIT, BoundedTarInfo, find_synsets, find_truth, refuse_unsafe
 from orchestrator.data.sources.listing import Entry, Say, Source
@@ -40,7 +41,7 @@ def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
     _refuse_twice(train, [name for name, _, _ in inner])
     wrong = [name for name, _, _ in inner if not name.endswith(".tar")]
     if wrong:
-        raise ValueError(f"{train}: member {wrong[0]!r} is not the archive of a class, such as n01440764.tar")
+        raise ValueError(f"{train}: member {quoted(wrong[0])} is not the archive of a class, such as n01440764.tar")
     classes = tuple(name.removesuffix(".tar") for name, _, _ in inner)
     for label, found in enumerate(_listings(train, inner, say)):
         for member, at in found:
@@ -83,7 +84,7 @@ def _listings(
 def _refuse_twice(archive: StoragePath, names: list[str]) -> None:
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{archive}: has two members named {twice!r}; download it again")
+        raise ValueError(f"{archive}: has two members named {quoted(twice)}; download it again")
 
 
 def members(
@@ -101,7 +102,7 @@ def members(
             for member in tar:
                 refuse_unsafe(member, shown)
                 if member.offset_data + member.size > window.length:
-                    raise ValueError(f"{shown}: truncated in member {member.name!r}; download it again")
+                    raise ValueError(f"{shown}: truncated in member {quoted(member.name)}; download it again")
                 if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's own
                     yield member, start + member.offset_data
             # tarfile takes a damaged header for the end; the true end is a block of zeros

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestrator.base.shown import count_of
+from orchestrator.base.shown import count_of, quoted
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
 from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
 from orchestrator.data.sources.splits import WORDS, split_of_name, split_of_path, with_val_drawn
@@ -59,8 +59,8 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
             unknown = sorted(set(in_val) - set(in_train))
             if unknown:
                 raise ValueError(
-                    f"--source {tree.shown}: {val}/ has the class {unknown[0]!r}, which is not in {train}/; rename or "
-                    "remove its folder"
+                    f"--source {tree.shown}: {val}/ has the class {quoted(unknown[0])}, which is not in {train}/; "
+                    "rename or remove its folder"
                 )
         found.add("val", val, in_val, truth)
         splits = found.splits
@@ -260,7 +260,9 @@ def _truth(tree: Tree, val: str, label_of: dict[str, int], synsets: Synsets, say
         named = {PurePosixPath(row[0]).stem: row[1] for row in rows if len(row) > 1}
         unknown = sorted(set(named.values()) - label_of.keys())
         if unknown:
-            raise ValueError(f"--source {tree.shown}: {listed} names the class {unknown[0]!r}, which is not in train/")
+            raise ValueError(
+                f"--source {tree.shown}: {listed} names the class {quoted(unknown[0])}, which is not in train/"
+            )
         truth = Truth(listed, {stem: label_of[name] for stem, name in named.items()})
     elif tree.root is None:
         raise ValueError(f"--source {tree.shown}: {val}/ is flat and has no {ANNOTATIONS}; unpack the archive")

@@ -196,7 +196,7 @@ def _read_column(place: StoragePath, row_group: int | None, name: str | None = N
 
     try:
         return place.with_retries(read_group, "read")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0]
         raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.base.shown import count_of
+from orchestrator.base.shown import count_of, quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.listing import (
     ARROW,
@@ -159,7 +159,7 @@ def _row_groups(root: StoragePath, name: str, columns: Columns) -> Iterator[_Row
                     statistics is not None and statistics.has_null_count and statistics.null_count == table.num_rows
                 )
                 yield _group(name, index, table, found, columns, parquet.schema_arrow, missing)
-    except (pa.ArrowException, OSError, IndexError) as error:
+    except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{place}: cannot be read as {'Arrow' if name.endswith(ARROW) else 'Parquet'}: {text}"
@@ -253,7 +253,7 @@ def _followed(tree: Tree, file: str, text: str | None) -> tuple[str | None, str]
     for candidate in (str(PurePosixPath(file).parent / path), path):
         if candidate in tree.files and may_be_image(candidate):
             return candidate, ""
-    return None, f"the row has no bytes, and its path {path!r} is not a file of the source"
+    return None, f"the row has no bytes, and its path {quoted(path)} is not a file of the source"
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,10 @@ class _Classes:
             name = str(int(value)) if is_number else str(value)
         label = self.label_of.get(name) if name is not None else None
         shown = value if name is None or not named else name
-        return label, "" if label is not None else f"its label {shown!r} is not one of the {len(self.names)} classes"
+        return (
+            label,
+            "" if label is not None else f"its label {quoted(shown)} is not one of the {len(self.names)} classes",
+        )
 
 
 def _missing(groups: list[_RowGroup]) -> str:

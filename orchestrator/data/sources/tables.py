@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestrator.base.shown import count_of
+from orchestrator.base.shown import count_of, quoted
 from orchestrator.data.sources.imagefolder import is_utf8, near_equal
 from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
 from orchestrator.data.sources.splits import into_two, renumbered, split_of_name, split_of_path
@@ -73,7 +73,7 @@ def open_caffe(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -
             if not parts:
                 continue
             if len(parts) != 2:
-                raise ValueError(f"--source {tree.shown}: {name}, line {number}: {line!r} is not `PATH LABEL`")
+                raise ValueError(f"--source {tree.shown}: {name}, line {number}: {quoted(line)} is not `PATH LABEL`")
             rows.append(Row(parts[0], parts[1], name.removesuffix(".txt")))
         found[name] = rows
     say("labels come from train.txt and val.txt")
@@ -159,7 +159,7 @@ def _read_records(tree: Tree, table: str) -> list[dict[str, str]]:
 def _part(value: str, column: str, table: str) -> str | None:
     found = split_of_name(value)
     if found is None and value.strip():
-        raise ValueError(f"--labels {table}: {column} = {value!r}: is no part; expected train, val or test")
+        raise ValueError(f"--labels {table}: {column} = {quoted(value)}: is no part; expected train, val or test")
     return found
 
 

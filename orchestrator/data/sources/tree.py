@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, UNFINISHED
 from orchestrator.data.sources.devkit import MAX_BYTES
@@ -166,16 +169,20 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
     try:
         with archive.open() as file, zipfile.ZipFile(file) as found:
             for info in found.infolist():
+                if not info.filename:
+                    raise ValueError(f"{archive}: has a member without a name; download it again")
                 if info.is_dir():
                     continue
                 path = PurePosixPath(info.filename)
                 if path.is_absolute() or ".." in path.parts:
-                    raise ValueError(f"{archive}: member {info.filename!r} has an absolute or parent path")
+                    raise ValueError(f"{archive}: member {quoted(info.filename)} has an absolute or parent path")
                 if info.flag_bits & ENCRYPTED:
-                    raise ValueError(f"{archive}: member {info.filename!r} is encrypted; unpack the archive first")
+                    raise ValueError(
+                        f"{archive}: member {quoted(info.filename)} is encrypted; unpack the archive first"
+                    )
                 if info.compress_type not in (STORED, DEFLATED):
                     raise ValueError(
-                        f"{archive}: member {info.filename!r} is packed in a way that is not read; unpack it"
+                        f"{archive}: member {quoted(info.filename)} is packed in a way that is not read; unpack it"
                     )
                 file.seek(info.header_offset)
                 header = file.read(LOCAL_HEADER)
@@ -183,7 +190,15 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
                 start = info.header_offset + LOCAL_HEADER + sum(lengths)
                 packed = info.compress_size if info.compress_type == DEFLATED else None
                 yield info.filename, Where(archive.text, start, info.file_size, packed)
-    except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError, RecursionError) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        struct.error,
+        NotImplementedError,
+        RecursionError,
+        UnicodeError,
+        pa.ArrowException,
+    ) as error:  # Arrow's: of a place outside the file
         raise ValueError(f"{archive}: cannot be read as a zip: {error}; download it again") from None
 
 
