@@ -215,7 +215,7 @@ def test_a_run_keeps_its_parameters_data_and_status_and_goes_on_under_its_id(uri
     run = client.get_run(tracker.run.run_id)
     assert run.info.status == "KILLED"
     assert run.data.tags["error"] == "stopped by SIGTERM"
-    assert run.data.params == {name: str(value) for name, value in digits().model_dump().items()}
+    assert run.data.params == {name: str(value) for name, value in digits().resolved().items()}
     assert run.inputs.dataset_inputs[0].dataset.digest == manifest.digest
     assert {"config.yaml", "manifest.json"} <= {item.path for item in client.list_artifacts(tracker.run.run_id)}
 
