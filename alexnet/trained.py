@@ -124,6 +124,14 @@ class TrainedNet:
         mean: NDArray[np.float32] = (total / views).cpu().numpy()
         return mean
 
+    def log_probabilities(self, stored_NHWC: NDArray[np.uint8], views: int = 1) -> NDArray[np.float64]:
+        """(N, K) float64, the logarithm of `probabilities`: of two classes, the one with the higher score has more."""
+        stored, parts = np.ascontiguousarray(stored_NHWC), []
+        for draws in augment.views(len(stored), margin=self.image_size - self.net.input_size, number=views):
+            parts.append(torch.log_softmax(self.scores(stored, draws).double(), 1))
+        found: NDArray[np.float64] = log_mean(torch.stack(parts)).cpu().numpy()
+        return found
+
     def save(self, folder: str | Path) -> None:
         """Write a model's folder, which `load` reads."""
         from safetensors.torch import save_file
@@ -132,6 +140,11 @@ class TrainedNet:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(state, str(Path(folder, WEIGHTS)))
         write_description(Path(folder), self.description, self.mean_image)
+
+
+def log_mean(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the mean over the first dimension of probabilities that are given by their logarithms."""
+    return torch.logsumexp(log_probabilities, 0) - math.log(len(log_probabilities))
 
 
 def write_description(folder: Path, description: Description, mean_image: NDArray[np.float32]) -> None:
