@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from alexnet.augment import MeanSubtraction
 from alexnet.trained import TrainedNet
 from orchestrator.base.exits import JobError, last_line, signals_deferred
+from orchestrator.cluster.placement import WORKERS_PER_CPU
 from orchestrator.train.rendezvous import wants_bf16
 
 BATCH_SIZE = 128  # images of a task
@@ -223,10 +224,11 @@ def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, n
         raise JobError("--device cuda: the cluster has no GPU; use --device cpu")
     count = num_workers or gpus or len(nodes)
     cpus = int(sum(node["CPU"] for node in nodes))
-    each = max(1, min(cpus // count, int(min(node["CPU"] for node in nodes))))
-    if count > (gpus or cpus):
-        what = f"{gpus} GPU(s)" if gpus else f"{cpus} CPU(s)"
-        raise JobError(f"--workers {count}: the cluster has {what}, and each worker needs one; use fewer workers")
+    if count > (gpus or WORKERS_PER_CPU * cpus):
+        what = f"{gpus} GPU(s), and each worker needs one" if gpus else f"{cpus} CPU(s), for {WORKERS_PER_CPU} each"
+        raise JobError(f"--workers {count}: the cluster has {what}; use fewer workers")
+    each = min(cpus // count, int(min(node["CPU"] for node in nodes))) or cpus / count
+    threads = max(1, int(each))
     options: dict[str, Any] = {
         "num_cpus": each, "max_concurrency": AHEAD, "max_restarts": RESTARTS, "max_task_retries": RESTARTS,
         "scheduling_strategy": "SPREAD",
@@ -235,7 +237,7 @@ def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, n
         options["num_gpus"] = 1
     actor = ray.remote(**options)(_Remote)
     shared = ray.put(list(nets))
-    return [actor.remote(shared, reader, settings, each) for _ in range(count)]
+    return [actor.remote(shared, reader, settings, threads) for _ in range(count)]
 
 
 class _Remote(Worker[Any]):

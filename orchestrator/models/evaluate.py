@@ -101,7 +101,7 @@ def check_ensemble(names: Sequence[str], nets: Sequence[TrainedNet]) -> None:
     for name, net in zip(names[1:], nets[1:], strict=True):
         if net.classes == first.classes:
             continue
-        what = "in another order" if set(net.classes) == set(first.classes) else "other classes"
+        what = "its classes in another order" if set(net.classes) == set(first.classes) else "other classes"
         raise ValueError(f"MODEL {name}: has {what} than {names[0]}; an ensemble's models have the same in one order")
 
 

@@ -1,6 +1,7 @@
 """Evaluations are those of a plain loop, image by image, whatever the workers and batches."""
 
 import io
+import json
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ import alexnet
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shard_writer import ShardWriter
 from orchestrator.data.shards import Manifest, Shard, schema
-from orchestrator.models import engine, evaluate
+from orchestrator.models import engine, evaluate, label_sets
 from orchestrator.models.engine import Settings
 
 CLASSES = tuple("abcdefg")
@@ -132,3 +133,131 @@ def test_every_row_once_whatever_the_batches(shard_folder, data):
     np.testing.assert_array_equal(np.concatenate([answer.ids for answer in answers]), data.rows.ids)
     found = np.concatenate([answer.log_probabilities[0] for answer in answers])
     np.testing.assert_allclose(np.exp(found), naive(net, shard_folder, 1), rtol=1e-3, atol=1e-6)
+
+
+def test_tables_of_classes_and_confused_pairs_are_those_of_a_loop(shard_folder, data):
+    done = evaluate.evaluate([("one", make_net(1))], data, Settings())
+    [result] = done.models
+    assert done.ensemble is None
+    taken = naive(make_net(1), shard_folder, 1).argmax(1)
+    for number, row in enumerate(result.per_class()):
+        of_class = [i for i, label in enumerate(data.rows.labels) if label == number]
+        assert row["class"] == CLASSES[number]
+        assert row["images"] == len(of_class)
+        wrong = sum(taken[i] != number for i in of_class)
+        assert row["top1_error"] == (pytest.approx(wrong / len(of_class)) if of_class else None)
+        assert row["predicted"] == sum(taken == number)
+    pairs = {}
+    for label, answer in zip(data.rows.labels, taken, strict=True):
+        if label != answer:
+            pairs[CLASSES[label], CLASSES[answer]] = pairs.get((CLASSES[label], CLASSES[answer]), 0) + 1
+    found = {(row["class"], row["taken_for"]): row["images"] for row in result.confused(1000)}
+    assert found == pairs
+    assert [row["images"] for row in result.confused()] == sorted(pairs.values(), reverse=True)[:20]
+
+
+def test_classes_in_another_order_are_mapped_by_their_names(shard_folder, data):
+    turned = tuple(reversed(CLASSES))
+    plain, other = make_net(1), make_net(1, turned)
+    with torch.no_grad():
+        for part in (other.net.fc8.weight, other.net.fc8.bias):
+            part.copy_(part.flip(0).clone())
+    other.mean_image[:] = plain.mean_image
+    results = [evaluate.evaluate([("x", net)], data, Settings()).models[0] for net in (plain, other)]
+    assert results[0].per_class() == results[1].per_class()
+    assert results[0].confused() == results[1].confused()
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    with pytest.raises(ValueError, match="MODEL y: has its classes in another order than x"):
+        evaluate.evaluate([("x", plain), ("y", other)], data, Settings())
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (lambda: make_net(1, (*CLASSES[:6], "z")), "'z' is not one of the data's; 'g' is not one of the model's"),
+        (lambda: make_net(1, CLASSES[:5]), "the model has 5 classes and the data 7; 'f' is not one of the model's"),
+        (lambda: make_net(1, size=80), "stored at 80 pixels a side, those of .* have 72; prepare them again"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_one_line(data, net, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate.evaluate([("x", net())], data, Settings())
+
+
+def test_outputs_that_are_no_class_can_be_answers(data):
+    net = make_net(1, num_outputs=9)
+    with torch.no_grad():
+        net.net.fc8.bias[8] = 1000
+    [result] = evaluate.evaluate([("x", net)], data, Settings()).models
+    assert result.top1_error == 1
+    assert {row["taken_for"] for row in result.confused()} == {"class 8"}
+
+
+def test_five_classes_have_no_top5_error(data):
+    from orchestrator.models.evaluate import _Collected, _result
+
+    part = _Collected()
+    part.add(np.log(np.full((2, 5), 0.2)), np.eye(5, dtype=bool)[:2])
+    result = _result("x", part, np.array([0, 1]), tuple("abcde"), data, Settings())
+    assert (result.top1_error, result.top5_error, result.as_json()["top5_interval"]) == (1, None, None)
+
+
+def test_labels_by_name_and_by_number_and_images_without_any(data, shard_folder, tmp_path):
+    """Right is any of an image's labels; images with an empty list are not counted."""
+    by_name = {name: [CLASSES[i % 7], (i + 2) % 7] for i, name in enumerate(data.rows.names)}
+    for name in data.rows.names[:4]:
+        by_name[name] = []
+    (tmp_path / "names.json").write_text(json.dumps(by_name))
+    valid = label_sets.read_label_sets(str(tmp_path / "names.json"), data.rows, CLASSES)
+    done = evaluate.evaluate([("x", make_net(1))], data, Settings(), valid=valid)
+    taken = naive(make_net(1), shard_folder, 1).argmax(1)
+    wrong = [taken[i] not in (i % 7, (i + 2) % 7) for i in range(4, NUM)]
+    assert done.left_out == 4
+    assert len(done.models[0].wrong) == NUM - 4
+    assert done.models[0].top1_error == pytest.approx(np.mean(wrong))
+    ordered = [by_name[name] for name in sorted(by_name, key=lambda name: name.rsplit("/")[-1])]
+    (tmp_path / "list.json").write_text(json.dumps(ordered))
+    np.testing.assert_array_equal(label_sets.read_label_sets(str(tmp_path / "list.json"), data.rows, CLASSES), valid)
+
+
+def test_lists_for_imagenet_are_by_the_number_in_the_name(tmp_path):
+    from orchestrator.models.shard_rows import Rows
+
+    names = [f"val/n{i}/ILSVRC2012_val_{number:08d}.JPEG" for i, number in enumerate((3, 1, 4))]
+    rows = Rows(np.arange(3), np.zeros(3, np.int64), names)
+    (tmp_path / "real.json").write_text("[[1], [], [0], [2, 1]]")
+    valid = label_sets.read_label_sets(str(tmp_path / "real.json"), rows, ("a", "b", "c"))
+    assert valid.tolist() == [[True, False, False], [False, True, False], [False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[1]]", "has 1 entries for 37 images"),
+        ('{"a.jpg": [1]}', "has no labels of 'val/0/000.jpg'; give an empty list"),
+        ("7", "expected a list of lists of labels"),
+        ("{", "is not JSON"),
+        (json.dumps([[7]] * 37), "has the label 7; expected a class's name, such as 'a', or its number, below 7"),
+        (json.dumps([["q"]] * 37), "has the label 'q'"),
+        (json.dumps([True] * 37), "has True; expected a list of labels"),
+        (json.dumps([[]] * 37), "has no label for any image"),
+    ],
+)
+def test_wrong_labels_are_one_line(data, tmp_path, text, words):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        label_sets.read_label_sets(str(tmp_path / "labels.json"), data.rows, CLASSES)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_row_once_whatever_the_workers(ray_here, shard_folder, data):
+    """Actors give what this process does, to the last bit of what is counted."""
+    nets = [("x", make_net(1)), ("y", make_net(2))]
+    alone = evaluate.evaluate(nets, data, Settings(batch_size=8))
+    for workers in (1, 2, 3):
+        done = evaluate.evaluate(nets, data, Settings(batch_size=8), num_workers=workers)
+        for ours, theirs in zip(alone.results, done.results, strict=True):
+            np.testing.assert_array_equal(ours.predicted, theirs.predicted)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
