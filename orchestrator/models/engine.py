@@ -43,6 +43,7 @@ class Settings:
     precision: str = "fp32"  # or bf16
     batch_size: int = BATCH_SIZE
     device: str = "auto"  # cpu, cuda
+    threads: int | None = None  # of each worker's arithmetic and decoding; None: one per CPU that it has
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def start(
     """Start the workers. num_workers: None for this process alone, or for as many actors as a cluster has GPUs, or
     nodes if it has none. Ray must be connected wherever there are actors (`needs_ray`)."""
     if not needs_ray(num_workers):
-        return Engine([_Here(Worker(nets, reader, settings, available_cpus()))])
+        return Engine([_Here(Worker(nets, reader, settings, settings.threads or available_cpus()))])
     import ray
 
     with signals_deferred():
@@ -228,7 +229,7 @@ def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, n
         what = f"{gpus} GPU(s), and each worker needs one" if gpus else f"{cpus} CPU(s), for {WORKERS_PER_CPU} each"
         raise JobError(f"--workers {count}: the cluster has {what}; use fewer workers")
     each = min(cpus // count, int(min(node["CPU"] for node in nodes))) or cpus / count
-    threads = max(1, int(each))
+    threads = settings.threads or max(1, int(each))
     options: dict[str, Any] = {
         "num_cpus": each, "max_concurrency": AHEAD, "max_restarts": RESTARTS, "max_task_retries": RESTARTS,
         "scheduling_strategy": "SPREAD",

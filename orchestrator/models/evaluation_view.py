@@ -36,8 +36,8 @@ class EvaluationView:
         if near := published(data, labels):
             rows = [[what, percent(top1), percent(top5), str(views)] for what, views, top1, top5 in near]
             lines += ["", *columns(["published, ILSVRC-2012 validation", "top-1", "top-5", "views"], rows)]
-        for first, second, found in done.comparisons:
-            lines += ["", f"{first} against {second}: {_compared(found)}"]
+        lines += [""] if done.comparisons else []
+        lines += [f"{first} against {second}: {_compared(found)}" for first, second, found in done.comparisons]
         best = done.results[-1] if done.ensemble else done.models[0]
         lines += ["", *_classes(best)]
         if pairs := best.confused(SHOWN_PAIRS):

@@ -52,8 +52,7 @@ def test_the_error_on_training_images_is_drawn_from_the_epoch_on_in_which_it_was
 def test_a_confusion_matrix_of_few_classes_has_every_count_and_name():
     counts = np.array([[5, 2, 0], [0, 7, 0], [1, 0, 0]])
     texts = [text.get_text() for text in drawn(confusion_matrix(counts, ["a$", "b", "c"], "it"))]
-    assert {"5", "2", "7", "1"} <= set(texts)
-    assert texts.count(plain("a$")) == 2
+    assert {"5", "2", "7", "1", plain("a$"), "b", "c"} <= set(texts)
 
 
 def test_a_confusion_matrix_of_many_classes_lists_the_pairs_and_puts_them_side_by_side():
