@@ -198,7 +198,7 @@ class BlockedConv2d(nn.Conv2d):
         self.edge, self.ceil = padding, ceil
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, maps, rows, columns), rows = 1 + (H + 2 * padding - kernel) / stride, rounded as asked."""
+        """(N, C, H, W) to (N, maps, rows, columns): 1 + (H + 2 * padding - kernel) / stride rows, rounded as asked."""
         stride, kernel, maps_in = self.stride[0], self.kernel_size[0], self.in_channels
         if self.edge:
             x_NCHW = F.pad(x_NCHW, (self.edge,) * 4)
