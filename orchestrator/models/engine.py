@@ -9,6 +9,7 @@ N images, S the stored side in pixels, M nets, K classes.
 
 import collections
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,7 +229,7 @@ def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, n
     if count > (gpus or WORKERS_PER_CPU * cpus):
         what = f"{gpus} GPU(s), and each worker needs one" if gpus else f"{cpus} CPU(s), for {WORKERS_PER_CPU} each"
         raise JobError(f"--workers {count}: the cluster has {what}; use fewer workers")
-    each = min(cpus // count, int(min(node["CPU"] for node in nodes))) or cpus / count
+    each = min(cpus // count, int(min(node["CPU"] for node in nodes))) or math.floor(1000 * cpus / count) / 1000
     threads = settings.threads or max(1, int(each))
     options: dict[str, Any] = {
         "num_cpus": each, "max_concurrency": AHEAD, "max_restarts": RESTARTS, "max_task_retries": RESTARTS,

@@ -8,6 +8,7 @@ import glob
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from orchestrator.models.words import in_words
 
 ARCHIVES = (*ZIP, *TARS, ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TABLES = (SUFFIX, ARROW)
+READERS = 16  # threads that fetch from object storage
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ class EntryReader:
         self.size, self.exif = size, exif
 
     def fetch(self, task: list[Entry]) -> list[bytes | str]:
-        """The bytes of each, or why there are none. Raises JobError."""
+        """The bytes of each, or why there are none; of object storage many are asked for at a time. Raises JobError."""
+        if any(entry.path and "://" in entry.path and entry.row is None for entry in task):
+            with ThreadPoolExecutor(READERS) as pool:
+                return list(pool.map(_bytes, task))
         return [_bytes(entry) for entry in task]
 
     def decode(self, task: list[Entry], fetched: list[bytes | str], run: Run) -> Pixels:
