@@ -120,6 +120,7 @@ def test_an_evaluation_leaves_files_and_values_in_the_models_run(digit_shards, t
     run.create(digits().changed(data=str(shards)))
     save(run.path.local / "checkpoint-epoch-0003", manifest.classes)
     run.write_result({"best_checkpoint": "checkpoint-epoch-0003", "mlflow_run_id": run_id})
+    capsys.readouterr()  # of MLflow, which made its store
     status, out, err = started("evaluate", ["mine"], tmp_path, monkeypatch, capsys)
     assert (status, err) == (0, "")
     found = json.loads((run.path.local / "evaluation.json").read_text())
