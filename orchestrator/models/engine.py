@@ -203,7 +203,11 @@ def start(
 
     with signals_deferred():
         made = _actors(nets, reader, settings, num_workers)
-        ray.get([handle.ready.remote() for handle in made])
+        waiting = [handle.ready.remote() for handle in made]
+    try:
+        ray.get(waiting)
+    except ray.exceptions.RayError as error:
+        raise JobError(f"the workers could not be started: {last_line(error)}") from None
     return Engine([_Actor(handle) for handle in made])
 
 
