@@ -80,6 +80,7 @@ class AlexNet(nn.Module):
             units = outputs
         # what forward runs, in order: names of modules, or "relu" (of plain text, since tracers cannot read a preset)
         self._features = self._add_steps(lrn or preset.lrn)
+        self._second = self._features.index(preset.convs[1].name)
         self._classifier = self._add_classifier(dropout)
 
     def _add_steps(self, lrn: LRN | None) -> list[str]:
@@ -131,10 +132,20 @@ class AlexNet(nn.Module):
                 f"images of shape {tuple(x_NCHW.shape)}: the net was built for (N, 3, {self.input_size}, "
                 f"{self.input_size})"
             )
-        x = x_NCHW
-        for name in self._features:
+        return self.upper(self.lower(x_NCHW))
+
+    def lower(self, x_NCHW: Tensor) -> Tensor:
+        """What comes before the second convolution. Images may be of any size, and need not be square."""
+        return self._run(self._features[: self._second], x_NCHW)
+
+    def upper(self, maps: Tensor) -> Tensor:
+        """The features of what `lower` returns."""
+        return self._run(self._features[self._second :], maps).flatten(1)
+
+    def _run(self, names: list[str], x: Tensor) -> Tensor:
+        for name in names:
             x = F.relu(x, inplace=True) if name == "relu" else getattr(self, name)(x)
-        return x.flatten(1)
+        return x
 
     def classify(self, x: Tensor, where: BatchPosition | None = None) -> Tensor:
         """Class scores (N, num_classes) of features."""
@@ -187,31 +198,31 @@ class BlockedConv2d(nn.Conv2d):
         self.edge, self.ceil = padding, ceil
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, H) to (N, maps, out, out), out = 1 + (H + 2 * padding - kernel) / stride, rounded as asked."""
+        """(N, C, H, W) to (N, maps, rows, columns): 1 + (H + 2 * padding - kernel) / stride rows, rounded as asked."""
         stride, kernel, maps_in = self.stride[0], self.kernel_size[0], self.in_channels
         if self.edge:
             x_NCHW = F.pad(x_NCHW, (self.edge,) * 4)
-        out = 1 + (math.ceil if self.ceil else math.floor)((x_NCHW.shape[-1] - kernel) / stride)
+        rounded = math.ceil if self.ceil else math.floor
         blocks = math.ceil(kernel / stride)  # a kernel's side in blocks
-        side = out - 1 + blocks  # the image's
-        x = _blocks(x_NCHW, stride, side)
+        rows, columns = (rounded((size - kernel) / stride) + blocks for size in x_NCHW.shape[2:])  # the image's
+        x = _blocks(x_NCHW, stride, rows, columns)
         weight = F.pad(self.weight, (0, blocks * stride - kernel) * 2)
         weight = weight.reshape(self.out_channels, maps_in, blocks, stride, blocks, stride)
         weight = weight.permute(0, 3, 5, 1, 2, 4).reshape(self.out_channels, -1, blocks, blocks)
         return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), self.bias)
 
 
-def _blocks(x_NCHW: Tensor, stride: int, side: int) -> Tensor:
-    """(N, C, H, H), zeros beyond its edge, to (N, stride * stride * C, side, side) in channels_last memory."""
-    num_images, maps, height, _ = x_NCHW.shape
-    whole = math.ceil(height / stride)
-    if whole * stride != height:
-        x_NCHW = F.pad(x_NCHW, (0, whole * stride - height) * 2)
-    x = x_NCHW.permute(0, 2, 3, 1).reshape(num_images, whole, stride, whole, stride, maps)
-    x = x.permute(0, 1, 3, 2, 4, 5)[:, :side, :side]  # N, row of blocks, block, row in block, column in block, map
-    if whole < side:
-        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, side - whole, 0, side - whole))
-    return x.reshape(num_images, side, side, stride * stride * maps).permute(0, 3, 1, 2)
+def _blocks(x_NCHW: Tensor, stride: int, rows: int, columns: int) -> Tensor:
+    """(N, C, H, W), zeros beyond its edge, to (N, stride * stride * C, rows, columns) in channels_last memory."""
+    num_images, maps, height, width = x_NCHW.shape
+    high, wide = math.ceil(height / stride), math.ceil(width / stride)
+    if (high * stride, wide * stride) != (height, width):
+        x_NCHW = F.pad(x_NCHW, (0, wide * stride - width, 0, high * stride - height))
+    x = x_NCHW.permute(0, 2, 3, 1).reshape(num_images, high, stride, wide, stride, maps)
+    x = x.permute(0, 1, 3, 2, 4, 5)[:, :rows, :columns]  # N, row of blocks, block, row in block, column in block, map
+    if high < rows or wide < columns:
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, max(0, columns - wide), 0, max(0, rows - high)))
+    return x.reshape(num_images, rows, columns, stride * stride * maps).permute(0, 3, 1, 2)
 
 
 def num_parameters(net: nn.Module) -> int:

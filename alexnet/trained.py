@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from . import augment, images
+from . import augment, images, ten_views
 from .augment import MeanSubtraction
 from .net import AlexNet, build
 from .presets import LRN
@@ -124,6 +124,25 @@ class TrainedNet:
         mean: NDArray[np.float32] = (total / views).cpu().numpy()
         return mean
 
+    def log_probabilities(self, stored_NHWC: NDArray[np.uint8], views: int = 1) -> NDArray[np.float64]:
+        """(N, K) float64, the logarithm of `probabilities`: of two classes, the one with the higher score has more."""
+        stored, margin = np.ascontiguousarray(stored_NHWC), self.image_size - self.net.input_size
+        if views == 10 and ten_views.can_share(self.net, self.image_size):
+            scores = self._ten_scores(stored)
+        else:
+            scores = [self.scores(stored, draws) for draws in augment.views(len(stored), margin=margin, number=views)]
+        parts = [torch.log_softmax(each.double(), 1) for each in scores]
+        found: NDArray[np.float64] = log_mean(torch.stack(parts)).cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def _ten_scores(self, stored_NHWC: NDArray[np.uint8]) -> list[torch.Tensor]:
+        """Of each of the ten views, (N, K)."""
+        device = next(self.net.parameters()).device
+        mean = torch.from_numpy(self.mean_image).to(device)
+        centered = (torch.from_numpy(stored_NHWC).to(device) - mean).mul_(self.description.pixel_scale)
+        return ten_views.ten_scores(self.net, centered.permute(0, 3, 1, 2))
+
     def save(self, folder: str | Path) -> None:
         """Write a model's folder, which `load` reads."""
         from safetensors.torch import save_file
@@ -132,6 +151,11 @@ class TrainedNet:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(state, str(Path(folder, WEIGHTS)))
         write_description(Path(folder), self.description, self.mean_image)
+
+
+def log_mean(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the mean over the first dimension of probabilities that are given by their logarithms."""
+    return torch.logsumexp(log_probabilities, 0) - math.log(len(log_probabilities))
 
 
 def write_description(folder: Path, description: Description, mean_image: NDArray[np.float32]) -> None:

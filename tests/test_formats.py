@@ -23,6 +23,10 @@ from orchestrator.data import shards
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import Manifest, Shard
 from orchestrator.data.sources import Entry
+from orchestrator.models import evaluation_files
+from orchestrator.models.evaluate import Data, Evaluation, Result
+from orchestrator.models.metrics import calibration, compare
+from orchestrator.models.shard_rows import Rows
 from orchestrator.search.analysis import as_result
 from orchestrator.search.config import SearchSettings, make_search
 from orchestrator.search.entries import KINDS, EpochEnded, TrialProposed
@@ -164,3 +168,22 @@ def test_fields_of_a_searchs_result_are_described(tmp_path):
     assert keys | {KEY} == set(table("Of a search"))
     assert list(result["trials"][0]) == list(table("A trial"))
     assert list(EPOCH) == list(table("An epoch"))
+
+
+def test_fields_of_an_evaluation_are_described():
+    wrong = np.array([True, False])
+    manifest = Manifest.model_construct(classes=("a", "b"), shards=())
+    data = Data(StoragePath("/shards"), manifest, "val", Rows(np.arange(2), np.arange(2), ["x", "y"]))
+    calibrated = calibration(np.array([0.5, 0.9]), wrong)
+    result = Result("x", 1, ("a", "b"), ("a", "b"), 1.0, np.arange(2), np.array([1, 1]), wrong, None, calibrated)
+    done = Evaluation([result], None, [("x", "y", compare(wrong, wrong))], 0, 1.0)
+    document = evaluation_files.as_json(done, data, None)
+    assert list(document) == list(table("evaluation.json"))
+    [model], [comparison] = document["models"], document["comparisons"]
+    described = table("A model in evaluation.json")
+    assert list(model) == list(described)
+    assert list(comparison) == list(table("A comparison in evaluation.json"))
+    for name in ("calibration", "per_class", "confused"):
+        assert model[name][0].keys() <= set(re.findall(r"`(\w+)`", described[name][1]))
+    columns = {name: row[0] for name, row in table("predictions.parquet").items()}
+    assert columns == {field.name: str(field.type) for field in evaluation_files.PREDICTION_SCHEMA}

@@ -17,6 +17,14 @@ def prepare() -> int:
     return _start("prepare")
 
 
+def evaluate() -> int:
+    return _start("evaluate")
+
+
+def predict() -> int:
+    return _start("predict")
+
+
 def doctor() -> int:
     return _start("doctor")
 

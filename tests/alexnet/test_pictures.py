@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from alexnet.pictures import contact_sheet, learning_curves, plain
+from alexnet.pictures import confusion_matrix, contact_sheet, learning_curves, neighbours, plain, reliability_diagram
 
 BROKEN = ["$", "$x$", "a $\\frac{$ b", "US$5 and US$7", r"\$", r"\\$ $", "$\\undefined$", "100 % & ~ ^ {"]
 
@@ -47,3 +47,34 @@ def test_the_error_on_training_images_is_drawn_from_the_epoch_on_in_which_it_was
     [gap] = errors.collections
     low, high = gap.get_datalim(errors.transData).get_points()
     assert (low.tolist(), high.tolist()) == ([3, 20], [4, 50])
+
+
+def test_a_confusion_matrix_of_few_classes_has_every_count_and_name():
+    counts = np.array([[5, 2, 0], [0, 7, 0], [1, 0, 0]])
+    texts = [text.get_text() for text in drawn(confusion_matrix(counts, ["a$", "b", "c"], "it"))]
+    assert {"5", "2", "7", "1", plain("a$"), "b", "c"} <= set(texts)
+
+
+def test_a_confusion_matrix_of_many_classes_lists_the_pairs_and_puts_them_side_by_side():
+    """Classes that are taken for each other are neighbours, wherever they were."""
+    counts = np.diag(np.full(300, 10))
+    for a, b in ((0, 150), (7, 290), (33, 210)):
+        counts[a, b] = counts[b, a] = 4
+    counts[150, 0] = 9
+    order = neighbours(counts / counts.sum(1, keepdims=True)).tolist()
+    assert sorted(order) == list(range(300))
+    assert [abs(order.index(a) - order.index(b)) for a, b in ((0, 150), (7, 290), (33, 210))] == [1, 1, 1]
+    texts = [text.get_text() for text in drawn(confusion_matrix(counts, [f"c{i}" for i in range(300)], "it"))]
+    listed = next(text for text in texts if text.startswith("most confused"))
+    assert listed.splitlines()[1] == "   9  c150 taken for c0"
+    assert len(listed.splitlines()) == 7
+
+
+def test_a_reliability_diagram_has_a_bar_for_every_bin():
+    bins = [
+        {"low": 0.0, "high": 0.5, "images": 0, "confidence": None, "accuracy": None},
+        {"low": 0.5, "high": 1.0, "images": 8, "confidence": 0.9, "accuracy": 0.75},
+    ]
+    figure = reliability_diagram(bins, "it")
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0, 0.75]
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [0, 8]
