@@ -2,24 +2,23 @@
 
 import math
 
-Z = 1.959964  # standard errors to each side of a 95 % interval
+Z = 1.959963984540054  # standard errors to each side of a 95 % interval
 
 
-def error_interval(wrong: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of an error rate, of `wrong` of `total` images: Wilson's, which stays within [0, 1]."""
+def error_interval(wrong: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an error rate, of `wrong` of `total` images; it stays within [0, 1]."""
     rate, z2 = wrong / total, Z * Z
     centre = (rate + z2 / (2 * total)) / (1 + z2 / total)
     half = Z * math.sqrt(rate * (1 - rate) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if wrong > 0 else 0.0, centre + half if wrong < total else 1.0
 
 
-def difference_interval(mended: int, broken: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of the difference between two error rates, new less old, on the same `total` images.
+def difference_interval(only_first: int, only_second: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of the first error rate less the second, of two nets on the same `total` images.
 
-    mended: images that only the old net gets wrong; broken: those that only the new one does. Wald's interval with half
-    an image added to each of the four cells (Agresti and Min, Statistics in Medicine 24, 2005).
+    only_first, only_second: images that only the one gets wrong. Bonett and Price's adjusted Wald interval for paired
+    proportions (2012).
     """
-    n = total + 2
-    difference = (broken - mended) / n
-    half = Z * math.sqrt((broken + mended + 1) - (broken - mended) ** 2 / n) / n
-    return max(-1.0, difference - half), min(1.0, difference + half)
+    p, q = (only_first + 1) / (total + 2), (only_second + 1) / (total + 2)
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (total + 2))
+    return max(-1.0, p - q - half), min(1.0, p - q + half)

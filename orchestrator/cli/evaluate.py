@@ -5,6 +5,7 @@
     python jobs/evaluate.py RUN OTHER                         each, their ensemble, and the difference between them
     python jobs/evaluate.py RUN --data SHARDS                 other shards of the same classes
     python jobs/evaluate.py RUN --labels real.json            other labels of the same images
+    python jobs/evaluate.py RUN --promote digits              the champion in MLflow, if it is better than that
 
 MODEL is the name of a run or a search, its folder, a checkpoint, runs:/RUN_ID/model or models:/NAME@ALIAS in MLflow.
 What is found goes to evaluation.json, predictions.parquet and pictures, and into the model's MLflow run.
@@ -17,16 +18,21 @@ from pathlib import Path
 
 from alexnet.trained import TrainedNet
 from orchestrator.base.environment import default_output
+from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
-from orchestrator.cli.flags import Parser, positive_int, run
+from orchestrator.cli.flags import Parser, add_register, positive_int, registered_name, run
 from orchestrator.cluster.connection import connect
 from orchestrator.models import evaluation_files as files
 from orchestrator.models.engine import BATCH_SIZE, Settings, needs_ray
-from orchestrator.models.evaluate import Data, Evaluation, check_ensemble, column_order, evaluate, open_data
+from orchestrator.models.evaluate import Data, Evaluation, Result, check_ensemble, column_order, evaluate, open_data
 from orchestrator.models.evaluation_view import EvaluationView
-from orchestrator.models.find import FoundModel, find_models
+from orchestrator.models.find import FoundModel, find_in_store, find_models
 from orchestrator.models.label_sets import read_label_sets
+from orchestrator.models.promote import decide, promote
+from orchestrator.tracking import registry
 from orchestrator.tracking.evaluation import log_evaluation
+from orchestrator.tracking.run import Run
+from orchestrator.tracking.store import Store
 
 
 def parser() -> Parser:
@@ -39,6 +45,13 @@ def parser() -> Parser:
     )
     flags.add_argument("--output", metavar="DIR", help="for what is found (default: the folder of the model's run)")
     add_engine(flags)
+    models = flags.add_argument_group("the model registry of MLflow")
+    add_register(models, "the model")
+    models.add_argument(
+        "--promote", metavar="NAME", type=registered_name,
+        help="register it as --register does, and make it the champion, models:/NAME@champion, if it is better than "
+        "that is by more than chance: the 95 %% interval of the difference in top-1 error, on these images",
+    )  # fmt: skip
     return flags
 
 
@@ -70,6 +83,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 column_order(model.name, net, data)
             valid = read_label_sets(args.labels, data.rows, data.classes) if args.labels else None
             output = output_of(found[0], args.output)
+            champion = challenged(args, found, data, Path(into))
         except ValueError as error:
             flags.error(str(error))
         if needs_ray(args.workers):
@@ -81,8 +95,59 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 valid=valid, num_workers=args.workers, keep=predictions.keep, progress=view.progress,
             )  # fmt: skip
         written = files.write(done, data, output, args.labels)
+        old = None
+        if champion is not None:  # apart, so that what is written is the new model's alone
+            view.begun([champion.name], data, args.views)
+            old = evaluate(
+                [(champion.name, champion.load())], data, settings_of(args), valid=valid, num_workers=args.workers,
+                progress=view.progress,
+            )  # fmt: skip
     view.finished(done, data, output, written, args.labels)
     log_to_mlflow(found, nets, done, data, args.labels, view)
+    return register(args, found[0], done.models[0], old, data, view)
+
+
+def challenged(args: argparse.Namespace, found: list[FoundModel], data: Data, into: Path) -> FoundModel | None:
+    """The champion that --promote compares the model with; None without one. Raises ValueError of one line."""
+    flag = "--promote" if args.promote else "--register"
+    name = args.promote or args.register
+    if name is None:
+        return None
+    if args.promote and args.register:
+        raise ValueError(f"--register {args.register}: --promote {args.promote} registers the model, too; leave it out")
+    if len(found) > 1:
+        raise ValueError(f"{flag} {name}: takes one MODEL, not {len(found)}")
+    model = found[0]
+    if not model.mlflow_run_id or not model.mlflow_uri:
+        raise ValueError(f"{flag} {name}: MODEL {model.text} has no run in MLflow whose model could be registered")
+    if not args.promote or registry.champion(Store(model.mlflow_uri), name) is None:
+        return None
+    champion = find_in_store(f"models:/{name}@{registry.CHAMPION}", into / "champion", model.mlflow_uri)
+    column_order(champion.name, champion.load(), data)
+    return champion
+
+
+def register(
+    args: argparse.Namespace, model: FoundModel, result: Result, old: Evaluation | None, data: Data,
+    view: EvaluationView,
+) -> int:  # fmt: skip
+    """Carry --register or --promote out, and say what came of it; returns the exit status."""
+    name = args.promote or args.register
+    if name is None:
+        return 0
+    assert model.mlflow_run_id
+    assert model.mlflow_uri
+    mlflow_run = Run(Store(model.mlflow_uri), lambda text: view.line.print(f"warning: {text}"))
+    mlflow_run.run_id = model.mlflow_run_id
+    tags = {"data.digest": data.manifest.digest, "top1_error": f"{result.top1_error:.6f}"}
+    try:
+        registered = registry.register(mlflow_run, name, tags)
+        view.line.print(f"registered as {registered.address}" + ("" if registered.is_new else ", which it was before"))
+        if args.promote:
+            decision = decide(old.models[0].wrong, result.wrong) if old else None
+            view.line.print(promote(mlflow_run, registered, decision))
+    except Exception as error:  # whatever the server answers
+        raise JobError(f"{name}: not registered in MLflow: {mlflow_run.store.reason(error)}") from None
     return 0
 
 

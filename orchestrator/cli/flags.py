@@ -96,10 +96,10 @@ def add_recipe(flags: Parser, recipes: Collection[str]) -> None:
 def add_register(group: Any, what: str) -> None:
     """Add --register. what: that is registered."""
     text = f"register {what} in MLflow under this name, as its next version; models:/NAME/VERSION is then its address"
-    group.add_argument("--register", metavar="NAME", type=_registered_name, help=text)
+    group.add_argument("--register", metavar="NAME", type=registered_name, help=text)
 
 
-def _registered_name(text: str) -> str:
+def registered_name(text: str) -> str:
     try:
         return check_name("NAME", text)
     except ValueError as error:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from alexnet.augment import MeanSubtraction
 from alexnet.trained import TrainedNet
 from orchestrator.base.exits import JobError, last_line, signals_deferred
+from orchestrator.base.shown import count_of
 from orchestrator.cluster.placement import WORKERS_PER_CPU
 from orchestrator.train.rendezvous import wants_bf16
 
@@ -231,7 +232,8 @@ def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, n
     count = num_workers or gpus or len(nodes)
     cpus = int(sum(node["CPU"] for node in nodes))
     if count > (gpus or WORKERS_PER_CPU * cpus):
-        what = f"{gpus} GPU(s), and each worker needs one" if gpus else f"{cpus} CPU(s), for {WORKERS_PER_CPU} each"
+        needs = f"{count_of(cpus, 'CPU')}, for {WORKERS_PER_CPU} workers each"
+        what = f"{count_of(gpus, 'GPU')}, and each worker needs one" if gpus else needs
         raise JobError(f"--workers {count}: the cluster has {what}; use fewer workers")
     each = min(cpus // count, int(min(node["CPU"] for node in nodes))) or math.floor(1000 * cpus / count) / 1000
     threads = settings.threads or max(1, int(each))

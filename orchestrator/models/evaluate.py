@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alexnet.intervals import error_interval
 from alexnet.trained import TrainedNet, log_mean
 from orchestrator.base.exits import JobError
 from orchestrator.base.shown import quoted
@@ -188,8 +189,8 @@ class Result:
             "loss": self.loss,
             "top1_error": self.top1_error,
             "top5_error": self.top5_error,
-            "top1_interval": list(metrics.wilson(int(self.wrong.sum()), num)),
-            "top5_interval": None if self.wrong5 is None else list(metrics.wilson(int(self.wrong5.sum()), num)),
+            "top1_interval": list(error_interval(int(self.wrong.sum()), num)),
+            "top5_interval": None if self.wrong5 is None else list(error_interval(int(self.wrong5.sum()), num)),
             "ece": self.calibration.ece,
             "calibration": self.calibration.bins,
             "per_class": self.per_class(),

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from alexnet.intervals import error_interval
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine, bar, columns, duration, percent, table
 from orchestrator.models.evaluate import Data, Evaluation, Result
 from orchestrator.models.evaluation_files import published
-from orchestrator.models.metrics import Comparison, wilson
+from orchestrator.models.metrics import Comparison
 
 SHOWN_CLASSES = 12  # all of them are in evaluation.json
 SHOWN_PAIRS = 5
@@ -54,7 +55,7 @@ class EvaluationView:
 
 
 def _row(result: Result) -> list[str]:
-    low, high = wilson(int(result.wrong.sum()), len(result.wrong))
+    low, high = error_interval(int(result.wrong.sum()), len(result.wrong))
     top5 = "" if result.top5_error is None else percent(result.top5_error)
     interval = f"{100 * low:.2f} to {percent(high)}"
     return [result.name, percent(result.top1_error), interval, top5, f"{result.loss:.4f}",

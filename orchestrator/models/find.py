@@ -46,7 +46,7 @@ def find_model(text: str, into: Path, output: str | None = None) -> FoundModel:
     Raises ValueError of one line.
     """
     if registry.is_address(text):
-        return _of_mlflow(text, into)
+        return find_in_store(text, into, tracking_uri())
     place = StoragePath.of(text)
     if place.local is not None and place.local.is_file():
         return FoundModel(text, place.local.stem, place.local)
@@ -84,8 +84,9 @@ def _names(name: str) -> Iterator[str]:
         number += 1
 
 
-def _of_mlflow(address: str, into: Path) -> FoundModel:
-    store = Store(tracking_uri())
+def find_in_store(address: str, into: Path, uri: str) -> FoundModel:
+    """The model of an address in one MLflow store. Raises ValueError of one line."""
+    store = Store(uri)
     into.mkdir(parents=True, exist_ok=True)
     logged = registry.fetch(store, address, into)
     name = address.removeprefix("models:/").removeprefix("runs:/").replace("/", "-")

@@ -3,7 +3,6 @@
 N images, K classes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet.intervals import difference_interval
+
 CONFIDENCE = 0.95
-Z = 1.959963984540054  # of the standard normal distribution, for CONFIDENCE
 NUM_BINS = 15  # of confidence, for the calibration error
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-def wilson(wrong: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of an error rate."""
-    from scipy.stats import binomtest
-
-    found = binomtest(wrong, total).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def num_not_worse(log_probabilities: Floats, valid: Bools) -> Ints:
@@ -102,8 +94,7 @@ def compare(first_wrong: Sequence[bool] | Bools, second_wrong: Sequence[bool] | 
     """Compare two models by which images each got wrong: a paired comparison, which needs far fewer images than one of
     two independent errors.
 
-    The interval is Bonett and Price's adjusted Wald interval for paired proportions (2012). Raises ValueError for no
-    images, or not the same number of each.
+    Raises ValueError for no images, or not the same number of each.
     """
     from scipy.stats import binomtest
 
@@ -111,8 +102,5 @@ def compare(first_wrong: Sequence[bool] | Bools, second_wrong: Sequence[bool] | 
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"errors of {first.shape} and {second.shape} images: give those of the same images")
     num, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    p, q = (b + 1) / (num + 2), (c + 1) / (num + 2)
-    half = Z * math.sqrt((p + q - (p - q) ** 2) / (num + 2))
-    interval = (max(-1.0, p - q - half), min(1.0, p - q + half))
     p_value = float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
-    return Comparison(num, b, c, (b - c) / num, interval, p_value)
+    return Comparison(num, b, c, (b - c) / num, difference_interval(b, c, num), p_value)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alexnet.intervals import difference_interval
+from orchestrator.models.metrics import compare
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import Run
 
@@ -26,14 +26,11 @@ def decide(wrong_old: NDArray[np.bool_], wrong_new: NDArray[np.bool_]) -> Decisi
     Promoted where the whole 95 % interval of the difference in top-1 error is below 0. Raises ValueError for none, or
     not the same number, of images.
     """
-    old, new = np.asarray(wrong_old, bool), np.asarray(wrong_new, bool)
-    if old.shape != new.shape or old.ndim != 1 or not len(old):
-        raise ValueError(f"images = {old.size} and {new.size}: both models are judged on the same images, at least one")
-    total, mended, broken = len(old), int((old & ~new).sum()), int((new & ~old).sum())
-    low, high = difference_interval(mended, broken, total)
-    difference = float(new.mean() - old.mean())
+    found = compare(wrong_new, wrong_old)
+    (low, high), difference = found.interval, found.difference
+    new, old = (float(np.mean(wrong)) for wrong in (wrong_new, wrong_old))
     what = (
-        f"top-1 error {100 * new.mean():.2f} % against the champion's {100 * old.mean():.2f} % on the same {total} "
+        f"top-1 error {100 * new:.2f} % against the champion's {100 * old:.2f} % on the same {found.num_images} "
         f"images: {100 * difference:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
     )
     if high < 0:
@@ -42,7 +39,7 @@ def decide(wrong_old: NDArray[np.bool_], wrong_new: NDArray[np.bool_]) -> Decisi
         verdict = "worse by more than chance: not promoted"
     else:
         verdict = "not told apart by that many images: not promoted"
-    return Decision(high < 0, f"{what}; {verdict}", difference, (low, high))
+    return Decision(high < 0, f"{what}; {verdict}", difference, found.interval)
 
 
 def promote(run: Run, registered: registry.Registered, decision: Decision | None) -> str:

@@ -41,8 +41,8 @@ def fetch(store: Store, address: str, into: Path) -> LoggedModel:
     except Exception as error:  # whatever the server, the registry or the disk answers: the user needs the reason
         reason = shown(store.reason(error), LONGEST_VALUE)
         raise ValueError(f"{address}: cannot be fetched from MLflow at {store.redacted(store.uri)}: {reason}") from None
-    folder = place / "artifacts" / "net"
-    if not folder.is_dir():
+    folder = next((file.parent for file in place.glob("artifacts/*/net.json")), None)
+    if folder is None:
         raise ValueError(f"{address}: is no model of alexnet's, or one that a version before 0.3 logged")
     return LoggedModel(folder, _run_of(info))
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from alexnet.intervals import error_interval
 from orchestrator.base.terminal import percent
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.order import rows_of_pass
@@ -12,7 +13,6 @@ from orchestrator.data.order import rows_of_pass
 TRAIN, VAL, RATE = "train/top1_error", "val/top1_error", "train/lr"
 PATIENCE = 5  # epochs without a better validation error
 WINDOW = 3  # epochs that an error is averaged over, and that the gap must last
-Z = 1.96  # of 95 % intervals
 
 
 def overfitting_warning(
@@ -53,14 +53,12 @@ def overfits(history: Sequence[Mapping[str, Any]], num_val: int, num_probe: int,
     recent, then = history[-WINDOW:], _at_best(history)
     if then - _mean(recent) <= math.sqrt(then * (1 - then) / num_probe):
         return False
-    return all(interval(entry[TRAIN], num_probe)[1] < interval(entry[VAL], num_val)[0] for entry in recent)
+    return all(_interval(entry[TRAIN], num_probe)[1] < _interval(entry[VAL], num_val)[0] for entry in recent)
 
 
-def interval(error: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of an error that was measured on so many images."""
-    middle = (error + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z * math.sqrt(error * (1 - error) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
-    return middle - half, middle + half
+def _interval(error: float, count: int) -> tuple[float, float]:
+    """Of an error that was measured on so many images."""
+    return error_interval(error * count, count)
 
 
 def _best(history: Sequence[Mapping[str, Any]]) -> int:

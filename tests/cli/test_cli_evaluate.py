@@ -9,11 +9,14 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, refused
 
 import alexnet
+from alexnet import images
+from alexnet.intervals import error_interval
 from orchestrator.config.recipes import digits
-from orchestrator.models.metrics import wilson
+from orchestrator.tracking.training_run import Tracker
 from orchestrator.train.run_folder import RunFolder
 
 
@@ -128,7 +131,7 @@ def test_an_evaluation_leaves_files_and_values_in_the_models_run(digit_shards, t
     assert (found["schema_version"], model["name"], model["views"]) == (1, "mine", 1)
     assert model["num_images"] == manifest.rows["val"] == sum(row["images"] for row in model["per_class"])
     wrong = round(model["top1_error"] * model["num_images"])
-    assert model["top1_interval"] == list(wilson(wrong, model["num_images"]))
+    assert model["top1_interval"] == list(error_interval(wrong, model["num_images"]))
     assert f"{100 * model['top1_error']:.2f} %" in out
     table = pq.read_table(run.path.local / "predictions.parquet")
     assert table.column_names == ["id", "name", "label", "classes", "probabilities"]
@@ -144,3 +147,83 @@ def test_an_evaluation_leaves_files_and_values_in_the_models_run(digit_shards, t
     status, out, _ = started("evaluate", ["mine", "--output", "again"], tmp_path, monkeypatch, capsys)
     assert status == 0
     assert "warning: the evaluation did not reach MLflow" in out
+
+
+def fitted(folder, shards, manifest):
+    """A model whose last layer is fitted to validation images: right about most of them."""
+    [shard] = [pq.read_table(shards / part.file) for part in manifest.split("val")][:1]
+    trained = alexnet.load(folder)
+    stored = np.stack([images.decode(data) for data in shard["image"].to_pylist()])
+    net, labels = trained.net, torch.tensor(shard["label"].to_pylist())
+    inputs = []
+    hook = net.fc8.register_forward_hook(lambda layer, given, output: inputs.append(given[0]))
+    trained.probabilities(stored)
+    hook.remove()
+    wanted = torch.nn.functional.one_hot(labels, 10).float()
+    with torch.no_grad():
+        net.fc8.weight.copy_(torch.linalg.lstsq(inputs[0].double(), wanted.double(), driver="gelsd").solution.T)
+        net.fc8.bias.zero_()
+    trained.save(folder)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_champion_changes_only_for_a_better_model(digit_shards, tmp_path, monkeypatch, capsys):
+    """A first model, an equal one, a worse one, a better one."""
+    shards, manifest = digit_shards
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri)
+
+    def promoted(name, change=lambda folder: None):
+        run = RunFolder(tmp_path / "runs", name)
+        run.create(digits().changed(data=str(shards)))
+        folder = save(run.path.local / "checkpoint-epoch-0003", manifest.classes)
+        change(folder)
+        tracker = Tracker(uri)
+        tracker.run.begin(name, "jobs/train.py", {})
+        tracker.log_model(folder, step=3)
+        tracker.finish("FINISHED", hurry=False)
+        run.write_result({"best_checkpoint": folder.name, "mlflow_run_id": tracker.run.run_id})
+        capsys.readouterr()
+        status, out, err = started("evaluate", [name, "--promote", "digits"], tmp_path, monkeypatch, capsys)
+        assert (status, err) == (0, "")
+        return out.splitlines()[-1], client.get_model_version_by_alias("digits", "champion").version
+
+    def guessing(folder):
+        trained = alexnet.load(folder)
+        torch.nn.init.zeros_(trained.net.fc8.weight)
+        torch.nn.init.zeros_(trained.net.fc8.bias)
+        trained.save(folder)
+
+    first, version = promoted("first")
+    assert (first, version) == ("models:/digits/1 is now the champion of digits: the first champion", 1)
+    equal, version = promoted("equal")
+    assert version == 1
+    assert equal.endswith("not told apart by that many images: not promoted")
+    worse, version = promoted("worse", guessing)
+    assert version == 1
+    assert worse.endswith("worse by more than chance: not promoted")
+    better, version = promoted("better", lambda folder: fitted(folder, shards, manifest))
+    assert version == 4
+    assert better.startswith("models:/digits/4 is now the champion of digits: top-1 error ")
+    assert better.endswith("better by more than chance: promoted")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["model", "model", "--promote", "x"], "--promote x: takes one MODEL, not 2"),
+        (
+            ["model", "--register", "x"],
+            "--register x: MODEL model has no run in MLflow whose model",
+        ),
+        (["model", "--register", "x", "--promote", "y"], "--register x: --promote y registers the model, too"),
+        (["model", "--promote", "a/b"], "argument --promote: NAME 'a/b': use at most 150 letters"),
+    ],
+)
+def test_what_cannot_be_registered_is_one_line(tmp_path, monkeypatch, capsys, args, words):
+    save(tmp_path / "model", "abcdefghij")
+    monkeypatch.setattr("orchestrator.cli.evaluate.open_data", lambda folder, split: None)
+    monkeypatch.setattr("orchestrator.cli.evaluate.column_order", lambda *args: None)
+    assert words in refused("evaluate", [*args, "--data", "x"], tmp_path, monkeypatch, capsys)

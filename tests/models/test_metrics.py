@@ -8,14 +8,6 @@ import pytest
 from orchestrator.models import metrics
 
 
-@pytest.mark.parametrize(
-    ("wrong", "total", "low", "high"),
-    [(10, 100, 0.05523, 0.17437), (0, 20, 0.0, 0.16113), (50, 100, 0.40383, 0.59617), (3, 3, 0.43850, 1.0)],
-)
-def test_wilsons_interval(wrong, total, low, high):
-    assert metrics.wilson(wrong, total) == pytest.approx((low, high), abs=2e-5)
-
-
 def test_a_paired_comparison_counts_the_images_on_which_two_models_differ():
     first = np.array([1] * 6 + [0] * 1 + [1] * 20 + [0] * 73, bool)
     second = np.array([0] * 6 + [1] * 1 + [1] * 20 + [0] * 73, bool)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from orchestrator.config.recipes import digits
-from orchestrator.train.overfitting import interval, overfitting_warning
+from orchestrator.train.overfitting import overfitting_warning
 
 ROWS = {"train": 40_000, "val": 2_000}  # 2,000 probed
 
@@ -99,15 +99,3 @@ def test_epochs_of_an_earlier_version_tell_nothing():
     for entry in history:
         entry.pop("train/top1_error", None)
     assert warned(history) == {}
-
-
-@pytest.mark.parametrize(("error", "count"), [(0.3, 100), (0.0, 50), (1.0, 50), (0.013, 360)])
-def test_the_interval_is_wilson_s(error, count):
-    """Its ends are where the error is 1.96 standard errors, of the end's own error, away."""
-    low, high = interval(error, count)
-    for end in (low, high):
-        if 1e-12 < end < 1 - 1e-12:
-            assert abs(error - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count), rel=1e-9)
-    assert low + 1e-15 >= 0
-    assert high - 1e-15 <= 1
-    assert low < high
