@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, refused
 
 import alexnet
+from orchestrator.config.recipes import digits
 
 BUILD = {"preset": "caffe", "num_classes": 3, "width": 0.0625, "input_size": 67, "lrn": {}}
 
@@ -51,6 +52,19 @@ def test_onnx_is_compared_with_the_net(model, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     lines = convert(model, monkeypatch, capsys, "model", "--to", "net.onnx", "--softmax")
     assert lines[3].startswith("  it gives the net's probabilities in onnxruntime: those of 4 images differ by at")
+
+
+def test_a_run_can_start_from_a_file_of_another_program(model, monkeypatch, capsys):
+    from orchestrator.cli import train
+
+    convert(model, monkeypatch, capsys, "model", "--to", "net.caffemodel")
+    args = train.parser().parse_args(["--start-from", "net.caffemodel"])
+    start, config = train.start_from(args, digits(), model / "into")
+    assert (config.preset, config.width, config.input_size, config.pixel_scale) == ("caffe", 0.0625, 67, 1.0)
+    expected, found = alexnet.load(model / "net.caffemodel"), alexnet.load(start.folder.local)
+    assert found.description == start.description
+    for name, tensor in expected.net.state_dict().items():
+        np.testing.assert_array_equal(found.net.state_dict()[name], tensor)
 
 
 REFUSED = [
