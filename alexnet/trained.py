@@ -4,6 +4,7 @@
     probabilities = trained.probabilities(np.stack([trained.stored(file.read_bytes()) for file in files]), views=10)
 
 A model's folder holds WEIGHTS, DESCRIPTION and MEAN_IMAGE; every checkpoint is one, and so is the model in MLflow.
+alexnet/weights.py has the same in one file, and reads and writes those of others.
 N images, S the side at which they are stored, in pixels, K classes.
 """
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from . import augment, images, ten_views
 from .augment import MeanSubtraction
 from .net import AlexNet, build
-from .presets import LRN
+from .presets import LRN, preset_of
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
 DESCRIPTION = "net.json"
@@ -165,8 +166,15 @@ def write_description(folder: Path, description: Description, mean_image: NDArra
 
 
 def load(path: str | os.PathLike[str]) -> TrainedNet:
-    """The net of a model's folder, such as a checkpoint, on the CPU. Raises ValueError of one line."""
+    """The net of a model's folder, such as a checkpoint, or of a file (alexnet/weights.py), on the CPU.
+
+    Raises ValueError of one line.
+    """
     folder = Path(path)
+    if folder.is_file():
+        from . import weights  # which needs this module
+
+        return weights.read(folder)
     missing = next((name for name in (WEIGHTS, DESCRIPTION, MEAN_IMAGE) if not (folder / name).is_file()), None)
     if missing:
         raise ValueError(
@@ -186,26 +194,65 @@ def build_described(description: Description, where: str) -> AlexNet:
         net = build(**arguments, lrn=None if lrn is None else LRN(**lrn))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: build: {error}") from None
+    _check_classes(description, net, where)
+    return net
+
+
+def assemble(
+    description: Description, tensors: Mapping[str, torch.Tensor], mean_image: NDArray[np.float32], where: str
+) -> TrainedNet:
+    """A net from its parts. Raises ValueError of one line; what a description claims takes no memory before it is
+    known to be that of the tensors."""
+    arguments = {name: value for name, value in description.build.items() if name not in ("init", "seed")}
+    try:
+        lrn = arguments.pop("lrn", None)
+        preset, num_classes = preset_of(arguments.pop("preset", "paper")), arguments.pop("num_classes", 1000)
+        with torch.device("meta"):
+            net = AlexNet(preset, num_classes, **arguments, lrn=None if lrn is None else LRN(**lrn))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{where}: build: {str(error).partition(chr(10))[0]:.200}") from None
+    _check_classes(description, net, where)
+    check_mean_image(mean_image, net.input_size, where)
+    check_tensors(net, tensors, where)
+    if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{where}: {damaged[0]} has numbers that are not finite")
+    net = net.to_empty(device="cpu")
+    net.load_state_dict(tensors)
+    return TrainedNet(net.to(memory_format=torch.channels_last), description, mean_image)
+
+
+def _check_classes(description: Description, net: AlexNet, where: str) -> None:
     if len(description.classes) > net.num_classes:
         raise ValueError(f"{where}: {len(description.classes)} classes, but the net has {net.num_classes} outputs")
-    return net
 
 
 def load_weights(net: AlexNet, file: Path) -> None:
     """Fill a net from a safetensors file of canonical names. Raises ValueError of one line, the net untouched."""
+    found = read_safetensors(file)
+    check_tensors(net, found, str(file))
+    net.load_state_dict(found)
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file. Raises ValueError of one line."""
     try:
-        found = load_file(str(file))
+        return dict(load_file(str(file)))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: is not a whole safetensors file ({str(error).splitlines()[0]:.100})") from None
+
+
+def check_tensors(net: AlexNet, found: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises ValueError of one line where a state dict is not this net's by names and shapes."""
     state = net.state_dict()
     if surplus := sorted(found.keys() ^ state.keys()):
         there = "the file has" if surplus[0] in found else "the net has"
-        raise ValueError(f"{file}: {there} {surplus[0]!r:.60}, and the other does not: is it of another net?")
+        raise ValueError(f"{where}: {there} {surplus[0]!r:.60}, and the other does not: is it of another net?")
     for name, tensor in found.items():
         if tensor.shape != state[name].shape:
             has, wants = (" x ".join(map(str, each.shape)) for each in (tensor, state[name]))
-            raise ValueError(f"{file}: {name} is {has}, and the net's is {wants}: is it of another net?")
-    net.load_state_dict(found)
+            raise ValueError(f"{where}: {name} is {has}, and the net's is {wants}: is it of another net?")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} has numbers of type {tensor.dtype}; weights are floats")
 
 
 def read_mean_image(file: Path, input_size: int) -> NDArray[np.float32]:
@@ -214,7 +261,12 @@ def read_mean_image(file: Path, input_size: int) -> NDArray[np.float32]:
         mean: NDArray[np.float32] = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError):
         raise ValueError(f"{file}: is no array of numpy") from None
+    check_mean_image(mean, input_size, str(file))
+    return mean
+
+
+def check_mean_image(mean: NDArray[np.float32], input_size: int, where: str) -> None:
+    """Raises ValueError of one line where it is not (S, S, 3) float32, S at least the net's input."""
     side = mean.shape[0] if mean.ndim == 3 else 0
     if mean.dtype != np.float32 or mean.shape != (side, side, 3) or side < input_size or not np.isfinite(mean).all():
-        raise ValueError(f"{file}: has {mean.dtype} {mean.shape}; expected float32 (S, S, 3), S at least {input_size}")
-    return mean
+        raise ValueError(f"{where}: has {mean.dtype} {mean.shape}; expected float32 (S, S, 3), S at least {input_size}")

@@ -37,6 +37,10 @@ def look() -> int:
     return _start("look")
 
 
+def convert() -> int:
+    return _start("convert")
+
+
 def ui() -> int:
     return _start("ui")
 

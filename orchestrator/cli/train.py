@@ -120,7 +120,11 @@ def start_from(args: argparse.Namespace, config: TrainConfig, into: Path) -> tup
     into: a folder for what has to be fetched. Raises ValueError of one line.
     """
     found = find_model(args.start_from, into, args.output)
-    pretrained = Pretrained(StoragePath.of(found.path), found.load().description, args.start_from)
+    trained, folder = found.load(), found.path
+    if not folder.is_dir():  # one file, perhaps of another program
+        folder = into / "start"
+        trained.save(folder)
+    pretrained = Pretrained(StoragePath.of(folder), trained.description, args.start_from)
     given = {name: getattr(config, name) for name in given_fields(args, TrainConfig)}
     for line in pretrained.differences(given):
         print(line)
