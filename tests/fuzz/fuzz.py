@@ -320,7 +320,7 @@ class Supervisor:
             f"{self.last_rss} MB at last"
         )
         lines += [f"{count} x {key}" for key, count in self.findings.counts.most_common()]
-        return "\n".join([*lines, f"{len(self.findings.counts)} fault(s)"])
+        return "\n".join([*lines, f"faults: {len(self.findings.counts)}"])
 
 
 def _lines(process: Any, until: float) -> Iterator[str | None]:
