@@ -20,7 +20,9 @@ from orchestrator.base.exits import USAGE, one_line, run_job
 from orchestrator.tracking.registry import check_name
 
 DEFAULT_RECIPE = "digits"
-METAVARS = {"data": "DIR", "workers": "N", "time_budget": "TIME"}  # where the type alone says too little
+METAVARS = {  # where the type alone says too little
+    "data": "DIR", "workers": "N", "time_budget": "TIME", "preset": "NAME", "freeze": "LAYERS", "lr_factor": "LAYER=X",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

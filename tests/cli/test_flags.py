@@ -12,7 +12,13 @@ from orchestrator.base.environment import command
 from orchestrator.cli import flags
 
 NAMES = sorted(job.stem for job in (ROOT / "jobs").glob("*.py"))
-NEEDED = {"tracking": ["status"], "convert": ["MODEL", "--to", "net.onnx"]}
+NEEDED = {
+    "evaluate": ["MODEL"],
+    "look": ["MODEL"],
+    "predict": ["MODEL", "--source", "x"],
+    "tracking": ["status"],
+    "convert": ["MODEL", "--to", "net.onnx"],
+}
 
 
 def called(name, *args, monkeypatch, as_script=False):

@@ -243,7 +243,8 @@ def test_a_manifest_is_under_its_own_checksum(tmp_path):
         {"source": "other"}, {"seed": 1}, {"rejected": 1}, {"mean_rgb": [1.0, 2.0, 3.0]}, {"image_size": 71},
         {"mean_image_file": "other.npy"}, {"mean_image_sha256": "0" * 64}, {"classes": list("abcdefghij")},
         {"class_names": list("abcdefghij")}, {"jpeg_quality": 50}, {"manifest_sha256": ""},
-        {"manifest_sha256": "0" * 64}, {"warnings": ["other"]}, {"kinds": {"gray": 1}}, {"found": ["other"]}, {"left_out": {"hidden": 1}},
+        {"manifest_sha256": "0" * 64}, {"warnings": ["other"]}, {"kinds": {"gray": 1}},
+        {"found": ["other"]}, {"left_out": {"hidden": 1}},
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=r"manifest.json: was changed after it was written.*prepare the data again"
