@@ -72,7 +72,7 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_net_is_fine_tuned_from_a_run_that_may_be_gone_when_it_is_resumed(finished, job, place, here):
     shutil.copytree(place / "runs" / "first", place / "source")
     flags = ("--freeze", "conv", "--lr-factor", "fc8=2", "--keep-every", "1", "--precision", "fp64")
