@@ -47,7 +47,7 @@ def started(name, args, folder, monkeypatch, capsys):
         (["model", "--views", "7"], "--views: invalid choice: 7 (choose from 1, 10)"),
         (["model", "--precision", "fp8"], "invalid choice: 'fp8'"),
         (["run"], "has no checkpoint yet"),
-        (["pickle.pt"], "pickle.pt: has no model.safetensors"),
+        (["pickle.pt"], "pickle.pt: cannot be read as a dict of tensors alone"),
         (["model", "--data", "x", "--split", "test"], "invalid choice: 'test'"),
     ],
 )
