@@ -21,6 +21,7 @@ PRESET = PRESETS["caffe"]
 MEAN_BGR = (104.00699, 116.66877, 122.67892)  # of ImageNet, which goes with BVLC's weights
 STORED = 256  # side of the images that they were cut from
 MAX_BYTES = 2**31 - 1  # of a message
+MAX_LAYERS = 1000  # BVLC AlexNet has 24
 MAX_AXES = 32  # of a blob, as in Caffe
 
 NET_INPUT, NET_INPUT_DIM, NET_LAYERS_V1, NET_INPUT_SHAPE, NET_LAYER = 3, 4, 2, 8, 100
@@ -107,6 +108,8 @@ def _net(message: memoryview) -> tuple[list[_Layer], int | None]:
             dims += _numbers(wire, value, data)
         elif number == NET_INPUT_SHAPE and wire == protobuf.BYTES:
             dims += _shape(data)
+        if len(layers) > MAX_LAYERS:
+            raise Damaged(f"more than {MAX_LAYERS} layers")
         if len(dims) > MAX_AXES:
             raise Damaged(f"an input of more than {MAX_AXES} axes")
     square = len(dims) == 4 and dims[1] == 3 and dims[2] == dims[3] and dims[2] <= 4096

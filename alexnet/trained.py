@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from . import augment, images, ten_views
 from .augment import MeanSubtraction
-from .net import AlexNet, build
+from .net import AlexNet
 from .presets import LRN, preset_of
 
 WEIGHTS = "model.safetensors"  # the canonical state dict (alexnet/net.py)
@@ -32,6 +32,7 @@ DESCRIPTION = "net.json"
 MEAN_IMAGE = "mean_image.npy"
 VERSION = 1  # of DESCRIPTION
 VIEWS = (1, 10)
+MAX_SCALE = 1e30  # of pixels: no float32 could hold what is beyond
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Description:
             if not all(isinstance(each, str) for each in found.setdefault(name, [])):
                 raise ValueError(f"{where}: {name} are not all text")
             found[name] = tuple(found[name])
-        if not (math.isfinite(found.setdefault("pixel_scale", 1.0)) and found["pixel_scale"] > 0):
-            raise ValueError(f"{where}: pixel_scale is {found['pixel_scale']}; it is more than 0")
+        if not 0 < found.setdefault("pixel_scale", 1.0) < MAX_SCALE:
+            raise ValueError(f"{where}: pixel_scale is {found['pixel_scale']!r:.40}; it is more than 0, and a float")
         return Description(**found)
 
 
@@ -181,27 +182,18 @@ def load(path: str | os.PathLike[str]) -> TrainedNet:
             f"{folder}: has no {missing}; a model's folder holds {WEIGHTS}, {DESCRIPTION} and {MEAN_IMAGE}"
         )
     description = Description.of_json((folder / DESCRIPTION).read_bytes(), str(folder / DESCRIPTION))
-    net = build_described(description, str(folder / DESCRIPTION))
-    load_weights(net, folder / WEIGHTS)
-    return TrainedNet(net, description, read_mean_image(folder / MEAN_IMAGE, net.input_size))
-
-
-def build_described(description: Description, where: str) -> AlexNet:
-    """A net of the described form, its weights not yet those that it was trained to. Raises ValueError of one line."""
-    arguments = dict(description.build)
-    try:
-        lrn = arguments.pop("lrn", None)
-        net = build(**arguments, lrn=None if lrn is None else LRN(**lrn))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: build: {error}") from None
-    _check_classes(description, net, where)
-    return net
+    side = description.build.get("input_size")
+    mean_image = read_mean_image(folder / MEAN_IMAGE, side if isinstance(side, int) else 0)
+    tensors = read_safetensors(folder / WEIGHTS)
+    return assemble(description, tensors, mean_image, str(folder / DESCRIPTION), str(folder / WEIGHTS))
 
 
 def assemble(
-    description: Description, tensors: Mapping[str, torch.Tensor], mean_image: NDArray[np.float32], where: str
-) -> TrainedNet:
-    """A net from its parts. Raises ValueError of one line; what a description claims takes no memory before it is
+    description: Description, tensors: Mapping[str, torch.Tensor], mean_image: NDArray[np.float32], where: str,
+    where_tensors: str | None = None,
+) -> TrainedNet:  # fmt: skip
+    """A net from its parts. where: the file of the description, for messages; where_tensors: that of the tensors, if it
+    is another. Raises ValueError of one line; what a description claims takes no memory before it is
     known to be that of the tensors."""
     arguments = {name: value for name, value in description.build.items() if name not in ("init", "seed")}
     try:
@@ -213,6 +205,7 @@ def assemble(
         raise ValueError(f"{where}: build: {str(error).partition(chr(10))[0]:.200}") from None
     _check_classes(description, net, where)
     check_mean_image(mean_image, net.input_size, where)
+    where = where_tensors or where
     check_tensors(net, tensors, where)
     if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{where}: {damaged[0]} has numbers that are not finite")
@@ -224,13 +217,6 @@ def assemble(
 def _check_classes(description: Description, net: AlexNet, where: str) -> None:
     if len(description.classes) > net.num_classes:
         raise ValueError(f"{where}: {len(description.classes)} classes, but the net has {net.num_classes} outputs")
-
-
-def load_weights(net: AlexNet, file: Path) -> None:
-    """Fill a net from a safetensors file of canonical names. Raises ValueError of one line, the net untouched."""
-    found = read_safetensors(file)
-    check_tensors(net, found, str(file))
-    net.load_state_dict(found)
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -253,6 +239,8 @@ def check_tensors(net: AlexNet, found: Mapping[str, torch.Tensor], where: str) -
             raise ValueError(f"{where}: {name} is {has}, and the net's is {wants}: is it of another net?")
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: {name} has numbers of type {tensor.dtype}; weights are floats")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{where}: {name} claims more numbers than there are in the file")
 
 
 def read_mean_image(file: Path, input_size: int) -> NDArray[np.float32]:

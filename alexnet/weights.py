@@ -102,6 +102,8 @@ def _read_safetensors(file: Path) -> TrainedNet:
     if METADATA in metadata:
         if MEAN_TENSOR not in tensors:
             raise ValueError(f"{file}: has no {MEAN_TENSOR}; take the model from its run again")
+        if tensors[MEAN_TENSOR].dtype != torch.float32:
+            raise ValueError(f"{file}: {MEAN_TENSOR} is of {tensors[MEAN_TENSOR].dtype}; expected torch.float32")
         mean_image = tensors.pop(MEAN_TENSOR).numpy()
         return assemble(Description.of_json(metadata[METADATA], str(file)), tensors, mean_image, str(file))
     if tensors.keys() & NAMES.keys():
@@ -165,6 +167,7 @@ def _write_torchvision(trained: TrainedNet, file: Path) -> list[str]:
     _only(trained, "torchvision")
     state = _state(trained)
     factors = torch.tensor([255 * trained.description.pixel_scale * std for std in STD_RGB], dtype=torch.float64)
+    state["conv1.weight"] = state["conv1.weight"].clone()  # the net's own otherwise, where it is in this order already
     _scale_colours(state["conv1.weight"], factors)
     torch.save({theirs: state[ours] for theirs, ours in NAMES.items()}, file)
     remarks = _of_other_width(trained, "torchvision.models.alexnet")
@@ -173,9 +176,9 @@ def _write_torchvision(trained: TrainedNet, file: Path) -> list[str]:
                f"Normalize([{means}], [{', '.join(map(str, STD_RGB))}]) of torchvision.transforms"]  # fmt: skip
     if not _is_uniform(trained.mean_image):
         remarks.append("has no mean image, only its mean of each colour is above: scores differ a little")
-    elif not np.allclose(trained.mean_image[0, 0] / 255, MEAN_RGB, atol=1e-4):
+    if not np.allclose(trained.mean_image.mean((0, 1), np.float64) / 255, MEAN_RGB, atol=1e-4):
         remarks.append("is not of ImageNet's mean colour, with which this program would read it: keep a .safetensors")
-    return remarks
+    return remarks + _of_other_size(trained, STORED, preset_of("torchvision").input_size)
 
 
 def _of_caffe(file: Path) -> TrainedNet:
@@ -204,7 +207,15 @@ def _write_caffe(trained: TrainedNet, file: Path) -> list[str]:
     remarks += [f"expects blue, green, red less {values}, from 0 to 255, {trained.net.input_size} pixels a side"]
     if not _is_uniform(trained.mean_image):
         remarks.append("has no mean image, its mean of each colour is subtracted instead: scores differ a little")
-    return remarks
+    return remarks + _of_other_size(trained, max(caffemodel.STORED, trained.net.input_size), trained.net.input_size)
+
+
+def _of_other_size(trained: TrainedNet, stored: int, input_size: int) -> list[str]:
+    """A remark where the file does not say what images the net was trained on: this program takes them for these."""
+    if (trained.image_size, trained.net.input_size) == (stored, input_size):
+        return []
+    own = f"{trained.net.input_size} of {trained.image_size} pixels"
+    return [f"was trained on {own}, and would be read here as {input_size} of {stored}: keep a .safetensors"]
 
 
 def _build(preset: str, maps: int, num_classes: int, input_size: int) -> dict[str, object]:

@@ -162,7 +162,7 @@ class Preset:
         """Side in pixels of the last convolutional layer's maps. Raises ValueError for too small an image."""
         for name, side in self._sides(input_size):
             if side < 1:
-                least = next(size for size in range(input_size, 2048) if self._fits(size))
+                least = next(size for size in range(max(1, input_size), 4096) if self._fits(size))
                 raise ValueError(
                     f"input_size = {input_size}: too small for {name} of preset {self.name}; use at least {least}, "
                     f"its own is {self.input_size}"

@@ -37,3 +37,8 @@ def job_id() -> str | None:
     found = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     name: str | None = found.get("metadata", {}).get("job_submission_id")
     return name
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -83,7 +83,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 column_order(model.name, net, data)
             valid = read_label_sets(args.labels, data.rows, data.classes) if args.labels else None
             output = output_of(found[0], args.output)
-            champion = challenged(args, found, data, Path(into))
+            champion = challenged(args, found, nets, data, Path(into))
         except ValueError as error:
             flags.error(str(error))
         if needs_ray(args.workers):
@@ -107,7 +107,9 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     return register(args, found[0], done.models[0], old, data, view)
 
 
-def challenged(args: argparse.Namespace, found: list[FoundModel], data: Data, into: Path) -> FoundModel | None:
+def challenged(
+    args: argparse.Namespace, found: list[FoundModel], nets: list[TrainedNet], data: Data, into: Path
+) -> FoundModel | None:
     """The champion that --promote compares the model with; None without one. Raises ValueError of one line."""
     flag = "--promote" if args.promote else "--register"
     name = args.promote or args.register
@@ -120,7 +122,20 @@ def challenged(args: argparse.Namespace, found: list[FoundModel], data: Data, in
     model = found[0]
     if not model.mlflow_run_id or not model.mlflow_uri:
         raise ValueError(f"{flag} {name}: MODEL {model.text} has no run in MLflow whose model could be registered")
-    if not args.promote or registry.champion(Store(model.mlflow_uri), name) is None:
+    store, epoch = Store(model.mlflow_uri), nets[0].description.epoch
+    try:
+        logged = registry.newest_step(store, model.mlflow_run_id)
+        champion_there = registry.champion(store, name)
+    except Exception as error:  # whatever the server answers
+        raise ValueError(f"{flag} {name}: MLflow does not answer: {store.reason(error)}") from None
+    if logged is None:
+        raise ValueError(f"{flag} {name}: the run of MODEL {model.text} has no model in MLflow")
+    if logged != epoch:
+        raise ValueError(
+            f"{flag} {name}: MODEL {model.text} is of epoch {epoch}, and the model in MLflow of epoch {logged}: give "
+            f"runs:/{model.mlflow_run_id}/model, which is that one"
+        )
+    if not args.promote or champion_there is None:
         return None
     champion = find_in_store(f"models:/{name}@{registry.CHAMPION}", into / "champion", model.mlflow_uri)
     column_order(champion.name, champion.load(), data)

@@ -115,7 +115,7 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
 
 
 def start_from(args: argparse.Namespace, config: TrainConfig, into: Path) -> tuple[Pretrained, TrainConfig]:
-    """The trained net that --start-from names, and the settings with its own, but for flags that were given.
+    """The trained net that --start-from names, and the settings with its own, but for those that were given.
 
     into: a folder for what has to be fetched. Raises ValueError of one line.
     """
@@ -125,10 +125,12 @@ def start_from(args: argparse.Namespace, config: TrainConfig, into: Path) -> tup
         folder = into / "start"
         trained.save(folder)
     pretrained = Pretrained(StoragePath.of(folder), trained.description, args.start_from)
-    given = {name: getattr(config, name) for name in given_fields(args, TrainConfig)}
+    names = {**given_fields(args, TrainConfig), **(read_yaml(args.config) if args.config else {})}
+    given = {name: getattr(config, name) for name in names}
     for line in pretrained.differences(given):
         print(line)
-    return pretrained, config.changed(**pretrained.settings() | given)
+    settings = pretrained.settings() | given
+    return pretrained, adapted(config, settings).changed(**settings)
 
 
 def script() -> int:

@@ -25,7 +25,12 @@ def with_absolute_data(config: TrainConfig) -> TrainConfig:
 
 def shards_of(config: TrainConfig, output: StoragePath) -> StoragePath:
     """Where the shards are that the settings name. Those of the bundled digits are kept with the runs."""
-    return output / "_data" / BUNDLED if config.data == BUNDLED else StoragePath.of(config.data)
+    return bundled(output) if config.data == BUNDLED else StoragePath.of(config.data)
+
+
+def bundled(output: StoragePath) -> StoragePath:
+    """Where the bundled digits are, of runs in this folder."""
+    return output / "_data" / BUNDLED
 
 
 class Dataset:

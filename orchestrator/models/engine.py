@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from alexnet.augment import MeanSubtraction
 from alexnet.trained import TrainedNet
+from orchestrator.base.environment import num_cpus
 from orchestrator.base.exits import JobError, last_line, signals_deferred
 from orchestrator.base.shown import count_of
 from orchestrator.cluster.placement import WORKERS_PER_CPU
@@ -199,7 +200,7 @@ def start(
     """Start the workers. num_workers: None for this process alone, or for as many actors as a cluster has GPUs, or
     nodes if it has none. Ray must be connected wherever there are actors (`needs_ray`)."""
     if not needs_ray(num_workers):
-        return Engine([_Here(Worker(nets, reader, settings, settings.threads or available_cpus()))])
+        return Engine([_Here(Worker(nets, reader, settings, settings.threads or num_cpus()))])
     import ray
 
     with signals_deferred():
@@ -215,11 +216,6 @@ def start(
 def needs_ray(num_workers: int | None) -> bool:
     """Whether the workers are actors: those that are asked for, and those of a cluster's job."""
     return num_workers is not None or bool(os.environ.get("RAY_ADDRESS"))
-
-
-def available_cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _actors(nets: Sequence[TrainedNet], reader: Reader[T], settings: Settings, num_workers: int | None) -> list[Any]:

@@ -5,17 +5,20 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import alexnet
 from alexnet.trained import DESCRIPTION, MEAN_IMAGE, WEIGHTS, TrainedNet, write_description
 from orchestrator.base.environment import default_output
+from orchestrator.base.schema import load_json
 from orchestrator.base.shown import quoted
-from orchestrator.base.storage import StoragePath
-from orchestrator.data.dataset import shards_of
+from orchestrator.base.storage import StorageError, StoragePath
+from orchestrator.data.dataset import BUNDLED, bundled, shards_of
 from orchestrator.data.shards import MANIFEST, DamagedData, read_manifest, read_mean_image
 from orchestrator.search.folder import SEARCH_YAML, TRIALS
 from orchestrator.tracking import registry
 from orchestrator.tracking.store import Store, tracking_uri, tracking_uri_of
+from orchestrator.train.checkpoints import STATE
 from orchestrator.train.model import describe
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX, CONFIG, RunFolder
 
@@ -46,7 +49,7 @@ def find_model(text: str, into: Path, output: str | None = None) -> FoundModel:
     Raises ValueError of one line.
     """
     if registry.is_address(text):
-        return find_in_store(text, into, tracking_uri())
+        return find_in_store(text, into, tracking_uri(), output)
     place = StoragePath.of(text)
     if place.local is not None and place.local.is_file():
         return FoundModel(text, place.local.stem, place.local)
@@ -84,13 +87,18 @@ def _names(name: str) -> Iterator[str]:
         number += 1
 
 
-def find_in_store(address: str, into: Path, uri: str) -> FoundModel:
-    """The model of an address in one MLflow store. Raises ValueError of one line."""
+def find_in_store(address: str, into: Path, uri: str, output: str | None = None) -> FoundModel:
+    """The model of an address in one MLflow store, whose run may be gone. Raises ValueError of one line."""
     store = Store(uri)
     into.mkdir(parents=True, exist_ok=True)
     logged = registry.fetch(store, address, into)
     name = address.removeprefix("models:/").removeprefix("runs:/").replace("/", "-")
-    data = store.client.get_run(logged.run_id).data.params.get("data") if logged.run_id else None
+    found = registry.params_of(store, logged.run_id) if logged.run_id else None
+    if found is None:
+        return FoundModel(address, name, logged.folder, mlflow_uri=store.uri)
+    data = found.get("data")
+    if data == BUNDLED:
+        data = str(bundled(StoragePath.of(output or default_output())))
     return FoundModel(address, name, logged.folder, None, data, logged.run_id, store.uri)
 
 
@@ -109,8 +117,10 @@ def _of_search(text: str, place: StoragePath, into: Path) -> FoundModel:
     chosen = next((each for each in stored if each.name == f"{CHECKPOINT_PREFIX}{epoch:04d}"), stored[0])
     found = _of_checkpoint(text, chosen, into)
     uri = tracking_uri_of(result.get("mlflow_tracking_uri"))[0]
-    changed = {"name": place.name, "run": place, "mlflow_run_id": best.get("mlflow_run_id"), "mlflow_uri": uri}
-    return FoundModel(**found.__dict__ | changed)
+    data = found.data
+    if data == str(bundled(trials)):  # which are kept with the search, not with its trials
+        data = str(bundled(place.parent))
+    return FoundModel(text, place.name, found.path, place, data, best.get("mlflow_run_id"), uri)
 
 
 def _of_run(text: str, place: StoragePath, into: Path) -> FoundModel:
@@ -119,9 +129,22 @@ def _of_run(text: str, place: StoragePath, into: Path) -> FoundModel:
     if not checkpoints:
         raise ValueError(f"MODEL {quoted(text)}: the run {place} has no checkpoint yet")
     result = RunFolder(place.parent, place.name).result()
-    best = str(result.get("best_checkpoint") or "").rstrip("/").rpartition("/")[2]  # the run may have been moved
-    found = _of_checkpoint(text, place / (best if best in checkpoints else checkpoints[-1]), into)
+    best = result.get("best") or _best_of_history(place / checkpoints[-1])
+    names = [f"{CHECKPOINT_PREFIX}{best['epoch']:04d}"] if isinstance(best, dict) else []
+    names.append(str(result.get("best_checkpoint") or "").rstrip("/").rpartition("/")[2])  # it may have been moved
+    found = _of_checkpoint(text, place / next((name for name in names if name in checkpoints), checkpoints[-1]), into)
     return FoundModel(**found.__dict__ | {"name": place.name})
+
+
+def _best_of_history(last: StoragePath) -> dict[str, Any] | None:
+    """The epoch with the lowest top-1 error, the last of equal ones, of a run without a result, such as a trial: by its
+    last checkpoint. None if that says nothing."""
+    try:
+        history = load_json((last / STATE).read())["state"]["history"]
+        best: dict[str, Any] = min(reversed(history), key=lambda entry: entry["val/top1_error"])
+        return best if type(best["epoch"]) is int else None
+    except (OSError, ValueError, KeyError, TypeError, StorageError):
+        return None
 
 
 def _of_checkpoint(text: str, place: StoragePath, into: Path) -> FoundModel:

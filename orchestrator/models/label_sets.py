@@ -60,8 +60,11 @@ def _numbers(file: str, names: list[str], length: int) -> list[int]:
     found = [NUMBERED.fullmatch(PurePosixPath(name).name) for name in names]
     if all(found):
         numbers = [int(match[1]) - 1 for match in found if match]
-        if max(numbers) >= length:
-            raise ValueError(f"--labels {file}: has {length} entries, but there is an image {max(numbers) + 1}")
+        if min(numbers) < 0 or max(numbers) >= length:
+            raise ValueError(
+                f"--labels {file}: has {length} entries, from 1, but there is an image "
+                f"{(min if min(numbers) < 0 else max)(numbers) + 1}"
+            )
         return numbers
     if length != len(names):
         raise ValueError(f"--labels {file}: has {length} entries for {len(names)} images")

@@ -86,8 +86,8 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """Whether one is better, at 5 %."""
-        return self.p_value < 1 - CONFIDENCE
+        """Whether one is better: the interval leaves 0 out. McNemar's exact test, which asks for more, can differ."""
+        return not self.interval[0] <= 0 <= self.interval[1]
 
 
 def compare(first_wrong: Sequence[bool] | Bools, second_wrong: Sequence[bool] | Bools) -> Comparison:

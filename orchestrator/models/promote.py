@@ -33,13 +33,13 @@ def decide(wrong_old: NDArray[np.bool_], wrong_new: NDArray[np.bool_]) -> Decisi
         f"top-1 error {100 * new:.2f} % against the champion's {100 * old:.2f} % on the same {found.num_images} "
         f"images: {100 * difference:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
     )
-    if high < 0:
+    if found.is_significant and difference < 0:
         verdict = "better by more than chance: promoted"
-    elif low > 0:
+    elif found.is_significant:
         verdict = "worse by more than chance: not promoted"
     else:
         verdict = "not told apart by that many images: not promoted"
-    return Decision(high < 0, f"{what}; {verdict}", difference, found.interval)
+    return Decision(found.is_significant and difference < 0, f"{what}; {verdict}", difference, found.interval)
 
 
 def promote(run: Run, registered: registry.Registered, decision: Decision | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.base.exits import JobError
 from orchestrator.base.storage import CHUNK_BYTES, PARTIAL, StoragePath
 
 FORMS = (".parquet", ".csv", ".jsonl")
@@ -33,10 +34,15 @@ class RowFile:
     """
 
     def __init__(self, place: StoragePath, schema: pa.Schema) -> None:
+        """Raises JobError where it cannot be written."""
         self.place, self.schema = place, schema
         if place.local is not None:
-            place.local.parent.mkdir(parents=True, exist_ok=True)
             self._partial = place.local.with_name(f".{place.name}.{secrets.token_hex(4)}{PARTIAL}")
+            try:
+                place.local.parent.mkdir(parents=True, exist_ok=True)
+                self._partial.touch()
+            except OSError as error:
+                raise JobError(f"--output {place}: cannot be written ({error.strerror}); choose another") from None
         else:
             handle, name = tempfile.mkstemp(prefix="rows-", suffix=PARTIAL)
             os.close(handle)

@@ -47,6 +47,24 @@ def fetch(store: Store, address: str, into: Path) -> LoggedModel:
     return LoggedModel(folder, _run_of(info))
 
 
+def params_of(store: Store, run_id: str) -> dict[str, str] | None:
+    """The parameters of the run that a model is said to be of; None where it is not in this store, or not any more."""
+    import mlflow
+
+    try:
+        found: dict[str, str] = store.client.get_run(run_id).data.params
+        return found
+    except mlflow.exceptions.MlflowException:
+        return None
+
+
+def newest_step(store: Store, run_id: str) -> int | None:
+    """The step, which is the epoch, of the model that `register` takes; None for a run without one. Raises what the
+    server answers."""
+    outputs = store.client.get_run(run_id).outputs
+    return max((int(output.step) for output in outputs.model_outputs), default=None) if outputs else None
+
+
 def _run_of(info: Any) -> str | None:
     run_id: str | None = info.run_id
     return run_id or None

@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from alexnet.intervals import error_interval
+from alexnet.trained import DESCRIPTION
 from orchestrator.base.environment import command
 from orchestrator.base.markdown import code, code_block, escaped, table
 from orchestrator.base.redaction import redact_all
@@ -14,6 +15,7 @@ from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
 from orchestrator.tracking.note import note
 from orchestrator.train.messages import Metrics
+from orchestrator.train.pretrained import START
 from orchestrator.train.run_folder import CONFIG
 
 MODEL_CARD = "model_card.md"
@@ -43,8 +45,10 @@ def errors_line(entry: Metrics, num_val: int) -> str:
 
 
 def repeating(place: StoragePath) -> str:
-    """The command that trains again with the settings of a run. place: its folder."""
-    return f"{command('train')} --config {shlex.quote(str(place / CONFIG))}"
+    """The command that trains again with the settings of a run, from what it started from. place: its folder."""
+    start = place / START
+    began = f" --start-from {shlex.quote(str(start))}" if (start / DESCRIPTION).size() is not None else ""
+    return f"{command('train')} --config {shlex.quote(str(place / CONFIG))}{began}"
 
 
 def run_note(config: TrainConfig, data: str, place: StoragePath, outcome: str, num_val: int, best: Any = None) -> str:

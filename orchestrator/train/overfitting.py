@@ -27,10 +27,10 @@ def overfitting_warning(
         return None
     if any(overfits(history[:last], *sizes, num_drops=config.lr_drops) for last in range(len(history))):
         return None
-    best, then, now = _best(history), _at_best(history), history[-1]
+    best, then, now, recent = _best(history), _at_best(history), history[-1], _mean(history[-WINDOW:])
     return (
         f"validation error has not improved since epoch {history[best]['epoch']} ({percent(history[best][VAL])} then, "
-        f"{percent(now[VAL])} now), while that on training images fell from {percent(then)} to {percent(now[TRAIN])}: "
+        f"{percent(now[VAL])} now), while that on training images fell from {percent(then)} to {percent(recent)}: "
         f"the net is overfitting. What helps: {', '.join(_remedies(config))}"
     )
 

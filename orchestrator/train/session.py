@@ -127,9 +127,10 @@ class Session:
         uri, self.told = tracking_uri_of(before.get("mlflow_tracking_uri"))
         self.tracker = Tracker(uri)
         if not resume:
-            run.create(config)
+            run.make()
             if start is not None:
                 start.store(run.path)
+            run.change(config)  # last: what has no config is not resumed, and so never without what it starts from
         self.start = start
         self.lock = RunLock(run)
         self.result = self.run.result()

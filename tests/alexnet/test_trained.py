@@ -95,6 +95,9 @@ DAMAGE = [
     ({"classes": [1]}, "classes are not all text"),
     ({"pixel_scale": True}, "'pixel_scale' is True"),
     ({"pixel_scale": 0}, "pixel_scale is 0; it is more than 0"),
+    ({"pixel_scale": 10**400}, "pixel_scale is 1000"),
+    ({"build": BUILD | {"width": 1e308}}, "build: "),
+    ({"build": BUILD | {"input_size": -(10**12)}}, "build: input_size = -1000000000000: too small"),
     ({"nonsense": 1}, "'nonsense' is 1, which is not what a net's description has"),
     ({"build": {"preset": "lenet"}}, "build: preset = 'lenet': unknown"),
     ({"build": BUILD | {"rnn": 1}}, "build: .*unexpected keyword argument 'rnn'"),
@@ -135,3 +138,21 @@ def test_a_mean_image_of_another_form_is_one_line(folder):
     (folder / "mean_image.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"mean_image.npy: is no array of numpy"):
         load(folder)
+
+
+def test_more_classes_than_the_weights_have_take_no_memory(folder):
+    file = folder / "net.json"
+    described = json.loads(file.read_text())
+    described["build"]["num_classes"] = 10**9
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"model.safetensors: fc8.(weight|bias) is 4.*, and the net's is 1000000000"):
+        load(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(trained, tmp_path):
+    net = alexnet.build(**BUILD, init="he")
+    with torch.no_grad():
+        net.fc7.bias[0] = torch.nan
+    alexnet.TrainedNet(net, trained.description, trained.mean_image).save(tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"model.safetensors: fc7.bias has numbers that are not finite"):
+        load(tmp_path / "nan")

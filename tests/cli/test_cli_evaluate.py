@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import mlflow
@@ -208,6 +209,12 @@ def test_the_champion_changes_only_for_a_better_model(digit_shards, tmp_path, mo
     assert version == 4
     assert better.startswith("models:/digits/4 is now the champion of digits: top-1 error ")
     assert better.endswith("better by more than chance: promoted")
+    other = tmp_path / "runs" / "better" / "checkpoint-epoch-0005"
+    shutil.copytree(other.with_name("checkpoint-epoch-0003"), other)
+    described = json.loads((other / "net.json").read_text())
+    (other / "net.json").write_text(json.dumps(described | {"epoch": 5}))
+    line = refused("evaluate", [str(other), "--promote", "digits"], tmp_path, monkeypatch, capsys)
+    assert "is of epoch 5, and the model in MLflow of epoch 3: give runs:/" in line
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def make_shards(place: str, folder: Path, options: Options) -> object:
     with pytest.MonkeyPatch.context() as here:
         here.setattr(decoder, "CAN_FORK", False)  # images have targets of their own
         made = prepare(source, output, image_size=SIDE, max_rejected=1.0)
-    return read_manifest(output) == made
+    assert read_manifest(output) == made, "the manifest is read as another than was written"
+    return True
 
 
 class HereDataset:

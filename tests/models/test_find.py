@@ -150,3 +150,29 @@ def test_a_model_in_mlflow_is_fetched_by_run_and_by_alias(run, tmp_path, monkeyp
             find.find_model(address, tmp_path / "into" / "none")
         assert "\n" not in str(error.value)
     assert json.loads((found.path / "net.json").read_text())["epoch"] == 8
+
+
+def test_a_stopped_run_is_its_best_epoch_not_its_last(run, tmp_path):
+    """A run that was stopped has no best checkpoint in its result yet; a trial has no result."""
+    run.write_result({"best": {"epoch": 3, "val/top1_error": 0.1}})
+    save(run.path.local / "checkpoint-epoch-0004-step-000007", 5)
+    assert find.find_model("mine", tmp_path / "into").load().description.epoch == 3
+    (run.path.local / "result.json").unlink()
+    errors = {1: 0.5, 2: 0.4, 3: 0.2, 4: 0.3}
+    history = [{"epoch": epoch, "val/top1_error": error} for epoch, error in errors.items()]
+    state = run.path.local / "checkpoint-epoch-0004-step-000007" / "state.json"
+    state.write_text(json.dumps({"state": {"history": history}}))
+    assert find.find_model("mine", tmp_path / "into").load().description.epoch == 3
+    state.write_text("damaged")
+    assert find.find_model("mine", tmp_path / "into").load().description.epoch == 5, "its last"
+
+
+def test_the_digits_are_kept_with_the_runs_also_for_a_search_and_a_model_in_mlflow(run, tmp_path):
+    folder = RunFolder(tmp_path / "runs", "tuned")
+    folder.make()
+    folder.write("search.yaml", "")
+    trial = RunFolder(folder.path / "trials", "0000")
+    trial.create(digits())
+    save(trial.path.local / "checkpoint-epoch-0002", 2)
+    folder.write_result({"trials": [{"number": 0, "best": {"epoch": 2}}], "best": 0})
+    assert find.find_model("tuned", tmp_path / "into").data == str(tmp_path / "runs" / "_data" / "digits")

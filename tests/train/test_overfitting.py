@@ -36,7 +36,7 @@ def test_a_run_that_overfits_is_told_once_what_is_seen_and_what_helps():
     assert list(told) == [8], "5 epochs after the best, and not again"
     assert told[8] == (
         "validation error has not improved since epoch 3 (40.00 % then, 43.00 % now), while that on training images "
-        "fell from 50.00 % to 15.00 %: the net is overfitting. What helps: augmentation that suits the images (--flip, "
+        "fell from 50.00 % to 20.00 %: the net is overfitting. What helps: augmentation that suits the images (--flip, "
         "--color-noise paper), a higher --dropout than 0.2, a higher --weight-decay than 0.0005, fewer --epochs: the "
         "best epoch's checkpoint is kept"
     )

@@ -151,8 +151,10 @@ def inspect(source: Source, say: Say = lambda line: None, *, drawn: bool = False
     same = {entry.id for _, entry in both or ()}
     pairs = [] if drawn else near_in_both(source.splits)
     if pairs is None:
-        many = f"{ACROSS:,} local images"
-        say(f"bursts and resized copies in both parts are not looked for: that is done of up to {many}")
+        say(
+            "bursts and resized copies in both parts are not looked for: that is done of up to "
+            f"{ACROSS:,} local images, unless all are much alike"
+        )
     if nearly := [pair for pair in pairs or () if pair[1].id not in same]:
         first, second = nearly[0]
         images = count_of(len(nearly), "validation image is", "validation images are")

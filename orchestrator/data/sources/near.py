@@ -5,7 +5,6 @@ hashes differ (of the 9x8 pixels, whether each is darker than its right neighbou
 the hash alone 0.016 % of pairs of unlike photographs of one class would be, by both none of 7 million (docs/data.md).
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet.images import NotAnImage, decode_gray
+from orchestrator.base.environment import num_cpus
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.listing import SMALL, Entry, read
 
 MAX_IMAGES = 200_000  # more are not looked at
+MAX_BYTES = 10 * 10**9  # nor more of these: some minutes of CPU, within the limits of the process that lists (apart.py)
 DECODED = 32  # pixels a side at least, of a JPEG at a fraction of its size
 MAX_BITS = 10  # of 64, which may differ
 MIN_CORRELATION = 0.95
@@ -45,7 +47,7 @@ def look(data: bytes) -> Look | None:
 
     try:
         gray, shorter = decode_gray(data, DECODED)
-    except NotAnImage:
+    except (NotAnImage, MemoryError):
         return None  # it is named when it is prepared
     if shorter < SMALL:
         return None
@@ -60,6 +62,13 @@ def look(data: bytes) -> Look | None:
     return Look(int.from_bytes(bits), pixels / np.float32(length))
 
 
+def num_bytes(entries: Sequence[Entry]) -> int:
+    """What has to be read to look at them: of archives their members, of tables the whole file."""
+    ranges = sum(entry.packed or entry.length or 0 for entry in entries if entry.start is not None)
+    files = {entry.path for entry in entries if entry.start is None and entry.path is not None}
+    return ranges + sum(StoragePath(path).size() or 0 for path in files)
+
+
 def looks(entries: Sequence[Entry]) -> list[Look | None]:
     """Of every entry, in their order, by as many threads as there are CPUs. Raises StorageError."""
 
@@ -70,7 +79,7 @@ def looks(entries: Sequence[Entry]) -> list[Look | None]:
             return None
 
     found: list[Look | None] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         for first in range(0, len(entries), AT_A_TIME):
             # rows of Parquet files come from a cache that threads must not share
             some = [_with_data(entry) for entry in entries[first : first + AT_A_TIME]]

@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.base.shown import count_of
 from orchestrator.data.sources import near
-from orchestrator.data.sources.listing import Entry, Say
+from orchestrator.data.sources.listing import SMALL, Entry, Say
 
 VAL_FRACTION = 0.2
 DRAWN = "of every class is for validation, by seed"  # in the line about it
@@ -88,15 +88,22 @@ def _near_duplicates(entries: list[Entry], say: Say) -> dict[int, str]:
     if len(entries) > near.MAX_IMAGES:
         say(f"bursts and resized copies are not looked for: that is done of up to {near.MAX_IMAGES:,} images")
         return {}
+    if (here := near.num_bytes(entries)) > near.MAX_BYTES:
+        most = near.MAX_BYTES // 10**9
+        say(f"bursts and resized copies are not looked for: that is done of up to {most} GB, here are {here / 1e9:.0f}")
+        return {}
     if len(entries) >= MANY:
         say(f"near-duplicates are looked for among {len(entries):,} images")
     looks = near.looks(entries)
     names: dict[int, str] = {}
-    given_up = []
-    for label, positions in near.by_class(entries).items():
+    alike, too_many = 0, 0  # classes
+    for positions in near.by_class(entries).values():
         groups = near.groups([looks[position] for position in positions])
-        if groups is None or (len(positions) > 1 and len(set(groups)) == 1):
-            given_up.append(label)
+        if groups is None:
+            too_many += 1
+            continue
+        if len(positions) > 1 and len(set(groups)) == 1:
+            alike += 1
             continue
         size = Counter(groups)
         for position, group in zip(positions, groups, strict=True):
@@ -104,9 +111,15 @@ def _near_duplicates(entries: list[Entry], say: Say) -> dict[int, str]:
                 names[entries[position].id] = f"near {entries[positions[group]].id}"
     if names:
         say(f"{len(names)} images are near-duplicates of others of their class: each such group is on one side")
-    if given_up:
-        classes = count_of(len(given_up), "class", "classes")
+    if alike:
+        classes = count_of(alike, "class", "classes")
         say(f"the images of {classes} are all near-duplicates of each other, and are drawn one by one")
+    if too_many:
+        classes = count_of(too_many, "class", "classes")
+        say(f"the images of {classes} are too much alike for near-duplicates to be told, and are drawn one by one")
+    if unseen := looks.count(None):
+        images = count_of(unseen, "image is", "images are")
+        say(f"{images} not compared with others: only what is {SMALL} pixels a side or more can be")
     return names
 
 
@@ -160,7 +173,9 @@ def near_in_both(splits: dict[str, list[Entry]]) -> list[tuple[Entry, Entry]] | 
     train, val = splits["train"], splits["val"]
     if len(train) + len(val) > ACROSS or not all(map(near.is_here, [*train, *val])):
         return None
-    found = near.pairs(near.looks(train), near.looks(val)) or {}
+    found = near.pairs(near.looks(train), near.looks(val))
+    if found is None:
+        return None
     return [(train[at], val[position]) for position, at in found.items()]
 
 
