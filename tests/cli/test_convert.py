@@ -61,6 +61,9 @@ def test_a_run_can_start_from_a_file_of_another_program(model, monkeypatch, caps
     args = train.parser().parse_args(["--start-from", "net.caffemodel"])
     start, config = train.start_from(args, digits(), model / "into")
     assert (config.preset, config.width, config.input_size, config.pixel_scale) == ("caffe", 0.0625, 67, 1.0)
+    assert config.layout == "auto", "the recipe's is for its own net, and caffe cannot be trained in columns"
+    args = train.parser().parse_args(["--start-from", "net.caffemodel", "--layout", "data"])
+    assert train.start_from(args, digits().changed(layout="data"), model / "again")[1].layout == "data"
     expected, found = alexnet.load(model / "net.caffemodel"), alexnet.load(start.folder.local)
     assert found.description == start.description
     for name, tensor in expected.net.state_dict().items():

@@ -14,7 +14,7 @@ from orchestrator.search.notes import search_note, trial_note
 from orchestrator.tracking.note import note
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.store import Store
-from orchestrator.train.model_card import data_line, how_it_ended, model_card, run_note
+from orchestrator.train.model_card import data_line, how_it_ended, model_card, repeating, run_note
 
 HOSTILE = "a|b <script>x</script> [l](http://e.x) `c` **d** # e\n# f"
 ENTRY = {"epoch": 12, "val/top1_error": 3 / 360, "val/top5_error": 0.0, "val/loss": 0.1}
@@ -109,3 +109,10 @@ def test_a_search_and_its_trials_are_described():
     assert r"Trial 3 of the search my\_search: AlexNet (paper, width 0.25, 64 pixels) with `lr` 0.02." in text
     assert "best: top-1 error 0.83 % (0.28 to 2.42 %)" in text
     assert "--config /runs/s/trials/0003/config.yaml" in text
+
+
+def test_a_run_that_started_from_a_net_is_repeated_from_it(tmp_path):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "net.json").touch()
+    place = StoragePath.of(tmp_path)
+    assert repeating(place) == f"python jobs/train.py --config {tmp_path}/config.yaml --start-from {tmp_path}/start"
