@@ -58,16 +58,18 @@ def check_placement(layout: Layout, nodes: Sequence[str], gpus: Sequence[str | N
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:
-    """What `auto` means: bfloat16 on GPUs that have it and on CPUs with matrix units for it, else float32."""
+    """What `auto` means: bfloat16 on GPUs that have it and on CPUs that multiply it faster, else float32."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _has_amx()
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _multiplies_bf16()
 
 
-def _has_amx() -> bool:
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it: Intel's matrix units (AMX), or the dot products of AVX-512."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
