@@ -24,7 +24,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 5
-CONTENDERS = {"scratch": ["--lr", "0.01", "--epochs", "60"], "started": ["--lr", "0.003", "--epochs", "30"]}
+CONTENDERS = {"scratch": ["--lr", "0.01", "--epochs", "40"], "started": ["--lr", "0.003", "--epochs", "20"]}
 BATCH = ["--global-batch-size", "20", "--lr-patience", "8"]
 
 
