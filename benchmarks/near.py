@@ -53,7 +53,7 @@ WAYS: dict[str, Callable[[Photograph], bytes]] = {
 def false_pairs(entries: list[Entry]) -> tuple[int, int, int]:
     """Pairs of one class: all, those of nearly the same hash, and those that count as near-duplicates."""
     every, alike, near_pairs = 0, 0, 0
-    looks = near.looks(entries)
+    looks, _ = near.looks(entries)
     for positions in near.by_class(entries).values():
         known = [one for one in (looks[position] for position in positions) if one is not None]
         every += len(known) * (len(known) - 1) // 2

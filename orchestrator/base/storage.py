@@ -109,12 +109,14 @@ class StoragePath:
     def is_folder(self) -> bool:
         return bool(self._info().type == pa.fs.FileType.Directory)
 
-    def read(self) -> bytes:
-        """Raises OSError where the file is not there, StorageError where it cannot be had."""
+    def read(self, before: Callable[[int], None] = lambda size: None) -> bytes:
+        """Raises OSError where the file is not there, StorageError where it cannot be had; and what `before` raises,
+        which is called with the file's size before it is read."""
 
         def whole() -> bytes:
             fs, path = self._opened()
             with fs.open_input_file(path) as file:
+                before(file.size())
                 data: bytes = file.read()
                 return data
 

@@ -40,7 +40,15 @@ from orchestrator.config.recipes import RECIPES
 from orchestrator.data import check as checking
 from orchestrator.data import shards
 from orchestrator.data.dataset import Dataset
-from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD, check_apart, check_rejected, check_space, prepare
+from orchestrator.data.prepare import (
+    JPEG_QUALITY,
+    ROWS_PER_SHARD,
+    check_apart,
+    check_rejected,
+    check_space,
+    earlier_draw,
+    prepare,
+)
 from orchestrator.data.sheet import draw_classes
 from orchestrator.data.sources import FORMATS, Options
 from orchestrator.data.sources.apart import open_apart
@@ -185,10 +193,10 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         output = StoragePath.of(args.output)
         if (output / shards.MANIFEST).size() is not None and not args.overwrite:
             flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
-        source = open_apart(args.source, options_of(args), say=line.print)
+        source = open_apart(args.source, options_of(args), say=line.print, earlier=earlier_draw(output))
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
-        check_rejected(source, args.max_rejected)
         check_apart(args.source, output)
+        check_rejected(source, args.max_rejected, output)
         check_space(source, output, args.image_size or source.image_size, quality, args.rows_per_shard)
     except ValueError as error:
         flags.error(str(error))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.base.shown import count_of, quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed, warm_up
@@ -22,6 +23,9 @@ from orchestrator.data.shards import (
 )
 
 PICTURES = 48  # on the contact sheet
+
+
+SHOWN = 3  # classes in a line
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ def feed_config(manifest: Manifest) -> TrainConfig:
     """Settings for the check: crops as large in proportion to the images as the paper's 224 of 256 pixels."""
     size = manifest.image_size
     return make_config(epochs=1, input_size=max(64, min(size, size * 224 // 256)), global_batch_size=128)
+
+
+def _differences(manifest: Manifest, split: str, counts: NDArray[np.int64]) -> str:
+    """The classes whose rows are not as many as the manifest has, the first of them by name."""
+    wanted = np.array(manifest.class_rows[split])
+    differing = np.flatnonzero(counts != wanted).tolist()
+    first = [
+        f"{counts[label]} rows of {quoted(manifest.classes[label])} instead of {wanted[label]}"
+        for label in differing[:SHOWN]
+    ]
+    more = len(differing) - len(first)
+    return ", ".join(first) + (f" and other numbers of {count_of(more, 'more class', 'more classes')}" if more else "")
 
 
 def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[int, int, float], None]) -> Report:
@@ -77,8 +93,7 @@ def check(folder: StoragePath, say: Callable[[str], None], progress: Callable[[i
                 progress(done, images, done / max(time.monotonic() - start, 1e-9))
             if tuple(counts.tolist()) != manifest.class_rows[split]:
                 raise DamagedData(
-                    f"{folder}: {split} has {counts.tolist()} rows of each class, but the manifest has "
-                    f"{list(manifest.class_rows[split])}; prepare the data again"
+                    f"{folder}: {split} has {_differences(manifest, split, counts)}; prepare the data again"
                 )
     assert samples is not None
     rate = done / max(time.monotonic() - start, 1e-9)

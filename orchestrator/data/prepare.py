@@ -28,10 +28,11 @@ from orchestrator.data.order import plan_epoch
 from orchestrator.data.read_ahead import in_runs
 from orchestrator.data.shard_writer import ShardWriter, pack
 from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
-from orchestrator.data.sources import SPLITS, Source
+from orchestrator.data.sources import SPLITS, Drawn, Source
 
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
+DRAWN = "drawn.json"  # in UNFINISHED: what was drawn for validation
 OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")  # files written here
 WORDNET_ID = re.compile(r"n\d{8}")  # a class of ImageNet, whose usual pipelines ignore EXIF
 BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # of photographs, by JPEG quality (docs/data.md)
@@ -77,6 +78,8 @@ def prepare(
 
     size = image_size or source.image_size
     (output / MANIFEST).remove()
+    if source.drawn is not None and source.drawn.digest:
+        (output / UNFINISHED / DRAWN).write(json.dumps(source.drawn.to_json()).encode())
     tasks = list(_tasks(in_runs(source), seed, rows_per_shard))
     quality = jpeg_quality if encoding == "jpeg" else None
     turn = (exif or exif_rule(source)) == "apply"
@@ -115,9 +118,7 @@ def prepare(
             )
         )  # fmt: skip
     shards.sort(key=lambda shard: (SPLITS.index(shard.split), shard.file))
-    rejected.sort(key=lambda row: row["name"])
-    left_out = [{"name": name, "reason": rule, "kind": "left out"} for name, rule in source.left_out]
-    (output / REJECTED).write("".join(json.dumps(row) + "\n" for row in [*rejected, *left_out]).encode())
+    (output / REJECTED).write(_rejected_list(source, rejected))
     rows = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
     considered = total + len(source.misplaced)
     if empty := [split for split, count in rows.items() if not count]:
@@ -143,14 +144,41 @@ def exif_rule(source: Source) -> str:
     return "ignore" if source.format in ("ilsvrc", "cifar10") or imagenet else "apply"
 
 
-def check_rejected(source: Source, max_rejected: float) -> None:
-    """Raises ValueError where more files of a listing have no class or label than may be rejected."""
+def earlier_draw(output: StoragePath) -> Drawn | None:
+    """What an interrupted preparation to this output has drawn for validation; None if there is none that can be
+    read."""
+    place = output / UNFINISHED / DRAWN
+    if place.size() is None:
+        return None
+    try:
+        return Drawn.of_json(json.loads(place.read()))
+    except (ValueError, RecursionError):  # of another version, or cut off: it is drawn again
+        return None
+
+
+def _rejected_list(source: Source, rejected: list[dict[str, str]]) -> bytes:
+    """The content of REJECTED: what could not be read, by name, then what was left out."""
+    left_out = [{"name": name, "reason": rule, "kind": "left out"} for name, rule in source.left_out]
+    rows = [*sorted(rejected, key=lambda row: row["name"]), *left_out]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def check_rejected(source: Source, max_rejected: float, output: StoragePath | None = None) -> None:
+    """Raises ValueError where more files of a listing have no class or label than may be rejected; all of them are
+    then listed in the output, if there is one."""
     count, rejected = sum(map(len, source.splits.values())) + len(source.misplaced), len(source.misplaced)
     if rejected > max_rejected * count:
         name, reason = source.misplaced[0]
+        where = ""
+        if output is not None:
+            # a data set that is still there has a list of its own
+            place = output / (REJECTED if (output / MANIFEST).size() is None else f"{UNFINISHED}/{REJECTED}")
+            rows = [{"name": name, "reason": reason} for name, reason in source.misplaced]
+            place.write(_rejected_list(source, rows))
+            where = f"; they are listed in {place}"
         raise ValueError(
             f"--source {source.name}: {rejected} of {count} files have no class or label, more than --max-rejected "
-            f"{max_rejected:g}; such as {name}: {reason}"
+            f"{max_rejected:g}; such as {name}: {reason}{where}"
         )
 
 

@@ -2,7 +2,9 @@
 archive there with one request."""
 
 import collections
+import concurrent.futures
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +15,7 @@ from orchestrator.data.sources.listing import MAX_FILE_BYTES, extent, read_range
 
 READERS = 16  # threads, each with a request
 IMAGES_AHEAD, RANGES_AHEAD = 32, 4  # that are read or being read while others are decoded, whichever are more
+BYTES_AHEAD = 2**26  # that are held or being read; an image of more is read alone
 RANGE_BYTES = 2**23  # of an archive, that one request reads
 GAP_BYTES = 2**18  # between two images that are read together: headers, labels, images of the other part
 RUN = 32  # images of a shard that are neighbours in their archive
@@ -39,17 +42,58 @@ def read_ahead(entries: Sequence[Entry]) -> Iterator[tuple[int, Callable[[], byt
         for position, entry in enumerate(entries):
             yield position, functools.partial(read, entry)
         return
+    held = _Held(BYTES_AHEAD)
     with ThreadPoolExecutor(READERS) as pool:
-        waiting: collections.deque[tuple[list[int], Future[list[bytes | NotAnImage]]]] = collections.deque()
+        waiting: collections.deque[tuple[list[int], Future[list[bytes | NotAnImage]], int]] = collections.deque()
         images = 0
-        for run in together(entries):
-            waiting.append((run, pool.submit(_fetched, [entries[position] for position in run])))
-            images += len(run)
-            while len(waiting) > RANGES_AHEAD and images > IMAGES_AHEAD:
-                images -= len(waiting[0][0])
-                yield from _given(*waiting.popleft())
-        for run, future in waiting:
-            yield from _given(run, future)
+        try:
+            for turn, run in enumerate(together(entries)):
+                some = [entries[position] for position in run]
+                waiting.append((run, pool.submit(_fetched, some, held, turn), turn))
+                images += len(run)
+                while len(waiting) > RANGES_AHEAD and images > IMAGES_AHEAD:
+                    images -= len(waiting[0][0])
+                    yield from _given(*waiting.popleft(), held)
+            for each in waiting:
+                yield from _given(*each, held)
+        finally:
+            held.close()  # whoever waits for room would wait for ever
+
+
+class _Held:
+    """Bytes that are read or being read. Readers get room in the order of their turns, so that the one whose bytes are
+    wanted next never waits for those after it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._next = most, 0, 0
+        self._sizes: dict[int, int] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, turn: int, size: int) -> None:
+        """Wait for room for so many bytes; once in each turn."""
+        with self._changed:
+            if turn in self._sizes:  # another attempt
+                return
+            self._changed.wait_for(
+                lambda: self._closed or (self._next == turn and (not self._held or self._held + size <= self._most))
+            )
+            self._sizes[turn] = size
+            self._held += size
+            self._next = turn + 1
+            self._changed.notify_all()
+
+    def give(self, turn: int) -> None:
+        """The bytes of a turn are gone."""
+        with self._changed:
+            self._held -= self._sizes[turn]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 def together(entries: Sequence[Entry]) -> list[list[int]]:
@@ -81,11 +125,23 @@ def _in_remote_archive(entry: Entry) -> bool:
     return _is_remote(entry) and entry.start is not None and entry.length is not None
 
 
-def _fetched(entries: list[Entry]) -> list[bytes | NotAnImage]:
-    return read_range(entries) if len(entries) > 1 else [read(entries[0])]
+def _fetched(entries: list[Entry], held: _Held, turn: int) -> list[bytes | NotAnImage]:
+    try:
+        if len(entries) > 1:
+            places = [extent(entry) for entry in entries]
+            held.take(turn, max(end for _, end in places) - min(start for start, _ in places))
+            return read_range(entries)
+        only = entries[0]
+        if only.start is not None:
+            held.take(turn, max(only.length or 0, only.packed or 0))
+        return [read(only, lambda size: held.take(turn, size))]
+    finally:
+        held.take(turn, 0)  # of what has failed, or is no request
 
 
-def _given(run: list[int], future: "Future[list[bytes | NotAnImage]]") -> Iterator[tuple[int, Callable[[], bytes]]]:
+def _given(
+    run: list[int], future: "Future[list[bytes | NotAnImage]]", turn: int, held: _Held
+) -> Iterator[tuple[int, Callable[[], bytes]]]:
     """As `read_ahead` yields them: what fails the request fails each of the run."""
 
     def load(index: int) -> bytes:
@@ -96,3 +152,5 @@ def _given(run: list[int], future: "Future[list[bytes | NotAnImage]]") -> Iterat
 
     for index, position in enumerate(run):
         yield position, functools.partial(load, index)
+    concurrent.futures.wait([future])
+    held.give(turn)

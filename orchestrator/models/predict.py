@@ -22,7 +22,9 @@ from alexnet import images
 from alexnet.trained import TrainedNet
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.sources.listing import ARROW, Entry, arrow_batches, image_column, read
+from orchestrator.data.sources.arrow import SUFFIX as ARROW
+from orchestrator.data.sources.arrow import arrow_batches
+from orchestrator.data.sources.listing import Entry, image_column, read
 from orchestrator.data.sources.parquet import NAMES, SUFFIX
 from orchestrator.data.sources.tree import IMAGES, TARS, ZIP, Tree, extension, may_be_image, tree_of, unpacked
 from orchestrator.models import metrics

@@ -66,6 +66,23 @@ def train(entry: Entry) -> dict[str, list[Entry]]:
         ({"splits": train(Entry(0, -1, "x", data=b""))}, "an image without a class"),
         ({"splits": train(Entry(2, 0, "x", data=b""))}, "two images of one number"),
         ({"splits": train(Entry(0, 0, "x", path="/photos/a", start=-1, length=2))}, "a place before the beginning"),
+        ({"splits": train(Entry(-1, 0, "x", data=b""))}, "an image without a class"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a\0b"))}, "an image that is not in the source"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", row=1))}, "at no place that a file has"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", row=1, row_group=0, start=1, length=1))}, "at no place"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", row_group=1))}, "at no place that a file has"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", column="image"))}, "at no place that a file has"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", start=1))}, "at no place that a file has"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", length=1))}, "at no place that a file has"),
+        ({"splits": train(Entry(0, 0, "x", path="/photos/a", start=2**62, length=2**62))}, "at no place"),
+        ({"splits": train(Entry(0, 0, "x", data=b"", start=1, length=1))}, "at no place that a file has"),
+        ({"image_size": 0}, "images of 0 pixels"),
+        ({"image_size": -72}, "images of -72 pixels"),
+        ({"image_size": 10**6}, "images of 1000000 pixels"),
+        ({"image_size": True}, "image_size"),
+        ({"class_names": ("a cat",)}, "names in words of other classes"),
+        ({"misplaced": [["name", 1]]}, "a pair that is no text"),
+        ({"runs": {"train": "2", "val": [2]}}, "runs that are not its images"),
         ({"runs": {"train": [1], "val": [2]}}, "runs that are not its images"),
         ({"runs": {"train": [3, -1], "val": [2]}}, "runs that are not its images"),
         ({"image_size": "72"}, "image_size"),
@@ -77,6 +94,17 @@ def test_a_listing_that_no_source_has_is_refused(changes, words):
     with pytest.raises(ValueError, match=words) as error:
         unpacked(packed(source(**changes)), ROOT)
     assert str(error.value).startswith("--source /photos: cannot be listed: its listing is not sound: ")
+
+
+@pytest.mark.parametrize("split", [-1, 2, None])
+def test_an_image_of_another_part_than_train_and_val_is_refused(monkeypatch, split):
+    """-1 would be val to Python."""
+    table = pa.table
+    changed = [split, 0, 1, 1]
+    monkeypatch.setattr(apart.pa, "table", lambda columns, schema: table(columns | {"split": changed}, schema=schema))
+    data = packed(source())
+    with pytest.raises(ValueError, match="its listing is not sound: an image of no part"):
+        unpacked(data, ROOT)
 
 
 def test_what_is_no_listing_at_all_is_refused():

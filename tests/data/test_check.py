@@ -65,8 +65,21 @@ def test_what_the_checksums_do_not_see_is_found(digit_shards, tmp_path):
     miscounted = tmp_path / "miscounted"
     shutil.copytree(digit_shards[0], miscounted)
     replaced(miscounted, lambda t: with_column(t, "label", [(v + 1) % 10 for v in t["label"].to_pylist()]))
-    with pytest.raises(DamagedData, match=r"train has .* rows of each class, but the manifest has \["):
+    with pytest.raises(DamagedData, match=r"train has \d+ rows of '0' instead of 142, .* of \d more classes; prepare"):
         checked(miscounted)
+
+
+def test_of_many_classes_with_other_rows_three_are_named(digit_shards):
+    manifest = digit_shards[1]
+    rows = np.array(manifest.class_rows["val"])
+    some = rows.copy()
+    some[[1, 4]] += 1
+    assert checking._differences(manifest, "val", some) == (
+        f"{rows[1] + 1} rows of '1' instead of {rows[1]}, {rows[4] + 1} rows of '4' instead of {rows[4]}"
+    )
+    assert checking._differences(manifest, "val", rows + 1).endswith(
+        f"{rows[2] + 1} rows of '2' instead of {rows[2]} and other numbers of 7 more classes"
+    )
 
 
 def test_raw_shards_hold_the_pixels_themselves_and_feed_the_same_crops(photographs, tmp_path, ray_here):

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -167,3 +168,30 @@ def test_no_file_is_written_and_no_child_is_left(bad, tmp_path):
     next(stopped)
     stopped.close()
     assert set(psutil.Process().children()) == before
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_an_error_that_nobody_expected_rejects_its_image_and_no_other(bad, monkeypatch, forks):
+    bad(lambda: {}["palette"])
+    monkeypatch.setattr(decoder, "CAN_FORK", forks)
+    contents = jpegs(3)
+    wanted = [*expected(contents[:1]), "its decoder failed: KeyError: 'palette'", *expected(contents[1:])]
+    assert same(decoded([contents[0], BAD, *contents[1:]]), wanted)
+
+
+def test_an_error_of_the_quick_way_is_found_out_by_a_child(monkeypatch):
+    def fail(data, **options):
+        raise IndexError("no such table")
+
+    monkeypatch.setattr(sys.modules[images.decode_jpeg.__module__], "decode_jpeg", fail)
+    assert decoded(jpegs(2)) == ["its decoder failed: IndexError: no such table"] * 2
+
+
+@pytest.mark.parametrize("said", [[], {"notes": []}, {"notes": [1], "kinds": []}, {"notes": None, "kinds": []}, 7])
+def test_an_answer_that_no_decoder_gives_rejects_the_image_and_ends_the_child(bad, monkeypatch, said):
+    work = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, data, into: said if data == BAD else work(self, data, into))
+    good = jpegs(1)[0]
+    monkeypatch.setattr(Decoder, "_plain", lambda self, data: None)
+    assert same(decoded([good, BAD, good]), [*expected([good]), "its decoder answered what no decoder does",
+                                              *expected([good])])  # fmt: skip

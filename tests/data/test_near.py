@@ -1,14 +1,22 @@
 """Bursts and copies of a photograph that were resized or compressed anew: on one side of a draw, and said."""
 
 import io
+import json
+import os
 import sys
+import zipfile
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alexnet.images import NotAnImage, decode_gray
-from orchestrator.data.sources import Options, near, open_source
+from orchestrator.data import sandbox
+from orchestrator.data.sources import Drawn, Options, near, open_source, same
+from orchestrator.data.sources.apart import open_apart
+from orchestrator.data.sources.draw import Draw, with_val_drawn
 from orchestrator.data.sources.listing import Entry
 from orchestrator.data.sources.near import Look
 
@@ -57,7 +65,7 @@ def test_the_hash_and_the_pixels_are_those_of_a_naive_computation():
 def test_a_copy_is_near_its_original_and_no_other(way):
     images = [photograph(number) for number in range(30)]
     entries = [entry(2 * i + k, copied(image, w)) for i, image in enumerate(images) for k, w in enumerate(("", way))]
-    assert near.groups(near.looks(entries)) == [i // 2 * 2 for i in range(60)]
+    assert near.groups(near.looks(entries)[0]) == [i // 2 * 2 for i in range(60)]
 
 
 def test_what_cannot_be_compared_is_in_no_group():
@@ -71,7 +79,7 @@ def test_what_cannot_be_compared_is_in_no_group():
         b"no image",
         b"",
     ]
-    looks = near.looks([entry(i, one) for i, one in enumerate(data)])
+    looks, _ = near.looks([entry(i, one) for i, one in enumerate(data)])
     assert looks == [None] * 7
     assert near.groups(looks) == list(range(7))
 
@@ -190,3 +198,138 @@ def test_near_duplicates_in_both_parts_are_counted_beside_those_that_are_the_sam
     ]
     drawn = open_source(str(tmp_path), Options(val_fraction=0.25)).warnings
     assert drawn == []
+
+
+def test_copies_in_other_classes_that_were_drawn_apart_are_told(tmp_path):
+    files = {
+        f"{name}/{i}.jpg": copied(photograph(100 * n + i), "")
+        for n, name in enumerate(("cat", "dog"))
+        for i in range(10)
+    }
+    files |= {f"both/{i}.jpg": copied(photograph(i), "resized" if i < 5 else "") for i in range(10)}
+    source = open_source(str(write(tmp_path, files)))
+    side = {entry.name: split for split, found in source.splits.items() for entry in found}
+    apart = [i for i in range(10) if side[f"cat/{i}.jpg"] != side[f"both/{i}.jpg"]]
+    same, nearly = [i for i in apart if i >= 5], [i for i in apart if i < 5]
+    assert source.drawn is not None
+    assert list(source.drawn.warnings) == source.warnings
+    assert len(source.warnings) == bool(same) + bool(nearly) > 0
+    if same:
+        assert source.warnings[0].startswith(f"{len(same)} validation image")
+    if nearly:
+        assert f"{len(nearly)} validation image" in source.warnings[-1]
+        assert "nearly the same as training images, such as " in source.warnings[-1]
+
+
+def test_pairs_of_unlike_labels_alone_count_where_that_is_asked():
+    a = np.zeros(256, np.float32)
+    a[0] = 1
+    looks = [Look(0, a), Look(0, a)]
+    assert near.pairs(looks, looks) == {0: 0, 1: 0}
+    assert near.pairs(looks, looks, ([0, 1], [0, 1])) == {0: 1, 1: 0}
+    assert near.pairs(looks, looks, ([0, 0], [0, 0])) == {}
+
+
+def test_every_file_is_read_once_for_its_content_and_its_pixels(tmp_path, monkeypatch):
+    files = {f"{name}/{i}.jpg": copied(photograph(i), "") for name in ("cat", "dog") for i in range(4)}
+    write(tmp_path, files)
+    entries = [Entry(i, i % 2, name, path=str(tmp_path / name)) for i, name in enumerate(files)]
+    reads: list[int] = []
+    real = near.read
+    monkeypatch.setattr(near, "read", lambda entry: reads.append(entry.id) or real(entry))
+    monkeypatch.setattr(same, "read", lambda entry: pytest.fail("read a second time"))
+    said: list[str] = []
+    with_val_drawn(entries, said.append, Draw())
+    assert sorted(reads) == list(range(8))
+
+
+def test_copies_are_found_in_archives_and_rows_too(tmp_path):
+    pictures = [copied(photograph(i), "") for i in range(8)]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for part, numbers in (("train", (0, 1, 2)), ("val", (2, 3))):
+            for name, first in (("cat", 0), ("dog", 4)):
+                for i in numbers:
+                    archive.writestr(f"{part}/{name}/{i}.jpg", pictures[first + i])
+    table = pa.table({"image": [pictures[i] for i in (0, 1, 2, 3)], "label": [0, 1, 0, 1]})
+    (tmp_path / "rows").mkdir()
+    pq.write_table(table, tmp_path / "rows/train-0.parquet")
+    pq.write_table(table.slice(2), tmp_path / "rows/val-0.parquet")
+    for place, number in (("x.zip", 2), ("rows", 2)):
+        said: list[str] = []
+        warnings = open_source(str(tmp_path / place), say=said.append).warnings
+        assert warnings[0].startswith(f"{number} validation images are training images, too: ")
+        assert not any("not looked for" in line for line in said)
+
+
+def test_rows_that_are_not_compared_and_files_that_are_too_many_bytes_are_said(tmp_path, monkeypatch):
+    pictures = [copied(photograph(i), "") for i in range(4)]
+    table = pa.table({"image": pictures, "label": [0, 1, 0, 1]})
+    for part in ("train", "val"):
+        pq.write_table(table, tmp_path / f"{part}-0.parquet")
+    monkeypatch.setattr(same, "ACROSS", 7)
+    said: list[str] = []
+    open_source(str(tmp_path), say=said.append)
+    assert "copies in both parts are not looked for among rows of tables and in object storage: 8 images" in said
+    files = {f"{name}/{i}.jpg": pictures[i] + b"x" * (9 - i) for name in ("cat", "dog") for i in range(4)}
+    monkeypatch.setattr(near, "MAX_IMAGES", 7)
+    monkeypatch.setattr(same, "HASHED_BYTES", 10)
+    open_source(str(write(tmp_path / "loose", files)), say=said.append)
+    assert f"copies of files are not looked for: {same.TOO_MUCH}" in said
+
+
+def test_a_long_look_says_how_far_it_is_and_that_is_no_part_of_what_was_found(tmp_path, monkeypatch):
+    files = {f"{name}/{i}.jpg": copied(photograph(i), "") for name in ("cat", "dog") for i in range(4)}
+    monkeypatch.setattr(near, "EVERY_S", 0)
+    monkeypatch.setattr(near, "FIRST_S", 0)
+    monkeypatch.setattr(near, "AT_A_TIME", 5)
+    said: list[str] = []
+    source = open_source(str(write(tmp_path, files)), say=said.append)
+    assert [line for line in said if line.startswith("near-duplicates: ")] == [
+        "near-duplicates: 5 of 8 images are looked at", "near-duplicates: 8 of 8 images are looked at",
+    ]  # fmt: skip
+    assert [line for line in said if not line.startswith("near-duplicates: ")] == source.found
+
+
+def test_what_was_drawn_is_not_looked_at_again_until_a_file_changes(tmp_path, monkeypatch):
+    files = {f"{name}/{i}.jpg": copied(photograph(i), "") for name in ("cat", "dog") for i in range(8)}
+    files |= {f"{name}/{i}-copy.jpg": copied(photograph(i), "resized") for name in ("cat", "dog") for i in range(3)}
+    place, looked = str(write(tmp_path, files)), []
+    first = open_source(place)
+    assert first.drawn is not None
+    earlier = Drawn.of_json(json.loads(json.dumps(first.drawn.to_json())))
+    real = near.look
+    monkeypatch.setattr(near, "look", lambda data: looked.append(1) or real(data))
+    assert open_source(place, earlier=earlier) == first
+    assert not looked
+    for other in (Options(seed=1), Options(val_fraction=0.3)):
+        assert open_source(place, other, earlier=earlier).drawn != first.drawn
+        assert looked
+        looked.clear()
+    (tmp_path / "cat/1.jpg").write_bytes(copied(photograph(77), ""))
+    again = open_source(place, earlier=earlier)
+    assert looked
+    assert again == open_source(place)
+
+
+@pytest.mark.parametrize(
+    "change", [{"val": ["1"]}, {"val": 3}, {"lines": [1]}, {"digest": None}, {"schema_version": 2}]
+)
+def test_what_was_drawn_by_no_version_is_refused(change):
+    sound = Drawn("x", (1,), ("line",), ()).to_json()
+    assert Drawn.of_json(sound) == Drawn("x", (1,), ("line",), ())
+    with pytest.raises(ValueError, match=r"a list of|not what was drawn"):
+        Drawn.of_json(sound | change)
+
+
+def test_an_image_that_crashes_its_decoder_costs_the_look_and_not_the_listing(tmp_path, monkeypatch):
+    files = {f"{name}/{i}.jpg": copied(photograph(i), "") for name in ("cat", "dog") for i in range(5)}
+    write(tmp_path, files | {"cat/bad.png": b"bad"})
+    real = near.look
+    monkeypatch.setattr(near, "look", lambda data: os.abort() if data == b"bad" else real(data))
+    monkeypatch.setattr(sandbox, "_begin", sandbox._Forked)
+    said: list[str] = []
+    source = open_apart(str(tmp_path), say=said.append)
+    line = "near-duplicates are not looked for, because their look ended early: crashed its reader (signal 6)"
+    assert said == source.found
+    assert said.count(line) == 1
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 9, "val": 2}

@@ -20,8 +20,8 @@ from orchestrator.config.recipes import digits
 from orchestrator.data import prepare as preparation
 from orchestrator.data import shards
 from orchestrator.data.feed import Feed
-from orchestrator.data.prepare import Progress, prepare
-from orchestrator.data.sources import Entry, Source, open_source, versions
+from orchestrator.data.prepare import DRAWN, Progress, check_rejected, earlier_draw, prepare
+from orchestrator.data.sources import Drawn, Entry, Source, open_source, versions
 from orchestrator.data.view import PrepareView
 
 pytestmark = [pytest.mark.ray]
@@ -374,3 +374,42 @@ def test_rotated_and_transparent_images_are_counted_in_the_manifest(ray_here, tm
 )
 def test_exif_is_ignored_where_it_usually_is(form, classes, rule):
     assert preparation.exif_rule(Source("x", form, classes, {})) == rule
+
+
+def misplaced(count: int) -> Source:
+    entries = {split: [Entry(i, i % 2, f"{i}.jpg", data=b"x") for i in (at, at + 1)]
+               for split, at in (("train", 0), ("val", 2))}  # fmt: skip
+    lost = [(f"lost/{9 - i}.jpg", "is in no class") for i in range(count)]
+    return Source("photos", "imagefolder", ("cat", "dog"), entries, misplaced=lost, left_out=[("a.db", "hidden")])
+
+
+def test_files_without_a_class_that_are_too_many_are_listed_in_the_output(tmp_path):
+    output = StoragePath.of(tmp_path / "shards")
+    check_rejected(misplaced(1), 0.2, output)
+    assert output.children() == {}
+    with pytest.raises(ValueError, match=r"2 of 6 files have no class or label, .*; they are listed in (.*)") as error:
+        check_rejected(misplaced(2), 0.2, output)
+    assert str(error.value).endswith(str(output / "rejected.jsonl"))
+    rows = [json.loads(line) for line in (output / "rejected.jsonl").read().splitlines()]
+    assert rows == [
+        {"name": "lost/8.jpg", "reason": "is in no class"}, {"name": "lost/9.jpg", "reason": "is in no class"},
+        {"name": "a.db", "reason": "hidden", "kind": "left out"},
+    ]  # fmt: skip
+    (output / "manifest.json").write(b"{}")
+    (output / "rejected.jsonl").write(b"of the data set that is there")
+    with pytest.raises(ValueError, match=r"listed in .*/_unfinished/rejected.jsonl$"):
+        check_rejected(misplaced(2), 0.2, output)
+    assert (output / "rejected.jsonl").read() == b"of the data set that is there"
+    with pytest.raises(ValueError, match=r"such as lost/9.jpg: is in no class$"):
+        check_rejected(misplaced(2), 0.2)
+
+
+def test_what_was_drawn_is_read_again_unless_it_is_damaged(tmp_path):
+    output = StoragePath.of(tmp_path)
+    assert earlier_draw(output) is None
+    drawn = Drawn("digest", (3, 5), ("a line",), ("a warning",))
+    (output / "_unfinished" / DRAWN).write(json.dumps(drawn.to_json()).encode())
+    assert earlier_draw(output) == drawn
+    for damaged in (b"", b"[]", b"[" * 100_000, json.dumps(drawn.to_json() | {"schema_version": 99}).encode()):
+        (output / "_unfinished" / DRAWN).write(damaged)
+        assert earlier_draw(output) is None

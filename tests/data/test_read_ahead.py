@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import threading
 import zipfile
 import zlib
 
@@ -13,6 +14,7 @@ from test_near import copied, photograph
 
 from alexnet.images import NotAnImage, decode, resize_and_center
 from orchestrator.base.storage import StorageError, StoragePath
+from orchestrator.data import read_ahead as ahead
 from orchestrator.data.prepare import _tasks
 from orchestrator.data.read_ahead import in_runs, read_ahead, together
 from orchestrator.data.shard_writer import ShardWriter, pack
@@ -119,3 +121,66 @@ def test_a_damaged_member_fails_alone_and_a_failed_request_all_of_its_run(s3):
     for _, load in read_ahead([ranged(0, 0, 5, gone), ranged(1, 5, 5, gone)]):
         with pytest.raises(StorageError, match=r"gone\.bin.*: cannot be read"):
             load()
+
+
+class Storage:
+    """In the place of object storage: what is being read or held, at most."""
+
+    def __init__(self, monkeypatch, size_of):
+        self.size_of, self.lock = size_of, threading.Lock()
+        self.held = self.most = 0
+        monkeypatch.setattr(StoragePath, "read", lambda place, before: self.read(place, before))
+
+    def read(self, place, before):
+        size = self.size_of(int(place.name))
+        before(size)
+        with self.lock:
+            self.held += size
+            self.most = max(self.most, self.held)
+        return bytes([int(place.name) % 256]) * size
+
+
+def test_what_is_read_ahead_is_bounded_by_its_bytes(monkeypatch):
+    monkeypatch.setattr(ahead, "BYTES_AHEAD", 1000)
+    storage = Storage(monkeypatch, lambda number: 3000 if number == 20 else 300)
+    found = []
+    for position, load in read_ahead([Entry(i, 0, str(i), path=f"s3://bucket/{i}") for i in range(60)]):
+        data = load()
+        assert data == bytes([position]) * storage.size_of(position)
+        found.append(position)
+        with storage.lock:
+            storage.held -= len(data)
+    assert found == list(range(60))
+    assert storage.most == 3000, "three of 300 at a time, and the one of 3000 alone"
+
+
+def test_a_reading_that_is_given_up_leaves_no_thread_that_waits(monkeypatch):
+    monkeypatch.setattr(ahead, "BYTES_AHEAD", 1)
+    Storage(monkeypatch, lambda number: 300)
+    some = read_ahead([Entry(i, 0, str(i), path=f"s3://bucket/{i}") for i in range(60)])
+    next(some)[1]()
+    before = threading.active_count()
+    some.close()
+    assert threading.active_count() < before
+
+
+def test_a_file_that_fails_keeps_no_room_and_one_that_is_too_large_is_not_read(monkeypatch):
+    monkeypatch.setattr(ahead, "BYTES_AHEAD", 500)
+    storage = Storage(monkeypatch, lambda number: 2**29 if number == 1 else 400)
+    whole = storage.read
+
+    def read_some(place, before):
+        if place.name == "2":
+            raise FileNotFoundError(2, "no such object")
+        return whole(place, before)
+
+    monkeypatch.setattr(StoragePath, "read", read_some)
+    reasons = {}
+    for position, load in read_ahead([Entry(i, 0, str(i), path=f"s3://bucket/{i}") for i in range(5)]):
+        try:
+            assert len(load()) == 400
+        except NotAnImage as reason:
+            reasons[position] = str(reason)
+    assert reasons == {
+        1: "536870912 bytes are more than any photograph has", 2: "cannot be read: no such object",
+    }  # fmt: skip

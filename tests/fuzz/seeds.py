@@ -1,5 +1,6 @@
 """Sound files of every format that is fuzzed, made by code: small, so that a changed byte often matters."""
 
+import functools
 import gzip
 import io
 import json
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 import scipy.io
 import yaml
 
+import alexnet
+import alexnet.weights
 from orchestrator.config.recipes import digits
 from orchestrator.data.shards import Manifest, Shard
 
@@ -282,6 +285,33 @@ def checkpoint() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(Path(folder), *tiny_net(), checkpoints.State(epoch=1, losses=[1.0]))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@functools.cache
+def model(suffix: str) -> bytes:
+    """A net of one file, of the smallest width."""
+    preset = {".pth": "torchvision", ".caffemodel": "caffe"}.get(suffix, "paper")
+    build = {"preset": preset, "num_classes": 2, "width": 1 / 16, "input_size": 67}
+    net = alexnet.build(preset, 2, width=1 / 16, input_size=67)
+    mean = np.full((72, 72, 3), 100, np.float32)
+    trained = alexnet.TrainedNet(net, alexnet.Description(build, CLASSES, pixel_scale=1 / 64), mean)
+    with tempfile.TemporaryDirectory() as folder:
+        alexnet.weights.write(trained, Path(folder, "x" + suffix))
+        return Path(folder, "x" + suffix).read_bytes()
+
+
+@functools.cache
+def model_folder() -> dict[str, bytes]:
+    """The files of a model's folder, whose net is that of `model`."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "x.safetensors").write_bytes(model(".safetensors"))
+        alexnet.load(Path(folder, "x.safetensors")).save(Path(folder, "model"))
+        return {path.name: path.read_bytes() for path in Path(folder, "model").iterdir()}
+
+
+def label_sets() -> list[bytes]:
+    names = {f"val/{CLASSES[i % 2]}/{i}.jpg": [i % 2, CLASSES[0]] for i in range(4)}
+    return [json.dumps([[0], [1, 0], [], [1]]).encode(), json.dumps(names).encode()]
 
 
 def state_json() -> list[bytes]:

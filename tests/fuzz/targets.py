@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mutate
+import numpy as np
 import pytest
 import seeds
 
@@ -27,6 +28,8 @@ from orchestrator.data.shards import read_manifest
 from orchestrator.data.sources import Options, listing, open_source
 from orchestrator.data.sources.apart import open_apart, packed, unpacked
 from orchestrator.data.sources.devkit import DEVKIT, read_meta, read_small_archive
+from orchestrator.models.label_sets import read_label_sets
+from orchestrator.models.shard_rows import Rows
 from orchestrator.search.config import search_of
 from orchestrator.train import checkpoints
 from orchestrator.train.model import build_net
@@ -165,8 +168,6 @@ def shard(data: bytes, folder: Path) -> object:
     place.write(data)
     _label_range(place)
     group = read_row_group(place, 0)
-    import numpy as np
-
     rows = np.arange(len(group.labels))
     return [pixels.shape for pixels, _, _ in group.decoded(rows, rows, SIDE)]
 
@@ -226,6 +227,30 @@ def checkpoint(name: str) -> Any:
 _checkpoint = functools.cache(seeds.checkpoint)
 
 
+def model_file(suffix: str) -> Any:
+    """A reader of a net of one file."""
+
+    def read(data: bytes, folder: Path) -> object:
+        (folder / f"x{suffix}").write_bytes(data)
+        return alexnet.load(folder / f"x{suffix}")
+
+    return read
+
+
+def net_json(data: bytes, folder: Path) -> object:
+    for name, content in (seeds.model_folder() | {"net.json": data}).items():
+        (folder / name).write_bytes(content)
+    return alexnet.load(folder)
+
+
+def label_sets(data: bytes, folder: Path) -> object:
+    """As `evaluate --labels`."""
+    (folder / "real.json").write_bytes(data)
+    names = [f"val/{seeds.CLASSES[i % 2]}/{i}.jpg" for i in range(4)]
+    rows = Rows(np.arange(4), np.arange(4) % 2, names)
+    return read_label_sets(str(folder / "real.json"), rows, seeds.CLASSES)
+
+
 def beside_a_table() -> dict[str, bytes]:
     return {f"{i}.jpg": seeds.image(i) for i in range(8)}
 
@@ -259,5 +284,10 @@ TARGETS = {
     "cluster.yaml": Target(seeds.cluster_yaml, cluster_yaml, mutate.text),
     "result.json": Target(seeds.result_json, result_json, mutate.as_json),
     "state.json": Target(seeds.state_json, checkpoint("state.json"), mutate.as_json),
+    ".caffemodel": Target(lambda: [seeds.model(".caffemodel")], model_file(".caffemodel")),
+    ".pth": Target(lambda: [seeds.model(".pth")], model_file(".pth"), mutate.zip_archive),
+    ".safetensors": Target(lambda: [seeds.model(".safetensors")], model_file(".safetensors"), mutate.safetensors),
+    "net.json": Target(lambda: [seeds.model_folder()["net.json"]], net_json, mutate.as_json),
+    "real.json": Target(seeds.label_sets, label_sets, mutate.as_json),
     "safetensors": Target(seeds.safetensors, checkpoint("model.safetensors"), mutate.safetensors),
 }

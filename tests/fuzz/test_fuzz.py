@@ -9,7 +9,20 @@ import mutate
 import pytest
 import seeds
 
-QUICK = ("zip", "tar", "webdataset", "csv", "jsonl", "png", "jpeg", "gif", "config.yaml", "cluster.yaml", "result.json")
+QUICK = (
+    "zip",
+    "tar",
+    "webdataset",
+    "csv",
+    "jsonl",
+    "png",
+    "jpeg",
+    "gif",
+    "config.yaml",
+    "cluster.yaml",
+    "result.json",
+    "real.json",
+)
 
 
 def test_damaged_files_end_in_a_result_or_one_line(tmp_path):

@@ -5,24 +5,24 @@ What a source is, is detected from the names in it, unless the user states it.
 
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.base.environment import command
-from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST
-from orchestrator.data.sources import cifar, ilsvrc, parquet, tables, webdataset
+from orchestrator.data.sources import cifar, ilsvrc, parquet, same, tables, webdataset
+from orchestrator.data.sources.arrow import SUFFIX as ARROW
 from orchestrator.data.sources.cifar import open_cifar10
 from orchestrator.data.sources.digits import DIGITS, open_digits
+from orchestrator.data.sources.draw import Draw, Drawn
 from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
 from orchestrator.data.sources.imagefolder import has_classes, open_imagefolder
-from orchestrator.data.sources.listing import ARROW, SPLITS, Entry, Say, Source, check_usable, read, versions
+from orchestrator.data.sources.listing import SPLITS, Entry, Say, Source, check_usable, read, versions
 from orchestrator.data.sources.parquet import Columns, open_parquet
-from orchestrator.data.sources.splits import ACROSS, DRAWN, in_both, near_in_both
 from orchestrator.data.sources.tree import IMAGES, PACKED_TARS, TARS, ZIP, Tree, Where, extension, tree_of, unpacked
 
 __all__ = [
-    "DIGITS", "FORMATS", "SPLITS", "Entry", "Options", "Say", "Source", "open_source", "read", "versions",
+    "DIGITS", "FORMATS", "SPLITS", "Drawn", "Entry", "Options", "Say", "Source", "open_source", "read", "versions",
 ]  # fmt: skip
 
 FORMATS = ("imagefolder", "ilsvrc", "parquet", "cifar10", "table", "caffe", "webdataset")
@@ -44,10 +44,18 @@ class Options:
     seed: int = 0  # of that draw
 
 
-def open_source(source: str, options: Options = Options(), *, say: Say = lambda line: None) -> Source:
+def open_source(
+    source: str,
+    options: Options = Options(),
+    *,
+    say: Say = lambda line: None,
+    earlier: Drawn | None = None,
+    blind: str = "",
+) -> Source:
     """The listing of `digits`, or of a folder, a URI or an archive. Raises ValueError of one line.
 
-    `say` gets lines for the user: what was detected and why, and what was taken as what.
+    `say` gets lines for the user: what was detected and why, and what was taken as what. earlier: what an interrupted
+    preparation has drawn for validation. blind: why near-duplicates are not to be looked for, if they are not.
     """
     if source == DIGITS:
         _refuse_options(DIGITS, options)
@@ -63,15 +71,15 @@ def open_source(source: str, options: Options = Options(), *, say: Say = lambda 
         training = f"{command('train')} --data {shlex.quote(str(root))}"
         raise ValueError(f"--source {root}: holds shards already; train with: {training}")
     lines: list[str] = []
+    draw = Draw(options.val_fraction, options.seed, blind, earlier, progress=say)
     name, why, tree = detect(root, options)
     say = _kept(say, lines)
     say(f"format {name}: {why}")
     if options.verify:
         verify_md5(root, say)
-    found = _open(name, root, tree, options, say)
+    found = replace(_open(name, root, tree, options, draw, say), drawn=draw.drawn)
     check_usable(found)
-    drawn = any(DRAWN in line for line in lines)
-    found.warnings.extend(inspect(found, say, drawn=drawn))
+    found.warnings.extend(inspect(found, say, draw.progress, blind))
     found.found.extend(lines)
     return found
 
@@ -130,8 +138,8 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
     return "table", f"it has {table}, and no folders of classes", tree
 
 
-def inspect(source: Source, say: Say = lambda line: None, *, drawn: bool = False) -> list[str]:
-    """What looks wrong with a listing, a line each. drawn: near-duplicates were kept on one side already."""
+def inspect(source: Source, say: Say, progress: Say, blind: str = "") -> list[str]:
+    """What looks wrong with a listing, a line each."""
     lines = []
     rows = {split: Counter(entry.label for entry in source.splits[split]) for split in SPLITS}
     for split, what in (("train", "training"), ("val", "validation")):
@@ -139,34 +147,12 @@ def inspect(source: Source, say: Say = lambda line: None, *, drawn: bool = False
         if empty:
             more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
             lines.append(f"no {what} images of {', '.join(empty[:SHOWN])}{more}")
-    both = in_both(source.splits)
-    if both is None:
-        lines.append("whether photographs are in both parts was not looked for: too much would have to be read")
-    elif both:
-        first, second = both[0]
-        lines.append(
-            f"{count_of(len(both), 'validation image is a training image', 'validation images are training images')}, "
-            f"too: {second.name} is {first.name}; errors on such images say nothing about new ones"
-        )
-    same = {entry.id for _, entry in both or ()}
-    pairs = [] if drawn else near_in_both(source.splits)
-    if pairs is None:
-        say(
-            "bursts and resized copies in both parts are not looked for: that is done of up to "
-            f"{ACROSS:,} local images, unless all are much alike"
-        )
-    if nearly := [pair for pair in pairs or () if pair[1].id not in same]:
-        first, second = nearly[0]
-        images = count_of(len(nearly), "validation image is", "validation images are")
-        lines.append(
-            f"{images} nearly the same as training images, such as {second.name} and {first.name}: bursts, or copies; "
-            "errors on such images say little about new ones"
-        )
-    return lines
+    if source.drawn is not None:
+        return [*lines, *source.drawn.warnings]
+    return [*lines, *same.inspected(source.splits, say, progress, blind)]
 
 
-def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, say: Say) -> Source:
-    drawn = {"val_fraction": options.val_fraction, "seed": options.seed}
+def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, draw: Draw, say: Say) -> Source:
     if name in ("ilsvrc", "cifar10"):
         _refuse_options(name, options)
     if name == "ilsvrc":
@@ -176,24 +162,23 @@ def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, say
     if name == "webdataset":
         if tree is None or tree.root is None:
             tree = Tree(root.name, root.text, {root.name: Where(root.text)}, root=root.parent)
-        return webdataset.open_webdataset(tree, say, **drawn)  # type: ignore[arg-type]
+        return webdataset.open_webdataset(tree, say, draw=draw)
     assert tree is not None
     if name == "parquet":
         columns = Columns(options.image_column, options.label_column)
-        return open_parquet(tree, say, columns=columns, config=options.config, **drawn)  # type: ignore[arg-type]
+        return open_parquet(tree, say, columns=columns, config=options.config, draw=draw)
     if name == "caffe":
-        return tables.open_caffe(tree, say, **drawn)  # type: ignore[arg-type]
+        return tables.open_caffe(tree, say, draw=draw)
     if options.label_pattern is not None:
-        return tables.open_pattern(tree, say, pattern=options.label_pattern, **drawn)  # type: ignore[arg-type]
+        return tables.open_pattern(tree, say, pattern=options.label_pattern, draw=draw)
     if name == "table":
         labels = options.labels or tables.find_table(tree)
         if labels is None:
             raise ValueError(f"--source {tree.shown}: name its table of labels with --labels: {tree.summary()}")
         return tables.open_table(
-            tree, say, labels=labels, image_column=options.image_column, label_column=options.label_column,
-            **drawn,  # type: ignore[arg-type]
+            tree, say, labels=labels, image_column=options.image_column, label_column=options.label_column, draw=draw,
         )  # fmt: skip
-    return open_imagefolder(tree, say, **drawn)  # type: ignore[arg-type]
+    return open_imagefolder(tree, say, draw=draw)
 
 
 def _refuse_options(form: str, options: Options) -> None:

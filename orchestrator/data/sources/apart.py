@@ -17,12 +17,13 @@ from orchestrator.base.exits import JobError
 from orchestrator.base.shown import shown
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.data import sandbox
-from orchestrator.data.sources import DIGITS, SPLITS, Entry, Options, Say, Source, open_source
+from orchestrator.data.sources import DIGITS, SPLITS, Drawn, Entry, Options, Say, Source, open_source
 from orchestrator.data.sources.ilsvrc import verify_md5
 from orchestrator.data.sources.listing import check_usable
 
 MEMORY_BYTES = 2**32  # or half of the machine's, if that is more: an image takes about a kilobyte
 SECONDS = 1800  # of CPU; a million images take a few minutes
+MAX_IMAGE_SIZE = 2**12  # pixels, at which a source says that its images are best stored
 HEAD = struct.Struct("<Q")
 TEXTS = ("name", "path", "column")  # of an Entry; some are no UTF-8, as names of files may be
 NUMBERS = ("start", "length", "row_group", "row", "packed")
@@ -42,21 +43,44 @@ ERRORS: dict[str, type[Exception]] = {"value": ValueError, "job": JobError, "sto
 DEFAULTS = Options()
 
 
-def open_apart(source: str, options: Options = DEFAULTS, *, say: Say = lambda line: None) -> Source:
+def open_apart(
+    source: str, options: Options = DEFAULTS, *, say: Say = lambda line: None, earlier: Drawn | None = None
+) -> Source:
     """As `open_source`. Sources in object storage, whose clients and credentials belong to this process, and our own
-    are listed here."""
+    are listed here.
+
+    Where the listing ends before its time, an image that was looked at may have ended it: it is listed once more
+    without that look.
+    """
     if source == DIGITS or "://" in source:
-        return open_source(source, options, say=say)
+        return open_source(source, options, say=say, earlier=earlier)
     root = StoragePath.of(source)
     if options.verify and (root.is_folder() or root.size() is not None):
         verify_md5(root, say)  # reads and looks at nothing, for minutes
-    request = json.dumps({"source": source, "options": vars(options) | {"verify": False}}).encode()
-    memory = max(MEMORY_BYTES, sandbox.machine_bytes() // 2)
+    request = {
+        "source": source, "options": vars(options) | {"verify": False},
+        "earlier": earlier.to_json() if earlier else None,
+    }  # fmt: skip
+    said: list[str] = []
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.append(line)
+            say(line)
+
     try:
-        answer = sandbox.run(listed, request, memory_bytes=memory, seconds=SECONDS, say=say)
+        answer = _answer(request, say_once)
     except sandbox.Refused as reason:
-        raise ValueError(f"--source {root}: cannot be listed: {reason}") from None
+        try:
+            answer = _answer(request | {"blind": str(reason)}, say_once)
+        except sandbox.Refused:
+            raise ValueError(f"--source {root}: cannot be listed: {reason}") from None
     return unpacked(answer, root)
+
+
+def _answer(request: dict[str, Any], say: Say) -> bytes:
+    memory = max(MEMORY_BYTES, sandbox.machine_bytes() // 2)
+    return sandbox.run(listed, json.dumps(request).encode(), memory_bytes=memory, seconds=SECONDS, say=say)
 
 
 def listed(request: bytes, say: Say) -> bytes:
@@ -64,7 +88,9 @@ def listed(request: bytes, say: Say) -> bytes:
     gc.disable()  # this process makes one listing, of objects that stay
     given = json.loads(request)
     try:
-        return packed(open_source(given["source"], Options(**given["options"]), say=say))
+        earlier = Drawn.of_json(given["earlier"]) if given["earlier"] else None
+        options, blind = Options(**given["options"]), given.get("blind", "")
+        return packed(open_source(given["source"], options, say=say, earlier=earlier, blind=blind))
     except (ValueError, JobError) as error:
         kind = next((name for name, kind in ERRORS.items() if type(error) is kind), None)
         if kind is None:
@@ -85,6 +111,7 @@ def packed(source: Source) -> bytes:
     with pa.ipc.new_stream(sink, SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=SCHEMA))
     head = {name: getattr(source, name) for name in FIELDS} | {"runs": source.runs}
+    head |= {"drawn": source.drawn.to_json() if source.drawn else None}
     return _with_head(head, sink.getvalue().to_pybytes())
 
 
@@ -99,13 +126,18 @@ def unpacked(data: bytes, root: StoragePath) -> Source:
             value = head[name]
             if type(value) is not kind or (of and any(type(item) is not of for item in value)):
                 raise TypeError(name)
-        pairs: dict[str, Any] = {name: [(str(a), str(b)) for a, b in head[name]] for name in ("misplaced", "left_out")}
+        if head["image_size"] not in range(1, MAX_IMAGE_SIZE + 1):
+            raise ValueError(f"images of {head['image_size']} pixels")
+        if len(head["class_names"]) not in (0, len(head["classes"])):
+            raise ValueError("names in words of other classes")
+        pairs: dict[str, Any] = {name: [_two_texts(pair) for pair in head[name]] for name in ("misplaced", "left_out")}
         with _no_gc():
             splits = _entries(memoryview(data)[HEAD.size + size :], root, len(head["classes"]))
         runs = _runs(head["runs"], splits)
         found = Source(
             head["name"], head["format"], tuple(head["classes"]), splits, image_size=head["image_size"],
-            class_names=tuple(head["class_names"]), warnings=head["warnings"], found=head["found"], runs=runs, **pairs,
+            class_names=tuple(head["class_names"]), warnings=head["warnings"], found=head["found"], runs=runs,
+            drawn=Drawn.of_json(head["drawn"]) if head["drawn"] else None, **pairs,
         )  # fmt: skip
     except _Error as error:
         raise error.kind(error.message) from None
@@ -128,6 +160,13 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
+def _two_texts(pair: list[Any]) -> tuple[str, str]:
+    first, second = pair
+    if type(first) is not str or type(second) is not str:
+        raise TypeError("a pair that is no text")
+    return first, second
+
+
 class _Error(Exception):
     """What a source could not be listed for."""
 
@@ -147,22 +186,40 @@ def _entries(data: memoryview, root: StoragePath, num_classes: int) -> dict[str,
     below = root.text.rstrip("/") + "/"
     known = {
         path for path in set(columns["path"])
-        if path is None or path == root.text or (path.startswith(below) and ".." not in path.split("/"))
+        if path is None
+        or path == root.text
+        or (path.startswith(below) and "\0" not in path and ".." not in path.split("/"))
     }  # fmt: skip
     splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     order = [columns[field] for field in ("split", *Entry.__slots__)]
     for split, *fields in zip(*order, strict=True):
         entry = Entry(*fields)
-        if not (0 <= entry.label < num_classes and entry.id is not None and entry.name is not None):
+        if split not in range(len(SPLITS)):
+            raise ValueError("an image of no part")
+        if entry.label not in range(num_classes) or entry.id is None or entry.id < 0 or entry.name is None:
             raise ValueError("an image without a class of the source")
         if entry.path not in known or (entry.path is None) == (entry.data is None):
             raise ValueError("an image that is not in the source")
+        if not _is_placed(entry):
+            raise ValueError("an image at no place that a file has")
         splits[SPLITS[split]].append(entry)
     if min((min((value or 0 for value in columns[name]), default=0) for name in NUMBERS), default=0) < 0:
         raise ValueError("a place before the beginning of a file")
     if len(set(columns["id"])) != len(table):
         raise ValueError("two images of one number")
     return splits
+
+
+def _is_placed(entry: Entry) -> bool:
+    """Whether it is a file, a range of an archive, a row of a table or the bytes, and one of these alone."""
+    places = [getattr(entry, name) for name in NUMBERS]
+    if entry.row is not None:
+        return entry.row_group is not None and (entry.start, entry.length, entry.packed, entry.data) == (None,) * 4
+    if entry.column is not None or entry.row_group is not None:
+        return False
+    if entry.start is None:
+        return not any(place is not None for place in places)
+    return entry.data is None and entry.length is not None and entry.start + entry.length + (entry.packed or 0) < 2**63
 
 
 def _runs(value: Any, splits: dict[str, list[Entry]]) -> dict[str, list[int]] | None:

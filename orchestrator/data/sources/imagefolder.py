@@ -11,8 +11,9 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.shown import count_of, quoted
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
+from orchestrator.data.sources.draw import Draw, with_val_drawn
 from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
-from orchestrator.data.sources.splits import WORDS, split_of_name, split_of_path, with_val_drawn
+from orchestrator.data.sources.splits import WORDS, split_of_name, split_of_path
 from orchestrator.data.sources.tree import IMAGES, Tree, extension, is_junk, may_be_image
 
 DEPTH = 4  # folders down to where train/ may be
@@ -29,7 +30,7 @@ class Layout:
     unused: tuple[str, ...] = ()  # splits that are left out
 
 
-def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -> Source:
+def open_imagefolder(tree: Tree, say: Say, *, draw: Draw) -> Source:
     """Its classes are the sorted folders of the training part that hold images.
 
     Raises ValueError that says what is there, and what was expected.
@@ -43,13 +44,13 @@ def open_imagefolder(tree: Tree, say: Say, *, val_fraction: float | None, seed: 
     found.add("train", train, in_train)
     wrong = _empty_classes(tree, train, in_train)
     val = layout.folders.get("val")
-    if val is None and val_fraction is None and (empty := _empty_val(tree, layout.base)):
+    if val is None and draw.fraction is None and (empty := _empty_val(tree, layout.base)):
         raise ValueError(f"--source {tree.shown}: {empty}/ holds no images; remove it to draw them from the others")
-    if val is None or val_fraction is not None:
+    if val is None or draw.fraction is not None:
         if val is not None:
             found.leave_out(val, "--val-fraction draws the validation images from the training images")
         where = f"{train or tree.name}/: "
-        splits = with_val_drawn(found.splits["train"], say, val_fraction, seed, where)
+        splits = with_val_drawn(found.splits["train"], say, draw, where)
     else:
         if split_of_path(val) != "val":
             say(f"{val}/ is used for validation: there is no val/")

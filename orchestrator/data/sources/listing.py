@@ -3,13 +3,14 @@
 import collections
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cachetools
 import pyarrow as pa
@@ -19,6 +20,11 @@ from alexnet.images import NotAnImage, decode
 from orchestrator.base.exits import last_line
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StorageError, StoragePath
+from orchestrator.data.sources.arrow import SUFFIX as ARROW
+from orchestrator.data.sources.arrow import read_batch
+
+if TYPE_CHECKING:
+    from orchestrator.data.sources.draw import Drawn
 
 SPLITS = ("train", "val")
 
@@ -28,7 +34,6 @@ OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
 SAMPLE = 16  # images whose size is looked at
 SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
 MAX_FILE_BYTES = 2**28  # of an image, as it is stored or unpacked
-ARROW = ".arrow"
 RECENT_BYTES = 2**28  # of row groups that a process caches
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
 
@@ -66,6 +71,7 @@ class Source:
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, rule) of files that are no one's data
     warnings: list[str] = field(default_factory=list)  # what looks wrong, a line each
     found: list[str] = field(default_factory=list)  # what was said of it: its format and why, its parts; a line each
+    drawn: "Drawn | None" = None  # how val was drawn from train, if it was
     runs: dict[str, list[int]] | None = None  # numbers of consecutive entries of a split that are best read together
 
 
@@ -82,18 +88,22 @@ def check_usable(source: Source) -> None:
             raise ValueError(f"--source {source.name}: its {split} part holds no image with a label{why}")
 
 
-def read(entry: Entry) -> bytes:
-    """The image's bytes. Raises NotAnImage if only this file is at fault, StorageError if it is more than that."""
+def read(entry: Entry, before: Callable[[int], None] = lambda size: None) -> bytes:
+    """The image's bytes. Raises NotAnImage if only this file is at fault, StorageError if it is more than that.
+
+    before: called with the size of a file in object storage before it is read.
+    """
     if entry.data is not None:
         return entry.data
     assert entry.path is not None
     place = StoragePath(entry.path)
     try:
         if entry.row is not None:
-            data = _column(place, entry.row_group, entry.column)[entry.row].as_py()
-            if data is None:
+            column = _column(place, entry.row_group, entry.column)
+            data = column[entry.row].as_py() if entry.row < len(column) else None
+            if not isinstance(data, bytes):
                 raise NotAnImage("the row has no bytes")
-            return bytes(data)
+            return data
         if max(entry.packed or 0, entry.length or 0) > MAX_FILE_BYTES:
             raise NotAnImage(f"{max(entry.packed or 0, entry.length or 0)} bytes are more than any photograph has")
         if entry.packed is not None and entry.start is not None:
@@ -107,7 +117,7 @@ def read(entry: Entry) -> bytes:
             if found.st_size > MAX_FILE_BYTES:
                 raise NotAnImage(f"{found.st_size} bytes are more than any photograph has")
             return place.local.read_bytes()
-        return place.read()
+        return place.read(functools.partial(_admit, before))
     except OSError as error:
         gone = error.errno == errno.ENOENT and place.local is not None and not os.path.lexists(place.local)
         if gone:
@@ -115,6 +125,12 @@ def read(entry: Entry) -> bytes:
         if error.errno in OF_ONE_FILE:
             raise NotAnImage(f"cannot be read: {error.strerror or error}") from None
         raise StorageError(f"{place}: cannot be read: {error.strerror or last_line(error)}") from None
+
+
+def _admit(before: Callable[[int], None], size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise NotAnImage(f"{size} bytes are more than any photograph has")
+    before(size)
 
 
 def extent(entry: Entry) -> tuple[int, int]:
@@ -183,32 +199,21 @@ def _column(place: StoragePath, row_group: int | None, name: str | None = None) 
 
 def _read_column(place: StoragePath, row_group: int | None, name: str | None = None) -> Any:
     def read_group() -> Any:
+        if place.name.endswith(ARROW):
+            batch = read_batch(place, row_group or 0)
+            column = name or image_column(batch.schema)
+            return pa.Table.from_batches([batch]).flatten()[column].combine_chunks()
         with place.open() as file:
-            if place.name.endswith(ARROW):
-                batch = arrow_batches(file)[row_group or 0]
-                column = name or image_column(batch.schema)
-                assert column is not None
-                return pa.Table.from_batches([batch]).flatten()[column].combine_chunks()
             parquet = pq.ParquetFile(file)
             column = name or image_column(parquet.schema_arrow)
-            assert column is not None
             return parquet.read_row_group(row_group, columns=[column]).flatten()[column]
 
     try:
         return place.with_retries(read_group, "read")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        text = str(error).splitlines()[0]
+    # the last ones: of a file that is not what it was when it was listed
+    except (pa.ArrowException, OSError, UnicodeDecodeError, LookupError, TypeError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
         raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
-
-
-def arrow_batches(file: Any) -> list[pa.RecordBatch]:
-    """Of a file in Arrow's stream form, as Hugging Face's save_to_disk writes it, or its file form."""
-    try:
-        return list(pa.ipc.open_stream(file))
-    except pa.ArrowInvalid:
-        file.seek(0)
-        reader = pa.ipc.open_file(file)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _inflated(data: bytes, length: int) -> bytes:

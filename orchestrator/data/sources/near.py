@@ -5,8 +5,10 @@ hashes differ (of the 9x8 pixels, whether each is darker than its right neighbou
 the hash alone 0.016 % of pairs of unlike photographs of one class would be, by both none of 7 million (docs/data.md).
 """
 
+import hashlib
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from alexnet.images import NotAnImage, decode_gray
 from orchestrator.base.environment import num_cpus
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.sources.listing import SMALL, Entry, read
+from orchestrator.data.sources.listing import SMALL, Entry, Say, read
 
 MAX_IMAGES = 200_000  # more are not looked at
 MAX_BYTES = 10 * 10**9  # nor more of these: some minutes of CPU, within the limits of the process that lists (apart.py)
@@ -24,7 +26,11 @@ DECODED = 32  # pixels a side at least, of a JPEG at a fraction of its size
 MAX_BITS = 10  # of 64, which may differ
 MIN_CORRELATION = 0.95
 MAX_CANDIDATES = 100  # pairs for each image by the hash: more are of a class whose images are all alike, such as X-rays
-AT_A_TIME = 128  # images in memory
+RULES = (1, DECODED, MAX_BITS, MIN_CORRELATION, MAX_CANDIDATES, SMALL)  # change the first with what is computed
+AT_A_TIME = 256  # images in memory
+OF_A_THREAD = 16  # of them, that a thread looks at in a turn
+CORRELATED = 4096  # pairs at a time
+FIRST_S, EVERY_S = 3.0, 10.0  # between lines of progress
 PAIRS = 2**22  # hashes that are compared at a time
 
 
@@ -69,22 +75,50 @@ def num_bytes(entries: Sequence[Entry]) -> int:
     return ranges + sum(StoragePath(path).size() or 0 for path in files)
 
 
-def looks(entries: Sequence[Entry]) -> list[Look | None]:
-    """Of every entry, in their order, by as many threads as there are CPUs. Raises StorageError."""
+def refusal(entries: Sequence[Entry]) -> str:
+    """Why they are not looked at, a line; empty if they are."""
+    if not all(map(is_here, entries)):
+        return "bursts and copies that were resized or compressed anew are not looked for in object storage"
+    if len(entries) > MAX_IMAGES:
+        return f"bursts and resized copies are not looked for: that is done of up to {MAX_IMAGES:,} images"
+    if (here := num_bytes(entries)) > MAX_BYTES:
+        most = f"up to {MAX_BYTES // 10**9} GB, here are {here / 1e9:.0f}"
+        return f"bursts and resized copies are not looked for: that is done of {most}"
+    return ""
 
-    def of(entry: Entry) -> Look | None:
-        try:
-            return look(read(entry))
-        except NotAnImage:
-            return None
 
+def looks(
+    entries: Sequence[Entry], hashed: Set[int] = frozenset(), progress: Say = lambda line: None
+) -> tuple[list[Look | None], dict[int, str]]:
+    """Of every entry, in their order, and the digests of those whose ids are `hashed`; by as many threads as there are
+    CPUs, each file read once. `progress` gets a line now and then. Raises StorageError."""
     found: list[Look | None] = []
+    digests: dict[int, str] = {}
+
+    def of(some: Sequence[Entry]) -> list[tuple[Look | None, str | None]]:
+        return [_seen(entry, entry.id in hashed) for entry in some]
+
+    said = time.monotonic() - EVERY_S + FIRST_S
     with ThreadPoolExecutor(num_cpus()) as pool:
         for first in range(0, len(entries), AT_A_TIME):
             # rows of Parquet files come from a cache that threads must not share
             some = [_with_data(entry) for entry in entries[first : first + AT_A_TIME]]
-            found += pool.map(of, some)
-    return found
+            parts = [some[at : at + OF_A_THREAD] for at in range(0, len(some), OF_A_THREAD)]
+            seen = [each for part in pool.map(of, parts) for each in part]
+            found += [one for one, _ in seen]
+            digests |= {entry.id: digest for entry, (_, digest) in zip(some, seen, strict=True) if digest}
+            if time.monotonic() - said > EVERY_S:
+                said = time.monotonic()
+                progress(f"near-duplicates: {len(found):,} of {len(entries):,} images are looked at")
+    return found, digests
+
+
+def _seen(entry: Entry, hashed: bool) -> tuple[Look | None, str | None]:
+    try:
+        data = read(entry)
+    except NotAnImage:
+        return None, None
+    return look(data), hashlib.sha256(data).hexdigest() if hashed and data else None
 
 
 def _with_data(entry: Entry) -> Entry:
@@ -115,16 +149,26 @@ def groups(all_looks: Sequence[Look | None]) -> list[int] | None:
     return [_first(group, i) for i in range(len(group))]
 
 
-def pairs(train: Sequence[Look | None], val: Sequence[Look | None]) -> dict[int, int] | None:
-    """For positions in val of near-duplicates of images in train: the position of the first of those. None as in
-    `groups`."""
+def pairs(
+    train: Sequence[Look | None],
+    val: Sequence[Look | None],
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> dict[int, int] | None:
+    """For positions in val of near-duplicates of images in train: the position of the first of those. labels, of train
+    and val: only pairs of unlike ones count. None as in `groups`."""
     at_train = [i for i, one in enumerate(train) if one is not None]
     at_val = [i for i, one in enumerate(val) if one is not None]
     known_train = [one for one in train if one is not None]
     known_val = [one for one in val if one is not None]
     found: dict[int, int] = {}
     budget = MAX_CANDIDATES * (len(known_train) + len(known_val))
+    label_train, label_val = (
+        (None, None) if labels is None else (np.array(labels[0])[at_train], np.array(labels[1])[at_val])
+    )
     for left, right in _candidates(known_val, known_train):
+        if label_train is not None and label_val is not None:
+            keep = label_val[left] != label_train[right]
+            left, right = left[keep], right[keep]
         budget -= len(left)
         if budget < 0:
             return None
@@ -153,9 +197,11 @@ def _candidates(some: list[Look], others: list[Look]) -> Iterator[tuple[NDArray[
 def _correlated(
     some: list[Look], others: list[Look], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> Iterable[tuple[int, int]]:
-    for i, j in zip(left.tolist(), right.tolist(), strict=True):
-        if float(some[i].pixels @ others[j].pixels) >= MIN_CORRELATION:
-            yield i, j
+    for first in range(0, len(left), CORRELATED):
+        at, to = left[first : first + CORRELATED], right[first : first + CORRELATED]
+        products = np.einsum("pi,pi->p", [some[i].pixels for i in at], [others[j].pixels for j in to])
+        alike = products >= MIN_CORRELATION
+        yield from zip(at[alike].tolist(), to[alike].tolist(), strict=True)
 
 
 def by_class(entries: Sequence[Entry]) -> dict[int, list[int]]:

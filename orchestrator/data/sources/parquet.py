@@ -17,19 +17,20 @@ import pyarrow.parquet as pq
 
 from orchestrator.base.shown import count_of, quoted
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.sources.arrow import SUFFIX as ARROW
+from orchestrator.data.sources.arrow import arrow_batches
+from orchestrator.data.sources.draw import Draw, with_val_drawn
 from orchestrator.data.sources.listing import (
-    ARROW,
     SAMPLE,
     SPLITS,
     Entry,
     Say,
     Source,
-    arrow_batches,
     class_order,
     image_column,
     stored_size,
 )
-from orchestrator.data.sources.splits import renumbered, split_of_name, with_val_drawn
+from orchestrator.data.sources.splits import renumbered, split_of_name
 from orchestrator.data.sources.tree import Tree, Where, may_be_image
 
 SUFFIX = ".parquet"
@@ -53,8 +54,7 @@ def open_parquet(
     *,
     columns: Columns = Columns(),
     config: str | None = None,
-    val_fraction: float | None = None,
-    seed: int = 0,
+    draw: Draw,
 ) -> Source:
     """Files, or folders of files, of train and val, anywhere below the root; of one part alone, val is drawn.
 
@@ -90,11 +90,11 @@ def open_parquet(
                     entries.append(Entry(next_id, label, name, column=group.image, **where))
                 next_id += 1
             runs[split].append(len(entries) - before)
-    if "val" not in files or val_fraction is not None:
+    if "val" not in files or draw.fraction is not None:
         if "val" in files:
             say(f"the val part ({len(splits['val'])} images) is left out, as --val-fraction is given")
             misplaced = [each for each in misplaced if not each[0].startswith("val/")]
-        splits = renumbered(with_val_drawn(splits["train"], say, val_fraction, seed))
+        splits = renumbered(with_val_drawn(splits["train"], say, draw))
         runs = {split: [len(list(same)) for _, same in itertools.groupby(splits[split], _group_of)] for split in SPLITS}
     if classes.said:
         say(classes.said)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from orchestrator.base.shown import count_of, quoted
+from orchestrator.data.sources.draw import Draw
 from orchestrator.data.sources.imagefolder import is_utf8, near_equal
 from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
 from orchestrator.data.sources.splits import into_two, renumbered, split_of_name, split_of_path
@@ -52,18 +53,17 @@ def open_table(
     labels: str,
     image_column: str | None,
     label_column: str | None,
-    val_fraction: float | None,
-    seed: int,
+    draw: Draw,
 ) -> Source:
     """Images whose labels a table names. `labels`: its path below the source. Raises ValueError of one line."""
     if labels not in tree.files:
         tables = sorted(name for name in tree.files if extension(name) in TABLES)
         raise ValueError(f"--labels {labels}: is not in {tree.shown}; there are {', '.join(tables[:8]) or 'no tables'}")
     rows = list(read_rows(tree, labels, image_column, label_column, say))
-    return _listed(tree, "table", {labels: rows}, say, val_fraction, seed)
+    return _listed(tree, "table", {labels: rows}, say, draw)
 
 
-def open_caffe(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -> Source:
+def open_caffe(tree: Tree, say: Say, *, draw: Draw) -> Source:
     """train.txt and val.txt with lines `path label`."""
     found = {}
     for name in CAFFE:
@@ -77,10 +77,10 @@ def open_caffe(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -
             rows.append(Row(parts[0], parts[1], name.removesuffix(".txt")))
         found[name] = rows
     say("labels come from train.txt and val.txt")
-    return _listed(tree, "caffe", found, say, val_fraction, seed)
+    return _listed(tree, "caffe", found, say, draw)
 
 
-def open_pattern(tree: Tree, say: Say, *, pattern: str, val_fraction: float | None, seed: int) -> Source:
+def open_pattern(tree: Tree, say: Say, *, pattern: str, draw: Draw) -> Source:
     """Images whose class is the first group of a pattern that is found in their names."""
     try:
         compiled = re.compile(pattern)
@@ -99,7 +99,7 @@ def open_pattern(tree: Tree, say: Say, *, pattern: str, val_fraction: float | No
     if not rows:
         raise ValueError(f"--label-pattern {pattern!r}: matches none of the {len(without)} names of images")
     say(f"labels are the part of the files' names that {pattern} finds")
-    return _listed(tree, "pattern", {"": rows}, say, val_fraction, seed, without)
+    return _listed(tree, "pattern", {"": rows}, say, draw, without)
 
 
 def read_rows(tree: Tree, table: str, image_column: str | None, label_column: str | None, say: Say) -> Iterator[Row]:
@@ -202,8 +202,7 @@ def _listed(
     form: str,
     lists: dict[str, list[Row]],
     say: Say,
-    val_fraction: float | None,
-    seed: int,
+    draw: Draw,
     misplaced: list[tuple[str, str]] | None = None,
 ) -> Source:
     """A source of the images that lists name; the others are misplaced."""
@@ -242,7 +241,7 @@ def _listed(
             left_out.append((name, "of the test part, and without a label"))
         else:
             misplaced.append((name, unlabelled.get(name, f"has no label in {where}")))
-    made = into_two(splits, say, val_fraction, seed, left_out)
+    made = into_two(splits, say, draw, left_out)
     for split in made:
         made[split].sort(key=lambda entry: entry.name.split("/"))
     made = renumbered(made)

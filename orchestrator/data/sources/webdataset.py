@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.sources.draw import Draw
 from orchestrator.data.sources.ilsvrc import members
 from orchestrator.data.sources.imagefolder import is_utf8
 from orchestrator.data.sources.listing import Entry, Say, Source, class_order, sample, stored_size
@@ -26,7 +27,7 @@ def is_webdataset(archive: StoragePath) -> bool:
     return False
 
 
-def open_webdataset(tree: Tree, say: Say, *, val_fraction: float | None, seed: int) -> Source:
+def open_webdataset(tree: Tree, say: Say, *, draw: Draw) -> Source:
     """All tars of a tree, whose paths may say their parts. Raises ValueError of one line."""
     assert tree.root is not None
     found: list[tuple[str, str, str, StoragePath, int, int]] = []  # split, label, name, archive, start, length
@@ -52,7 +53,7 @@ def open_webdataset(tree: Tree, say: Say, *, val_fraction: float | None, seed: i
     for number, (split, label, shown, archive, start, length) in enumerate(found):
         entry = Entry(number, label_of[label], shown, path=archive.text, start=start, length=length)
         splits[split].append(entry)
-    made = renumbered(into_two(splits, say, val_fraction, seed, left_out))
+    made = renumbered(into_two(splits, say, draw, left_out))
     size = stored_size(sample(made["train"]), say)
     return Source(tree.name, "webdataset", classes, made, image_size=size, misplaced=misplaced, left_out=left_out)
 
