@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import PIL.Image
 
+WORDNET_ID = re.compile(r"n\d{8}")  # a class of ImageNet, whose usual pipelines ignore EXIF
+MAX_FILE_BYTES = 2**28  # of an image, as it is stored or unpacked
 MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; a small file that unpacks to more is an attack
 # not everything that Pillow reads: PostScript, for one, is a program, which it would have another program run
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI", "DIB")

@@ -32,6 +32,7 @@ DESCRIPTION = "net.json"
 MEAN_IMAGE = "mean_image.npy"
 VERSION = 1  # of DESCRIPTION
 VIEWS = (1, 10)
+EXIF_RULES = ("apply", "ignore")
 MAX_SCALE = 1e30  # of pixels: no float32 could hold what is beyond
 
 
@@ -46,7 +47,16 @@ class Description:
     epoch: int | None = None  # passes that it was trained for
     data: str = ""  # name of what it was trained on
     digest: str = ""  # of the images that it was trained on
+    exif: str = ""  # of EXIF_RULES: whether those were turned by the orientation that they state; empty: not recorded
     schema_version: int = field(default=VERSION)
+
+    @property
+    def applies_exif(self) -> bool:
+        """Whether images are turned by their EXIF orientation, as those were that the net was trained on; where that is
+        not recorded, as preparing them does unless it is told: all but ImageNet's."""
+        if self.exif:
+            return self.exif == "apply"
+        return not all(images.WORDNET_ID.fullmatch(name) for name in self.classes)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -65,7 +75,7 @@ class Description:
             raise ValueError(f"{where}: is of version {version!r:.20}, this program reads up to {VERSION}: upgrade it")
         kinds: dict[str, Any] = {
             "build": dict, "classes": list, "pixel_scale": (int, float), "class_names": list,
-            "epoch": (int, type(None)), "data": str, "digest": str,
+            "epoch": (int, type(None)), "data": str, "digest": str, "exif": str,
         }  # fmt: skip
         for name, value in found.items():
             if name not in kinds or not isinstance(value, kinds[name]) or isinstance(value, bool):
@@ -76,6 +86,11 @@ class Description:
             if not all(isinstance(each, str) for each in found.setdefault(name, [])):
                 raise ValueError(f"{where}: {name} are not all text")
             found[name] = tuple(found[name])
+        if found["class_names"] and len(found["class_names"]) != len(found["classes"]):
+            counts = f"{len(found['class_names'])} class_names for {len(found['classes'])} classes"
+            raise ValueError(f"{where}: has {counts}; take the model from its run again")
+        if found.get("exif", "") not in ("", *EXIF_RULES):
+            raise ValueError(f"{where}: exif is {found['exif']!r:.40}; it is {' or '.join(EXIF_RULES)}")
         if not 0 < found.setdefault("pixel_scale", 1.0) < MAX_SCALE:
             raise ValueError(f"{where}: pixel_scale is {found['pixel_scale']!r:.40}; it is more than 0, and a float")
         return Description(**found)
@@ -96,12 +111,14 @@ class TrainedNet:
         named = self.description.classes
         return (*named, *(f"class {number}" for number in range(len(named), self.net.num_classes)))
 
-    def stored(self, data: bytes, *, exif: bool = True) -> NDArray[np.uint8]:
+    def stored(self, data: bytes, *, exif: bool | None = None) -> NDArray[np.uint8]:
         """The bytes of an image file as (S, S, 3): shorter side to S, then the centre, as preparing data does.
 
-        Raises images.NotAnImage.
+        exif: whether it is turned by the orientation that it states; None: as the training images were. Raises
+        images.NotAnImage.
         """
-        return images.resize_and_center(images.decode(data, exif=exif), self.image_size)
+        turn = self.description.applies_exif if exif is None else exif
+        return images.resize_and_center(images.decode(data, exif=turn), self.image_size)
 
     def inputs(self, stored_NHWC: NDArray[np.uint8], draws: augment.Draws) -> torch.Tensor:
         """What the net reads of one crop of each image: (N, 3, input_size, input_size) float32, without the mean."""

@@ -78,6 +78,14 @@ def name_and_line(error: BaseException) -> str:
     return line if isinstance(error, JobError) or line == name else f"{name}: {line}"
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory, also as PyTorch tells it: a RuntimeError, of the CPU's allocator or a GPU's."""
+    text = str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "ALLOC_FAILED" in text)
+    )  # fmt: skip
+
+
 def catch_signals() -> None:
     """Make Ctrl-C and SIGTERM raise Interrupted. To be called again after Ray has put its own handlers in place."""
     if threading.current_thread() is threading.main_thread():

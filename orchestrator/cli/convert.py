@@ -21,7 +21,7 @@ from alexnet import weights
 from alexnet.onnx_graph import Differs
 from orchestrator.base.environment import default_output
 from orchestrator.base.exits import JobError, one_line
-from orchestrator.base.shown import count_of
+from orchestrator.base.shown import count_of, quoted
 from orchestrator.cli.flags import Parser, run
 from orchestrator.models.find import find_model
 
@@ -60,6 +60,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
     print(one_line(f"{found.name}: preset {net.preset.name}, {count_of(net.num_classes, 'class', 'classes')}, "
                    f"{net.input_size} pixels"))  # fmt: skip
     print(f"  wrote {one_line(str(file))}, {file.stat().st_size / 1e6:.1f} MB")
+    if not trained.description.classes:
+        print("  it has no names of its classes, which other commands compare with the data's: give --classes FILE")
     for remark in remarks:
         print(f"  it {one_line(remark)}")
     return 0
@@ -78,18 +80,24 @@ def _output(args: argparse.Namespace) -> Path:
     return file
 
 
-def _classes(name: str, number: int) -> list[str]:
+def _classes(file: str, number: int) -> list[str]:
     """The lines of a file. Raises ValueError of one line where they are not names for so many classes."""
     try:
-        lines = Path(name).read_text("utf-8").splitlines()
+        lines = Path(file).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is no text in UTF-8"
-        raise ValueError(f"--classes {name}: {reason}") from None
+        raise ValueError(f"--classes {file}: {reason}") from None
     if empty := [place for place, line in enumerate(lines, 1) if not line.strip()]:
-        raise ValueError(f"--classes {name}: line {empty[0]} is empty")
+        raise ValueError(f"--classes {file}: line {empty[0]} is empty")
     if len(lines) != number:
-        raise ValueError(f"--classes {name}: has {count_of(len(lines), 'line')}, the net has {number} outputs")
-    return [line.strip() for line in lines]
+        raise ValueError(f"--classes {file}: has {count_of(len(lines), 'line')}, the net has {number} outputs")
+    names = [line.strip() for line in lines]
+    if twice := [(place, name) for place, name in enumerate(names, 1) if name in names[: place - 1]]:
+        place, name = twice[0]
+        first = names.index(name) + 1
+        where = f"lines {first} and {place}"
+        raise ValueError(f"--classes {file}: {quoted(name)} is on {where}; each class has a name of its own")
+    return names
 
 
 def script() -> int:

@@ -12,7 +12,6 @@ What is found goes to evaluation.json, predictions.parquet and pictures, and int
 """
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 
@@ -30,9 +29,11 @@ from orchestrator.models.find import FoundModel, find_in_store, find_models
 from orchestrator.models.label_sets import read_label_sets
 from orchestrator.models.promote import decide, promote
 from orchestrator.tracking import registry
-from orchestrator.tracking.evaluation import log_evaluation
+from orchestrator.tracking.artifacts import add_files
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.store import Store
+from orchestrator.train.messages import Metrics
+from orchestrator.train.model_log import version_facts
 
 
 def parser() -> Parser:
@@ -82,8 +83,10 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             for model, net in zip(found, nets, strict=True):
                 column_order(model.name, net, data)
             valid = read_label_sets(args.labels, data.rows, data.classes) if args.labels else None
-            output = output_of(found[0], args.output)
-            champion = challenged(args, found, nets, data, Path(into))
+            champion, version = challenged(args, found, nets, data, Path(into))
+            trained_on = digest_of(nets[0], found[0], args.data, data)
+            what = files.variant(settings_of(args), data, trained_on, args.labels)
+            output = output_of(found, args.output, what)
         except ValueError as error:
             flags.error(str(error))
         if needs_ray(args.workers):
@@ -103,18 +106,19 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 progress=view.progress,
             )  # fmt: skip
     view.finished(done, data, output, written, args.labels)
-    log_to_mlflow(found, nets, done, data, args.labels, view)
-    return register(args, found[0], done.models[0], old, data, view)
+    log_to_mlflow(found, nets, done, data, args.labels, what, view)
+    return register(args, found[0], nets[0], done.models[0], old, version, data, view)
 
 
 def challenged(
     args: argparse.Namespace, found: list[FoundModel], nets: list[TrainedNet], data: Data, into: Path
-) -> FoundModel | None:
-    """The champion that --promote compares the model with; None without one. Raises ValueError of one line."""
+) -> tuple[FoundModel | None, str | None]:
+    """The champion that --promote compares the model with, and its version; None without one. Raises ValueError of one
+    line."""
     flag = "--promote" if args.promote else "--register"
     name = args.promote or args.register
     if name is None:
-        return None
+        return None, None
     if args.promote and args.register:
         raise ValueError(f"--register {args.register}: --promote {args.promote} registers the model, too; leave it out")
     if len(found) > 1:
@@ -124,10 +128,13 @@ def challenged(
         raise ValueError(f"{flag} {name}: MODEL {model.text} has no run in MLflow whose model could be registered")
     store, epoch = Store(model.mlflow_uri), nets[0].description.epoch
     try:
+        if not store.exists(model.mlflow_run_id):
+            raise ValueError(f"its run {model.mlflow_run_id} was deleted, or is in another store")
         logged = registry.newest_step(store, model.mlflow_run_id)
-        champion_there = registry.champion(store, name)
+        version = registry.champion(store, name)
     except Exception as error:  # whatever the server answers
-        raise ValueError(f"{flag} {name}: MLflow does not answer: {store.reason(error)}") from None
+        where = f"MODEL {model.text}, in MLflow at {store.redacted(store.uri)}"
+        raise ValueError(f"{flag} {name}: {where}: {store.reason(error)}") from None
     if logged is None:
         raise ValueError(f"{flag} {name}: the run of MODEL {model.text} has no model in MLflow")
     if logged != epoch:
@@ -135,16 +142,17 @@ def challenged(
             f"{flag} {name}: MODEL {model.text} is of epoch {epoch}, and the model in MLflow of epoch {logged}: give "
             f"runs:/{model.mlflow_run_id}/model, which is that one"
         )
-    if not args.promote or champion_there is None:
-        return None
-    champion = find_in_store(f"models:/{name}@{registry.CHAMPION}", into / "champion", model.mlflow_uri)
+    if not args.promote or version is None:
+        return None, None
+    # by its version: the alias may move meanwhile
+    champion = find_in_store(f"models:/{name}/{version}", into / "champion", model.mlflow_uri)
     column_order(champion.name, champion.load(), data)
-    return champion
+    return champion, version
 
 
 def register(
-    args: argparse.Namespace, model: FoundModel, result: Result, old: Evaluation | None, data: Data,
-    view: EvaluationView,
+    args: argparse.Namespace, model: FoundModel, trained: TrainedNet, result: Result, old: Evaluation | None,
+    version: str | None, data: Data, view: EvaluationView,
 ) -> int:  # fmt: skip
     """Carry --register or --promote out, and say what came of it; returns the exit status."""
     name = args.promote or args.register
@@ -154,13 +162,17 @@ def register(
     assert model.mlflow_uri
     mlflow_run = Run(Store(model.mlflow_uri), lambda text: view.line.print(f"warning: {text}"))
     mlflow_run.run_id = model.mlflow_run_id
-    tags = {"data.digest": data.manifest.digest, "top1_error": f"{result.top1_error:.6f}"}
+    entry: Metrics = {"epoch": trained.description.epoch or 0, "val/top1_error": result.top1_error}
+    entry |= {} if result.top5_error is None else {"val/top5_error": result.top5_error}
+    tags, about = version_facts(trained.description, data.manifest, entry, data.split)
     try:
-        registered = registry.register(mlflow_run, name, tags)
+        registered = registry.register(mlflow_run, name, tags, about)
         view.line.print(f"registered as {registered.address}" + ("" if registered.is_new else ", which it was before"))
         if args.promote:
             decision = decide(old.models[0].wrong, result.wrong) if old else None
-            view.line.print(promote(mlflow_run, registered, decision))
+            view.line.print(promote(mlflow_run, registered, decision, version))
+    except JobError:
+        raise
     except Exception as error:  # whatever the server answers
         raise JobError(f"{name}: not registered in MLflow: {mlflow_run.store.reason(error)}") from None
     return 0
@@ -174,12 +186,24 @@ def data_of(found: list[FoundModel], given: str | None) -> str:
     return data
 
 
-def output_of(first: FoundModel, given: str | None) -> StoragePath:
-    """Where the files go. Raises ValueError for a file."""
-    if given is None and first.run is not None:
-        return first.run
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", first.name).strip("._-") or "model"
-    output = StoragePath.of(given or f"eval-{name}")
+def digest_of(trained: TrainedNet, model: FoundModel, given: str | None, data: Data) -> str | None:
+    """Of the data that a net was trained on. A net of before 0.3 may not say it: its run's data is what it was, and
+    what is given to a model without a run the only data that there is."""
+    if trained.description.digest or given is None or model.data in (None, str(data.folder)):
+        return trained.description.digest or None
+    return "another"
+
+
+def output_of(found: list[FoundModel], given: str | None, what: tuple[str, ...]) -> StoragePath:
+    """Where the files go: those of another checkpoint than the run's best, of several models or of another `what` into
+    a folder of their own, so that none replaces those of the plain evaluation. Raises ValueError for a file."""
+    first = found[0]
+    run = first.run.name if first.run is not None else first.name
+    parts = [first.name.removeprefix(f"{run}-")] if first.name != run else []
+    parts += [f"with-{files.plain_name('-'.join(model.name for model in found[1:]))}"] if found[1:] else []
+    place = first.run if first.run is not None else StoragePath.of(f"eval-{files.plain_name(first.name)}")
+    apart = "-".join([*parts, *what])
+    output = StoragePath.of(given) if given else place / f"evaluation-{apart}" if apart else place
     if output.size() is not None:
         raise ValueError(f"--output {output}: is a file; give a folder")
     return output
@@ -187,21 +211,21 @@ def output_of(first: FoundModel, given: str | None) -> StoragePath:
 
 def log_to_mlflow(
     found: list[FoundModel], nets: list[TrainedNet], done: Evaluation, data: Data, labels: str | None,
-    view: EvaluationView,
+    what: tuple[str, ...], view: EvaluationView,
 ) -> None:  # fmt: skip
     """Each model's part into its own run."""
     for model, net, result in zip(found, nets, done.models, strict=True):
         if not model.mlflow_run_id or not model.mlflow_uri:
             continue
-        folder = "eval" + ("_10crop" if result.views == 10 else "")
-        whole = files.as_json(done, data, labels)
-        figures = {f"{folder}/{name}": figure for name, figure in files.pictures(result, several=False).items()}
-        arrived = log_evaluation(
-            model.mlflow_uri, model.mlflow_run_id, files.metric_names(result, data.split, labels),
-            {f"{folder}/{files.EVALUATION}": files.to_text(whole)}, figures,
-            step=net.description.epoch or 0, warn=lambda text: view.line.print(f"warning: {text}"),
+        whole = files.to_text(files.as_json(done, data, labels)).encode()
+        problem = add_files(
+            model.mlflow_uri, model.mlflow_run_id, "_".join(["eval", *what]),
+            {files.EVALUATION: whole} | files.picture_files(result, several=False), files.metric_names(result, what),
+            step=net.description.epoch or 0,
         )  # fmt: skip
-        if arrived:
+        if problem:
+            view.line.print(f"warning: the evaluation did not reach MLflow: {problem}")
+        else:
             view.line.print(f"  MLflow run  {model.mlflow_run_id} ({model.name})")
 
 

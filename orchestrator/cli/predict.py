@@ -12,7 +12,6 @@ FILE.rejected.jsonl; exit status 1 only if none could be.
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +35,6 @@ SHOWN = 100  # images at most on the terminal
 SCHEMA = pa.schema(
     [("name", pa.string()), ("classes", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))]
 )
-WORDNET_ID = re.compile(r"n\d{8}")  # classes of ImageNet, whose usual pipelines ignore EXIF
 
 
 def parser() -> Parser:
@@ -47,7 +45,7 @@ def parser() -> Parser:
                        "(default: a table on the terminal)")  # fmt: skip
     flags.add_argument("--top", type=positive_int, default=5, metavar="K", help="classes of an image (default: 5)")
     flags.add_argument("--exif", choices=("apply", "ignore"), help="the orientation that photographs state (default: "
-                       "apply, but ignore for ImageNet's classes, as in preparing them)")  # fmt: skip
+                       "as the images were that the net was trained on)")  # fmt: skip
     add_engine(flags)
     return flags
 
@@ -127,10 +125,10 @@ def show(trained: TrainedNet, found: Found, args: argparse.Namespace, line: Live
 
 
 def turns(trained: TrainedNet, asked: str | None) -> bool:
-    """Whether images are turned by their EXIF orientation, as in preparing what the net was trained on."""
+    """Whether images are turned by their EXIF orientation: as asked, or as those that the net was trained on."""
     if asked is not None:
         return asked == "apply"
-    return not all(WORDNET_ID.fullmatch(name) for name in trained.description.classes)
+    return trained.description.applies_exif
 
 
 def _rest(found: Found, bad: int, where: str) -> str:

@@ -39,7 +39,7 @@ from orchestrator.data.dataset import with_absolute_data
 from orchestrator.models.find import WHAT, find_model
 from orchestrator.train import session
 from orchestrator.train.forecast import describe
-from orchestrator.train.pretrained import Pretrained
+from orchestrator.train.pretrained import Pretrained, check_frozen
 from orchestrator.train.run_folder import RunFolder, locate
 
 
@@ -81,6 +81,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             pretrained = None
             if args.start_from:
                 pretrained, config = start_from(args, config, Path(temporary))
+            if not resume:
+                check_frozen(config, pretrained)
             if args.dry_run:
                 print(describe(config, StoragePath.of(args.output), args.images_per_s))
                 return 0

@@ -13,8 +13,10 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by a signal.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
-from orchestrator.base.environment import default_output
+from orchestrator.base.environment import command, default_output
+from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
 from orchestrator.cli.flags import (
     Parser,
@@ -28,6 +30,7 @@ from orchestrator.cli.flags import (
     run,
     shown_recipe,
 )
+from orchestrator.config.layers import NONE
 from orchestrator.config.models import read_yaml
 from orchestrator.config.recipes import adapted
 from orchestrator.config.train import TrainConfig
@@ -104,13 +107,27 @@ def resolve(args: argparse.Namespace) -> tuple[SearchFolder, SearchConfig, bool]
         config = make_search(config.settings() | settings, with_absolute_data(config.train), config.space.to_dict())
         return folder, config, True
     defaults = SEARCHES[recipe]()
-    space = read_yaml(args.space, "--space") if args.space else defaults.space.to_dict()
+    train = with_absolute_data(adapted(defaults.train, training).changed(**training))
+    space = read_yaml(args.space, "--space") if args.space else default_space(defaults.space.to_dict(), train)
     if both := [name for name in training if name in space]:
         raise ValueError(f"--{both[0].replace('_', '-')}: {both[0]} varies in this search; leave out the flag")
-    train = with_absolute_data(adapted(defaults.train, training).changed(**training))
+    if train.freeze != NONE or "freeze" in space:
+        raise ValueError(
+            f"freeze = {quoted(space.get('freeze', train.freeze))}: trials start from random weights, which these "
+            f"layers would keep; leave it out, or fine-tune with {command('train')} --start-from MODEL"
+        )
     config = make_search(defaults.settings() | settings, train, space)
     folder = SearchFolder(args.output, args.name or f"tune-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     return folder, config, False
+
+
+def default_space(space: dict[str, Any], base: TrainConfig) -> dict[str, Any]:
+    """A recipe's space without the constants of LRN, if the preset has no LRN; a line tells."""
+    if base.net.lrn is not None:
+        return space
+    kept = {name: values for name, values in space.items() if not name.startswith("lrn_")}
+    print(f"preset {base.preset} has no LRN: the search varies {' and '.join(kept)} alone")
+    return kept
 
 
 def script() -> int:

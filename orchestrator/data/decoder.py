@@ -19,6 +19,7 @@ import select
 import signal
 import struct
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -43,6 +44,7 @@ ATTEMPTS = 2  # of an image that ended a child: by chance only once
 HEAD = struct.Struct("<cQ")  # kind, and length of what follows
 DONE, NO_IMAGE, NO_MEMORY, FAULT = b"D", b"N", b"M", b"F"
 MAX_ANSWER_BYTES = 2**16
+_starting = threading.Lock()  # a child has no other child's pipes, or the end of one would not be noticed
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class Decoder:
         *,
         seconds: int = SECONDS,
         memory_bytes: int = MEMORY_BYTES,
+        lower: str = "--parallelism",
     ) -> None:
+        """lower: the flag that may help a machine that lacks something."""
         self.size, self.exif, self.background = size, exif, background
-        self.seconds, self.memory_bytes = seconds, memory_bytes
+        self.seconds, self.memory_bytes, self.lower = seconds, memory_bytes, lower
 
     def outcomes(
         self, entries: list[Entry], loads: Iterable[tuple[int, Callable[[], bytes]]]
@@ -92,7 +96,7 @@ class Decoder:
                 except images.NotAnImage as reason:
                     outcome = Outcome(None, str(reason))
                 except (MemoryError, OSError) as fault:
-                    raise JobError(_lacking(entry, fault)) from None
+                    raise JobError(self.lacking(entry, fault)) from None
                 if outcome is None and not CAN_FORK:
                     outcome = self._here(entry, data, pixels)
                 attempts = 0
@@ -134,7 +138,7 @@ class Decoder:
         except images.NotAnImage as reason:
             return Outcome(None, str(reason))
         except (MemoryError, OSError) as fault:
-            raise JobError(_lacking(entry, fault)) from None
+            raise JobError(self.lacking(entry, fault)) from None
         except Exception as fault:
             return Outcome(None, _unforeseen(fault))
         return Outcome(pixels, notes=tuple(said["notes"]), kinds=tuple(said["kinds"]))
@@ -147,6 +151,14 @@ class Decoder:
         into[:] = images.resize_and_center(decoded, self.size)
         return {"notes": notes, "kinds": kinds}
 
+    def lacking(self, entry: Entry, fault: Exception) -> str:
+        """What the machine lacks: another run would make another shard."""
+        what = "not enough memory" if isinstance(fault, MemoryError) else last_line(fault)
+        return self.now_not(entry, f"{what}; a lower {self.lower} may do")
+
+    def now_not(self, entry: Entry, why: str) -> str:
+        return f"{entry.name}: cannot be decoded now: {why}"
+
 
 class _Child:
     """A child and its pipes; the pixels are in memory that both share."""
@@ -155,26 +167,26 @@ class _Child:
         self._decoder = decoder
         self._memory = mmap.mmap(-1, 3 * decoder.size**2)
         self._pixels = np.frombuffer(self._memory, np.uint8).reshape(decoder.size, decoder.size, 3)
-        (hears, self._ask), (self._answers, says) = os.pipe(), os.pipe()
         self._status: int | None = None
         self._heard = b""
         self.is_certain = False  # that another attempt would end the same way
         self.is_unsound = False  # it has answered what none does: foreign bytes may have taken it over
         self._no_memory = False
-        with warnings.catch_warnings():
+        with _starting, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # other threads of Ray's; the child touches none
+            (hears, self._ask), (self._answers, says) = os.pipe(), os.pipe()
             self._pid = os.fork()
-        if not self._pid:
-            try:
-                os.close(self._ask)
-                os.close(self._answers)
-                self._work(hears, says)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        os.close(hears)
-        os.close(says)
+            if not self._pid:
+                try:
+                    os.close(self._ask)
+                    os.close(self._answers)
+                    self._work(hears, says)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+            os.close(hears)
+            os.close(says)
         os.set_blocking(self._ask, False)
 
     def close(self) -> None:
@@ -203,7 +215,7 @@ class _Child:
             self.is_unsound = True
             return Outcome(None, "its decoder answered what no decoder does")
         if kind == FAULT:
-            raise JobError(_lacking(entry, OSError(said)))
+            raise JobError(self._decoder.lacking(entry, OSError(said)))
         if kind == NO_IMAGE:
             return Outcome(None, said)
         return Outcome(self._pixels, notes=notes, kinds=tuple(each for each in kinds if each in images.COUNTED))
@@ -213,7 +225,7 @@ class _Child:
         limit = f"{self._decoder.memory_bytes // 2**20} MB"
         if self._no_memory:
             if not _can_be_had(self._decoder.memory_bytes):
-                raise JobError(_lacking(entry, MemoryError()))
+                raise JobError(self._decoder.lacking(entry, MemoryError()))
             return f"takes more than {limit} to decode"
         status = self._end()
         if status == -signal.SIGXCPU:
@@ -221,7 +233,7 @@ class _Child:
             return f"takes more than {self._decoder.seconds} seconds to decode"
         if status == -signal.SIGKILL or status >= 0:
             what = "the process that decodes was ended; there may be no memory left"
-            raise JobError(f"{entry.name}: cannot be decoded now: {what}; a lower --parallelism may do")
+            raise JobError(self._decoder.now_not(entry, f"{what}; a lower {self._decoder.lower} may do"))
         return f"crashes its decoder (signal {-status})"
 
     def _exchange(self, entry: Entry, question: bytes) -> tuple[bytes, bytes] | None:
@@ -248,7 +260,7 @@ class _Child:
                     return None
                 self._heard += data
             elif not free and not left:
-                raise JobError(f"{entry.name}: cannot be decoded now: the machine does not get to it; try again")
+                raise JobError(self._decoder.now_not(entry, "the machine does not get to it; try again"))
 
     def _end(self) -> int:
         """Its exit status. One that is at work is ended: it has nothing to save."""
@@ -290,12 +302,6 @@ class _Child:
                 text = json.dumps(shown(said)).encode()  # a reason; notes are short
             os.write(says, HEAD.pack(kind, len(text)) + text)
         os._exit(0)
-
-
-def _lacking(entry: Entry, fault: Exception) -> str:
-    """What the machine lacks: another run would make another shard."""
-    what = "not enough memory" if isinstance(fault, MemoryError) else last_line(fault)
-    return f"{entry.name}: cannot be decoded now: {what}; a lower --parallelism may do"
 
 
 def _unforeseen(fault: Exception) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from alexnet.images import COUNTED, WHITE
+from alexnet.images import COUNTED, WHITE, WORDNET_ID
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
@@ -34,7 +34,6 @@ ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
 DRAWN = "drawn.json"  # in UNFINISHED: what was drawn for validation
 OURS = re.compile(r"shard-\d{5,}\.parquet|\.shard-\d{5,}\.parquet\.[0-9a-f]{8}\.partial")  # files written here
-WORDNET_ID = re.compile(r"n\d{8}")  # a class of ImageNet, whose usual pipelines ignore EXIF
 BITS_PER_PIXEL = {75: 1.49, 85: 1.98, 90: 2.47, 95: 3.52, 100: 6.66}  # of photographs, by JPEG quality (docs/data.md)
 SPARE = 1.1  # factor on the disk space: photographs differ
 
@@ -130,7 +129,8 @@ def prepare(
         )
     counted = {split: tuple(counts.tolist()) for split, counts in class_rows.items()}
     manifest = _describe(source, shards, rows, counted, len(rejected), size, quality, seed, sums, products, output)
-    manifest = manifest.model_copy(update={"kinds": {kind: kinds[kind] for kind in COUNTED if kinds[kind]}}).sealed()
+    counted_kinds = {kind: kinds[kind] for kind in COUNTED if kinds[kind]}
+    manifest = manifest.model_copy(update={"kinds": counted_kinds, "exif": "apply" if turn else "ignore"}).sealed()
     verify(output, manifest, whole=False)  # on a cluster, an output that is not shared would hold only a part here
     _remove_leftovers(output, manifest)
     (output / MANIFEST).write((manifest.model_dump_json(indent=1) + "\n").encode())

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from alexnet.images import NotAnImage
+from alexnet.images import MAX_FILE_BYTES, NotAnImage
 from orchestrator.data.sources import Entry, Source, read
-from orchestrator.data.sources.listing import MAX_FILE_BYTES, extent, read_range
+from orchestrator.data.sources.listing import extent, read_range
 
 READERS = 16  # threads, each with a request
 IMAGES_AHEAD, RANGES_AHEAD = 32, 4  # that are read or being read while others are decoded, whichever are more

@@ -176,6 +176,11 @@ class RowGroup:
                     raise DamagedData(f"{self.name}: image {self.ids[row]} cannot be decoded: {error}") from None
             yield pixels, np.arange(len(part)), place[first : first + DECODED_AT_A_TIME]
 
+    def decode_into(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Some rows, in order, into pixels (N, size, size, 3). Raises DamagedData."""
+        for pixels, which, place in self.decoded(rows, np.arange(len(rows)), out.shape[1]):
+            out[place] = pixels[which]  # a copy: the next ones are decoded into the same memory
+
 
 # one that is larger than the cache counts as all of it: the rows of a task come from few groups, often from one
 _recent: MutableMapping[tuple[StoragePath, int], RowGroup] = cachetools.LRUCache(

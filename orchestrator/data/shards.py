@@ -108,6 +108,7 @@ class Manifest(BaseModel):
     found: tuple[str, ...] = ()  # what was said of the source: its format and why, its parts; a line each
     left_out: dict[str, Count] = {}  # files and folders that were left out, by the rule
     warnings: tuple[str, ...] = ()  # what looked wrong with the source, a line each
+    exif: Literal["apply", "ignore", ""] = ""  # whether images were turned as they state; empty: not recorded
     kinds: dict[str, Count] = {}  # images that were rotated by EXIF, transparent or gray, where there are any
     mean_rgb: Rgb
     covariance_rgb: RgbByRgb

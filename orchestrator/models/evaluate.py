@@ -3,7 +3,6 @@
 N images, K classes (the net's outputs), M models.
 """
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alexnet.images import WORDNET_ID
 from alexnet.intervals import error_interval
 from alexnet.trained import TrainedNet, log_mean
+from orchestrator.base.environment import command
 from orchestrator.base.exits import JobError
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
@@ -31,7 +32,6 @@ from orchestrator.train.classes import has_top5
 MOST_CONFUSED = 20  # pairs of classes
 TOP = 5  # likeliest classes of an image that are kept
 ENSEMBLE = "ensemble"
-WORDNET_ID = re.compile(r"n\d{8}")
 
 Progress = Callable[[int, int, float], None]  # images done, of how many, seconds
 Keep = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None]  # rows, classes and probabilities
@@ -73,6 +73,15 @@ def open_data(folder: str, split: str = "val") -> Data:
     return Data(place, manifest, split, read_rows(place, manifest, split))
 
 
+def check_named(name: str, trained: TrainedNet) -> None:
+    """Raises ValueError of one line for a net whose classes have no names, as in the files of other programs."""
+    if not trained.description.classes:
+        raise ValueError(
+            f"MODEL {name}: has no names for its {trained.net.num_classes} outputs; give them: "
+            f"{command('convert')} FILE --to net.safetensors --classes NAMES"
+        )
+
+
 def column_order(name: str, trained: TrainedNet, data: Data) -> NDArray[np.int64]:
     """Where the net has each of the data's classes, by their names, and then its outputs that are no class.
 
@@ -80,6 +89,7 @@ def column_order(name: str, trained: TrainedNet, data: Data) -> NDArray[np.int64
     """
     theirs = trained.description.classes
     if set(theirs) != set(data.classes) or len(set(theirs)) < len(theirs):
+        check_named(name, trained)
         strange = next((each for each in theirs if each not in data.classes), None)
         missing = next((each for each in data.classes if each not in theirs), None)
         parts = [f"the model has {len(theirs)} classes and the data {len(data.classes)}"]

@@ -1,7 +1,10 @@
 """What an evaluation leaves (docs/formats.md): evaluation.json, predictions.parquet, pictures, and values in MLflow."""
 
+import hashlib
 import io
 import json
+import re
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from numpy.typing import NDArray
 
 from alexnet.pictures import confusion_matrix, reliability_diagram
 from orchestrator.base.storage import StoragePath
+from orchestrator.models.engine import Settings
 from orchestrator.models.evaluate import Data, Evaluation, Result
 from orchestrator.models.row_file import RowFile
 
@@ -100,6 +104,40 @@ def pictures(result: Result, *, several: bool) -> dict[str, Any]:
     }
 
 
+def variant(settings: Settings, data: Data, trained_on: str | None, labels: str | None) -> tuple[str, ...]:
+    """What sets an evaluation apart from the plain one of its model, for the names of files and of metrics: nothing of
+    that with the centre crop on the validation images of the data that it was trained on.
+
+    trained_on: the digest of that data, None where it is not known; labels: the file of other labels.
+    """
+    parts = [] if data.split == "val" else [data.split]
+    if settings.views != 1:
+        parts.append(f"{settings.views}crop")
+    if settings.precision != "fp32":
+        parts.append(settings.precision)
+    if trained_on and data.manifest.digest != trained_on:
+        parts.append(f"data-{data.manifest.digest[:8]}")
+    if labels:
+        digest = hashlib.sha256(StoragePath.of(labels).read()).hexdigest()
+        parts.append(f"labels-{plain_name(PurePosixPath(labels.partition('?')[0]).stem)}-{digest[:8]}")
+    return tuple(parts)
+
+
+def plain_name(text: str) -> str:
+    """Text as a part of a file's name, or of a metric's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:60] or "model"
+
+
+def picture_files(result: Result, *, several: bool) -> dict[str, bytes]:
+    """`pictures` as PNG."""
+    found = {}
+    for name, figure in pictures(result, several=several).items():
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=120)
+        found[name] = out.getvalue()
+    return found
+
+
 def to_text(found: dict[str, Any]) -> str:
     return json.dumps(found, indent=1) + "\n"
 
@@ -108,19 +146,21 @@ def write(done: Evaluation, data: Data, output: StoragePath, labels: str | None)
     """Write evaluation.json and the pictures; returns the files' names."""
     names = []
     for result in done.results:
-        for name, figure in pictures(result, several=len(done.results) > 1).items():
-            out = io.BytesIO()
-            figure.savefig(out, format="png", dpi=120)
-            (output / name).write(out.getvalue())
+        for name, picture in picture_files(result, several=len(done.results) > 1).items():
+            (output / name).write(picture)
             names.append(name)
     (output / EVALUATION).write(to_text(as_json(done, data, labels)).encode())
     return [EVALUATION, PREDICTIONS, *names]
 
 
-def metric_names(result: Result, split: str, labels: str | None) -> dict[str, float]:
-    """What MLflow is told: eval/top1_error, or eval/train_top1_error_10crop of another split and of ten views."""
-    prefix = "eval/" if split == "val" else f"eval/{split}_"
-    suffix = ("_10crop" if result.views == 10 else "") + ("_labels" if labels else "")
+def metric_names(result: Result, what: tuple[str, ...]) -> dict[str, float]:
+    """What MLflow is told: eval/top1_error, or eval/train_top1_error_10crop of another split and of ten views.
+
+    what: the `variant`.
+    """
+    of_split = what[:1] == ("train",)
+    prefix = "eval/train_" if of_split else "eval/"
+    suffix = "".join(f"_{part}" for part in what[of_split:])
     values = {"loss": result.loss, "top1_error": result.top1_error, "ece": result.calibration.ece}
     if result.top5_error is not None:
         values["top5_error"] = result.top5_error

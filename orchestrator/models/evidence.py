@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from alexnet.explain import Nearest, features_and_probabilities
 from alexnet.trained import TrainedNet
+from orchestrator.models import metrics
 from orchestrator.models.stored import Images, Part, Stored
 
 Floats = NDArray[np.float32]
@@ -34,7 +35,14 @@ class Seen:
 
     @property
     def answer(self) -> int:
-        return int(self.probabilities.argmax())
+        """The likeliest class; of an image that is wrong because of a tie, one that is not its own, as evaluating has
+        it (metrics.py)."""
+        return int(_answers(self.probabilities[None], None if self.label is None else np.array([self.label]))[0][0])
+
+    def best(self, count: int) -> list[int]:
+        """The likeliest classes, the first the likeliest."""
+        found: list[int] = metrics.top_k(self.probabilities[None].astype(np.float64), count)[0][0].tolist()
+        return found
 
     def alone(self) -> "Seen":
         """A copy, which does not keep the batch that it was in."""
@@ -71,9 +79,9 @@ def validate(trained: TrainedNet, part: Part, progress: Progress) -> Validation:
     done = wrong = 0
     for images, labels in part.batches():
         features, probabilities = features_and_probabilities(trained, images)
-        answers = probabilities.argmax(axis=1)
+        is_wrong = _answers(probabilities, labels)[1]
         surest = np.argsort(-probabilities.max(axis=1), kind="stable")
-        missed = surest[answers[surest] != labels[surest]]
+        missed = surest[is_wrong[surest]]
         wrong += len(missed)
         near = [Seen(images[i], "", int(labels[i]), probabilities[i], features[i]) for i in range(len(labels))]
         kept += [(done + i, seen.alone()) for i, seen in enumerate(near) if done + i in shown]
@@ -105,6 +113,16 @@ def nearest(
         [(part.at(position), distance) for position, distance in zip(positions, distances, strict=True)]
         for positions, distances in rows
     ]
+
+
+def _answers(probabilities: Floats, labels: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Of each image the class that it is taken for, and whether that is wrong, by the rule of metrics.py for ties."""
+    valid = np.zeros(probabilities.shape, np.bool_)
+    if labels is not None:
+        valid[np.arange(len(labels)), labels] = True
+    shares = probabilities.astype(np.float64)
+    wrong = metrics.num_not_worse(shares, valid) >= 1
+    return metrics.predicted(shares, valid, wrong), wrong
 
 
 def _named(part: Part, found: list[tuple[int, Seen]]) -> list[Seen]:

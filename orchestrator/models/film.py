@@ -25,11 +25,9 @@ LAYER = "conv1.weight"
 
 def folder_of(found: FoundModel) -> StoragePath:
     """Where a model's run keeps weights; of a search's model, its best trial. Raises ValueError if it has no run."""
-    if KEPT.fullmatch(found.path.name) and found.run:
-        return StoragePath.of(found.path.parent)
-    if found.run is None:
+    if found.kept is None:
         raise ValueError("--film: takes a run, and this model is not in the folder of one")
-    return found.run
+    return found.kept
 
 
 def kernels_by_epoch(run: StoragePath) -> dict[str, NDArray[np.float32]]:

@@ -33,6 +33,7 @@ class FoundModel:
     name: str  # for tables and file names
     path: Path  # what alexnet.load reads
     run: StoragePath | None = None  # the folder of its run
+    kept: StoragePath | None = None  # where its run keeps weights; of a search's model, its best trial's folder
     data: str | None = None  # the shards that it was trained on, where its run says so
     mlflow_run_id: str | None = None
     mlflow_uri: str | None = None  # the store that has this run
@@ -99,7 +100,9 @@ def find_in_store(address: str, into: Path, uri: str, output: str | None = None)
     data = found.get("data")
     if data == BUNDLED:
         data = str(bundled(StoragePath.of(output or default_output())))
-    return FoundModel(address, name, logged.folder, None, data, logged.run_id, store.uri)
+    return FoundModel(
+        address, name, logged.folder, data=data, mlflow_run_id=logged.run_id, mlflow_uri=store.uri
+    )  # fmt: skip
 
 
 def _of_search(text: str, place: StoragePath, into: Path) -> FoundModel:
@@ -120,7 +123,7 @@ def _of_search(text: str, place: StoragePath, into: Path) -> FoundModel:
     data = found.data
     if data == str(bundled(trials)):  # which are kept with the search, not with its trials
         data = str(bundled(place.parent))
-    return FoundModel(text, place.name, found.path, place, data, best.get("mlflow_run_id"), uri)
+    return FoundModel(text, place.name, found.path, place, chosen.parent, data, best.get("mlflow_run_id"), uri)
 
 
 def _of_run(text: str, place: StoragePath, into: Path) -> FoundModel:
@@ -156,7 +159,7 @@ def _of_checkpoint(text: str, place: StoragePath, into: Path) -> FoundModel:
     data = str(shards_of(run.config(), run.output)) if run else None
     return FoundModel(
         text, f"{parent.name}-{place.name}" if inside else place.name, _as_model(place, run, into),
-        run.path if run else None, data, result.get("mlflow_run_id"),
+        run.path if run else None, parent if run else None, data, result.get("mlflow_run_id"),
         tracking_uri_of(result.get("mlflow_tracking_uri"))[0] if result.get("mlflow_run_id") else None,
     )  # fmt: skip
 

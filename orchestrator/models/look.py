@@ -10,18 +10,21 @@ from numpy.typing import NDArray
 
 from alexnet import explain, explain_pictures
 from alexnet.explain_pictures import TOP, Answer
-from alexnet.images import NotAnImage
 from alexnet.trained import TrainedNet
 from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import percent
 from orchestrator.data.shards import MANIFEST, read_manifest
+from orchestrator.data.sources import Entry
 from orchestrator.models import film
+from orchestrator.models.evaluate import check_named
 from orchestrator.models.evidence import NEIGHBOURS, Progress, Seen, Validation, nearest, see, validate
 from orchestrator.models.film import png
 from orchestrator.models.find import FoundModel
 from orchestrator.models.planes import planes
+from orchestrator.models.predict import EntryReader
 from orchestrator.models.stored import Images, Part, Stored
+from orchestrator.models.words import in_words
 from orchestrator.report.page import Picture, Section, Table, page
 
 PAGE = "look.html"
@@ -31,15 +34,15 @@ EXPLAINED = 6  # images with maps of what speaks for a class
 
 def own_images(trained: TrainedNet, files: list[Path]) -> list[tuple[Images, str]]:
     """The user's images as they would be stored, and their names. Raises ValueError of one line."""
-    found = []
     for file in files:
-        try:
-            found.append((trained.stored(file.read_bytes()), file.name))
-        except OSError as error:
-            raise ValueError(f"--image {file}: cannot be read ({error.strerror})") from None
-        except NotAnImage as reason:
-            raise ValueError(f"--image {file}: {reason}") from None
-    return found
+        if not file.exists():
+            raise ValueError(f"--image {file}: cannot be read (No such file or directory)")
+    entries = [Entry(number, 0, str(file), path=str(file.absolute())) for number, file in enumerate(files)]
+    reader = EntryReader(trained.image_size, exif=trained.description.applies_exif)
+    pixels = reader.decode(entries, reader.fetch(entries), lambda decode, parts: [decode(part) for part in parts])
+    for name, reason in pixels.rejected:
+        raise ValueError(f"--image {name}: {reason}")
+    return [(image, file.name) for image, file in zip(pixels.stored, files, strict=True)]
 
 
 def data_of(found: FoundModel, trained: TrainedNet, given: str | None) -> tuple[StoragePath | None, str | None]:
@@ -55,6 +58,7 @@ def data_of(found: FoundModel, trained: TrainedNet, given: str | None) -> tuple[
         return None, f"its data, {data}, is not there: {LESS}"
     manifest, named = read_manifest(data), trained.description.classes
     if manifest.classes != named:
+        check_named(found.text, trained)
         has = f"{len(manifest.classes)} classes, and the net {len(named)}"
         if len(manifest.classes) == len(named):
             label = next(i for i, (a, b) in enumerate(zip(manifest.classes, named, strict=True)) if a != b)
@@ -83,8 +87,10 @@ class Look:
     @property
     def names(self) -> list[str]:
         """What the net's outputs are called."""
-        words = self.trained.description.class_names
-        return [shown(name.split(",")[0], LONGEST_VALUE) for name in (*words, *self.trained.classes[len(words) :])]
+        described = self.trained.description
+        words = [name.split(",")[0] for name in described.class_names]
+        named = in_words(described.classes, words, self.trained.classes)
+        return [shown(name, LONGEST_VALUE) for name in named]
 
     def kernels(self) -> None:
         """The first layer."""
@@ -139,7 +145,7 @@ class Look:
     def _predictions(self, seen: list[Seen]) -> None:
         rows = []
         for each in seen:
-            top = np.argsort(-each.probabilities, kind="stable")[:TOP]
+            top = each.best(TOP)
             truth = "" if each.label is None else self.names[each.label]
             likely = "; ".join(f"{self.names[label]} {percent(each.probabilities[label])}" for label in top)
             rows.append((each.name, truth, likely))
@@ -219,7 +225,7 @@ class Look:
         self._add("fc7 in two dimensions", [text], {"fc7.png": (figure, "A point for each image", "")})
 
     def _answer(self, seen: Seen) -> Answer:
-        order = np.argsort(-seen.probabilities, kind="stable")[:TOP]
+        order = seen.best(TOP)
         top = [(self.names[label], float(seen.probabilities[label]), label == seen.label) for label in order]
         return Answer(seen.image, shown(seen.name) if seen.label is None else self.names[seen.label], top)
 
@@ -227,7 +233,7 @@ class Look:
         """The true class of a mistake, otherwise the second likeliest."""
         if seen.label not in (None, seen.answer):
             return int(seen.label)  # type: ignore[arg-type]
-        return int(np.argsort(-seen.probabilities, kind="stable")[1])
+        return seen.best(2)[1]
 
     def _percent(self, seen: Seen, label: int | None) -> str:
         assert label is not None

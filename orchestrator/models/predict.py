@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from alexnet import images
 from alexnet.trained import TrainedNet
-from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.exits import JobError
+from orchestrator.base.shown import shown
 from orchestrator.base.storage import StoragePath
+from orchestrator.data.decoder import Decoder
 from orchestrator.data.sources.arrow import SUFFIX as ARROW
 from orchestrator.data.sources.arrow import arrow_batches
 from orchestrator.data.sources.listing import Entry, image_column, read
@@ -34,6 +36,7 @@ from orchestrator.models.words import in_words
 ARCHIVES = (*ZIP, *TARS, ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TABLES = (SUFFIX, ARROW)
 READERS = 16  # threads that fetch from object storage
+DECODED_TOGETHER = 32  # images that share a process of their own, where they are not plain JPEG
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Found:
     total: int
     entries: Callable[[], Iterator[Entry]]
     left_out: int  # files that are no images by their names, or no one's data
+    rejected: tuple[tuple[str, str], ...] = ()  # (name, reason) of tables that have no images
 
 
 def find_images(source: str) -> Found:
@@ -86,10 +90,17 @@ def _of_tree(source: str, tree: Tree) -> Found:
 
 def _listed(source: str, tables: list[tuple[str, StoragePath]], plain: list[tuple[str, Any]], left_out: int) -> Found:
     """Images that are files, and those that are rows of tables, sorted by the name of the file."""
-    groups = {name: _groups(source, place) for name, place in tables}
+    groups: dict[str, list[int]] = {}
+    rejected = []
+    for name, place in sorted(tables, key=lambda pair: pair[0]):
+        try:
+            groups[name] = _groups(place)
+        except ValueError as reason:
+            rejected.append((name, str(reason)))
     total = len(plain) + sum(sum(rows) for rows in groups.values())
     if not total:
-        raise ValueError(f"--source {source}: has no image in it")
+        name, why = rejected[0] if rejected else ("", "")
+        raise ValueError(f"--source {source}: " + (f"{name or 'it'} {why}" if why else "has no image in it"))
     places = dict(tables)
 
     def entries() -> Iterator[Entry]:
@@ -104,11 +115,12 @@ def _listed(source: str, tables: list[tuple[str, StoragePath]], plain: list[tupl
                 for row in range(rows):
                     yield Entry(next(numbers), 0, names[row], path=place.text, row_group=group, row=row)
 
-    return Found(total, entries, left_out)
+    return Found(total, entries, left_out, tuple(rejected))
 
 
-def _groups(source: str, place: StoragePath) -> list[int]:
-    """The rows of each row group of a table that has a column of image bytes. Raises ValueError of one line."""
+def _groups(place: StoragePath) -> list[int]:
+    """The rows of each row group of a table that has a column of image bytes. Raises ValueError for a reason why it has
+    none."""
     try:
         with place.open() as file:
             if place.name.endswith(ARROW):
@@ -120,9 +132,9 @@ def _groups(source: str, place: StoragePath) -> list[int]:
                 rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--source {source}: {place} cannot be read as a table: {reason}") from None
+        raise ValueError(f"cannot be read as a table: {reason}") from None
     if image_column(schema) is None:
-        raise ValueError(f"--source {source}: {place} has no column of image bytes; it has {', '.join(schema.names)}")
+        raise ValueError(shown(f"has no column of image bytes; it has {', '.join(schema.names)}"))
     return rows
 
 
@@ -142,7 +154,7 @@ def _names(place: StoragePath, group: int, file: str, rows: int) -> list[str]:
 
 
 class EntryReader:
-    """Reads images from wherever they are."""
+    """Reads images from wherever they are, and decodes them as preparing data does (orchestrator/data/decoder.py)."""
 
     def __init__(self, size: int, *, exif: bool = True) -> None:
         """size: side of the stored images, pixels. exif: turn images by their orientation."""
@@ -156,25 +168,38 @@ class EntryReader:
         return [_bytes(entry) for entry in task]
 
     def decode(self, task: list[Entry], fetched: list[bytes | str], run: Run) -> Pixels:
-        """The pixels of those that can be read."""
-        decoded = run(self._stored, fetched)
-        good = [number for number, each in enumerate(decoded) if not isinstance(each, str)]
-        rejected = [(task[i].name, each) for i, each in enumerate(decoded) if isinstance(each, str)]
-        stored = np.empty((len(good), self.size, self.size, 3), np.uint8)
-        for place, number in enumerate(good):
-            stored[place] = decoded[number]
+        """The pixels of those that can be read. Raises JobError for a fault of the machine."""
+        stored = np.empty((len(task), self.size, self.size, 3), np.uint8)
+        parts = [range(first, min(first + DECODED_TOGETHER, len(task)))
+                 for first in range(0, len(task), DECODED_TOGETHER)]  # fmt: skip
+        reasons = itertools.chain(*run(lambda part: self._decode(part, task, fetched, stored), parts))
+        rejected = dict(reasons)
+        good = [number for number in range(len(task)) if number not in rejected]
         ids = np.array([task[number].id for number in good], np.int64)
-        return Pixels(stored, ids, tuple(task[number].name for number in good), tuple(rejected))
+        return Pixels(
+            stored[good] if rejected else stored, ids, tuple(task[number].name for number in good),
+            tuple((task[number].name, reason) for number, reason in sorted(rejected.items())),
+        )  # fmt: skip
 
-    def _stored(self, data: bytes | str) -> NDArray[np.uint8] | str:
-        if isinstance(data, str):
-            return data
-        try:
-            return images.resize_and_center(images.decode(data, exif=self.exif), self.size)
-        except images.NotAnImage as reason:
-            return str(reason)
-        except OSError as fault:
-            raise JobError(f"an image cannot be decoded now: {last_line(fault)}") from None
+    def _decode(
+        self, part: range, task: list[Entry], fetched: list[bytes | str], into: NDArray[np.uint8]
+    ) -> list[tuple[int, str]]:
+        """Decode a part of a task into its places; returns those that cannot be, and why."""
+        rejected = []
+        decoder = Decoder(self.size, self.exif, images.WHITE, lower="--batch-size")
+        for number, outcome in decoder.outcomes(task, ((i, functools.partial(_given, fetched[i])) for i in part)):
+            if outcome.pixels is None:
+                rejected.append((number, outcome.reason))
+            else:
+                into[number] = outcome.pixels
+        return rejected
+
+
+def _given(data: bytes | str) -> bytes:
+    """What was fetched. Raises NotAnImage for the reason why nothing was."""
+    if isinstance(data, str):
+        raise images.NotAnImage(data)
+    return data
 
 
 def _bytes(entry: Entry) -> bytes | str:
@@ -213,6 +238,8 @@ def predict(
     outputs = np.array(in_words(description.classes, description.class_names, trained.classes), object)
     reader = EntryReader(trained.image_size, exif=exif)
     begun, done = time.monotonic(), 0
+    if found.rejected:
+        yield Prediction((), [], [], found.rejected)
     with start([trained], reader, settings, num_workers) as engine:
         for answer in engine.answers(_batches(found.entries(), settings.batch_size)):
             classes, probabilities = metrics.top_k(answer.log_probabilities[0], top)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.base.exits import JobError
 from orchestrator.models.metrics import compare
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import Run
@@ -42,13 +43,21 @@ def decide(wrong_old: NDArray[np.bool_], wrong_new: NDArray[np.bool_]) -> Decisi
     return Decision(found.is_significant and difference < 0, f"{what}; {verdict}", difference, found.interval)
 
 
-def promote(run: Run, registered: registry.Registered, decision: Decision | None) -> str:
+def promote(run: Run, registered: registry.Registered, decision: Decision | None, against: str | None) -> str:
     """Carry a decision out; returns a line that says which way it went and why.
 
-    run: the MLflow run of the new model; registered: its version; decision: against the champion, None if there is no
-    champion, or it is this version. Raises what the server answers.
+    run: the MLflow run of the new model; registered: its version; against: the version that was the champion when it
+    was evaluated, None if there was none; decision: against that. Raises JobError where another version has become the
+    champion meanwhile, and what the server answers.
     """
     name, champion = registered.name, registry.champion(run.store, registered.name)
+    if champion not in (against, registered.version):
+        now = f"models:/{name}/{champion} is" if champion else f"models:/{name}@{registry.CHAMPION} is no version"
+        before = f"models:/{name}/{against} was" if against else "none was"
+        raise JobError(
+            f"{registered.address}: is registered, and not the champion of {name}: {now} now, where {before} when they "
+            "were compared; run it again to compare it with that"
+        )
     if champion == registered.version:
         return f"{registered.address} is the champion of {name} already"
     if champion is None:

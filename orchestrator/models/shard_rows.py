@@ -1,6 +1,5 @@
 """The rows of shards for evaluation: all of a split, as stored, each once."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,11 +96,5 @@ class ShardReader:
                 parts.append((group, part, stored[at : at + len(part)]))
                 at += len(part)
         assert at == len(stored), f"rows {task} are not all there"
-        run(functools.partial(_decode, size=self.size), parts)
+        run(lambda part: part[0].decode_into(*part[1:]), parts)
         return Pixels(stored, np.concatenate([group.ids[rows] for group, rows in fetched]))
-
-
-def _decode(part: tuple[RowGroup, NDArray[np.int64], NDArray[np.uint8]], size: int) -> None:
-    group, rows, out = part
-    for pixels, which, place in group.decoded(rows, np.arange(len(rows)), size):
-        out[place] = pixels[which]

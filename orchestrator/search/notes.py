@@ -7,7 +7,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.search.config import SearchConfig
 from orchestrator.search.journal import TrialRecord
 from orchestrator.tracking.note import note
-from orchestrator.train.model_card import errors_line, net_line, repeating
+from orchestrator.train.model_card import errors_line, net_line_of, repeating
 
 NO_FOLDER = "the search keeps no folder of it"
 
@@ -17,7 +17,7 @@ def search_note(config: SearchConfig, data: str, how: str, command: str, result:
     varied = ", ".join(code(dimension.name) for dimension in config.space.dimensions)
     what = (
         f"A search over {varied}: {config.num_trials} trials of up to {config.train.epochs} epochs, each a training "
-        f"run of {net_line(config.train)}; {config.searcher}, {config.scheduler}."
+        f"run of {net_line_of(config.train)}; {config.searcher}, {config.scheduler}."
     )
     if result and result.get("best") is not None:
         how += f"; best trial: {result['best']}"
@@ -33,6 +33,6 @@ def trial_note(
     """Of a trial's run. how: it ended, in Markdown; trials: the folder of the trials' runs."""
     values = ", ".join(f"{code(name)} {escaped(value)}" for name, value in record.values.items())
     best = record.best(config.metric)
-    what = f"Trial {record.number} of the search {escaped(search)}: {net_line(config.train)} with {values}."
+    what = f"Trial {record.number} of the search {escaped(search)}: {net_line_of(config.train)} with {values}."
     result = f"{how}; best: {errors_line(best, num_val)}" if best else how
     return note(what, data, result, repeating(trials / record.folder) if trials else NO_FOLDER)

@@ -128,8 +128,8 @@ class Classifier:
             if isinstance(picture, str | Path):
                 picture = self._bytes_of(picture)
             if isinstance(picture, bytes | bytearray | memoryview):
-                if len(picture) > images.MAX_DECODED_BYTES:
-                    raise ValueError(f"{len(picture)} bytes, at most {images.MAX_DECODED_BYTES} are read")
+                if len(picture) > images.MAX_FILE_BYTES:
+                    raise ValueError(f"{len(picture)} bytes, at most {images.MAX_FILE_BYTES} are read")
                 return self.trained.stored(bytes(picture))
             return self._resized(np.asarray(picture))
         except ValueError as error:  # images.NotAnImage is one
@@ -152,15 +152,15 @@ class Classifier:
         if self.reads_files:
             try:
                 size = Path(text).stat().st_size
-                if size > images.MAX_DECODED_BYTES:
-                    raise ValueError(f"{text}: {size} bytes, at most {images.MAX_DECODED_BYTES} are read")
+                if size > images.MAX_FILE_BYTES:
+                    raise ValueError(f"{text}: {size} bytes, at most {images.MAX_FILE_BYTES} are read")
                 return Path(text).read_bytes()
             except OSError as error:
                 raise ValueError(f"{text}: {error.strerror}") from None
         if isinstance(text, Path):
             raise ValueError('files are read by a model that was loaded with model_config={"files": True}')
-        if len(text) > 2 * images.MAX_DECODED_BYTES:
-            raise ValueError(f"{len(text)} characters of base64, at most {2 * images.MAX_DECODED_BYTES} are read")
+        if len(text) > 2 * images.MAX_FILE_BYTES:
+            raise ValueError(f"{len(text)} characters of base64, at most {2 * images.MAX_FILE_BYTES} are read")
         try:
             return base64.b64decode("".join(DATA_URI.sub("", text, count=1).split()), validate=True)
         except (binascii.Error, ValueError):

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
+from orchestrator.tracking import registry
 from orchestrator.tracking.run import FINISH_TIMEOUT_S, Run, within
 from orchestrator.tracking.store import Store
 
@@ -95,6 +96,13 @@ class Tracker:
         except Exception as error:
             run = self.run
             run.warn(f"the model did not reach MLflow; its checkpoint is kept: {run.store.reason(error)}")
+            return None
+
+    def newest_step(self) -> int | None:
+        """The step of the newest model that its run has; None where it has none, or the server does not say."""
+        try:
+            return registry.newest_step(self.run.store, self.run.run_id)
+        except Exception:  # whatever the server answers: it is asked to take the model next, which is warned of
             return None
 
     def finish(self, status: str, error: str | None = None, *, hurry: bool | None = None) -> None:

@@ -38,6 +38,7 @@ def describe(config: TrainConfig, manifest: Manifest, num_classes: int, epoch: i
     return Description(
         build=_arguments(config, num_classes), classes=tuple(manifest.classes), pixel_scale=config.pixel_scale,
         class_names=tuple(manifest.class_names), epoch=epoch, data=manifest.source, digest=manifest.digest,
+        exif=manifest.exif,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from alexnet.intervals import error_interval
+from alexnet.presets import preset_of
 from alexnet.trained import DESCRIPTION
 from orchestrator.base.environment import command
 from orchestrator.base.markdown import code, code_block, escaped, table
@@ -19,13 +20,18 @@ from orchestrator.train.pretrained import START
 from orchestrator.train.run_folder import CONFIG
 
 MODEL_CARD = "model_card.md"
+NET = "net"  # the folder of the net in the model's artifacts in MLflow
 ERRORS = {"val/top1_error": "top-1", "val/top5_error": "top-5"}
 MOST_CLASSES = 50  # that a card lists
 LICENCE = "not stated by the source; ask whoever the images are from before you pass the model on"
 
 
-def net_line(config: TrainConfig) -> str:
-    return f"AlexNet ({config.preset}, width {config.width:g}, {config.input_size} pixels)"
+def net_line(preset: str, width: float, input_size: int | None) -> str:
+    return f"AlexNet ({preset}, width {width:g}, {input_size or preset_of(preset).input_size} pixels)"
+
+
+def net_line_of(config: TrainConfig) -> str:
+    return net_line(config.preset, config.width, config.crop_size)
 
 
 def data_line(manifest: Manifest) -> str:
@@ -37,11 +43,12 @@ def data_line(manifest: Manifest) -> str:
     )
 
 
-def errors_line(entry: Metrics, num_val: int) -> str:
-    """The errors of an epoch, with their 95 % intervals."""
+def errors_line(entry: Metrics, num_val: int, split: str = "val") -> str:
+    """The errors of an epoch, with their 95 % intervals, on so many images of a split."""
     found = [f"{ERRORS[name]} error {percent(entry[name])} ({_interval(entry[name], num_val)})"
              for name in ERRORS if name in entry]  # fmt: skip
-    return f"{', '.join(found)} after epoch {entry['epoch']}, of {num_val} validation images"
+    of = "validation" if split == "val" else "training"
+    return f"{', '.join(found)} after epoch {entry['epoch']}, of {num_val} {of} images"
 
 
 def repeating(place: StoragePath) -> str:
@@ -54,7 +61,7 @@ def repeating(place: StoragePath) -> str:
 def run_note(config: TrainConfig, data: str, place: StoragePath, outcome: str, num_val: int, best: Any = None) -> str:
     """The description of a training run. data: `data_line`; outcome: such as "running"; best: its best epoch."""
     result = f"{outcome}; best: {errors_line(best, num_val)}" if best else outcome
-    return note(f"{net_line(config)}, trained for up to {config.epochs} epochs.", data, result, repeating(place))
+    return note(f"{net_line_of(config)}, trained for up to {config.epochs} epochs.", data, result, repeating(place))
 
 
 def how_it_ended(status: str, error: str | None, epochs: int) -> str:
@@ -72,15 +79,21 @@ def model_card(
     errors = [(ERRORS[name], percent(entry[name]), _interval(entry[name], num_val)) for name in ERRORS if name in entry]
     listed = ", ".join(escaped(name, LONGEST_VALUE) for name in words[:MOST_CLASSES])
     rest = f" and {len(words) - MOST_CLASSES} more" if len(words) > MOST_CLASSES else ""
+    load = f"trained = alexnet.load({_shown(checkpoint)!r})\n"
+    if checkpoint.local is None:  # which alexnet, that knows of no storage, does not read
+        load = (
+            f'folder = mlflow.artifacts.download_artifacts("runs:/{run_id}/model")\n'
+            f'trained = alexnet.load(f"{{folder}}/artifacts/{NET}")\n'
+        )
     use = (
         "import alexnet, mlflow\n\n"
-        f"trained = alexnet.load({_shown(checkpoint)!r})\n"
+        f"{load}"
         f'model = mlflow.pyfunc.load_model("runs:/{run_id}/model")\n'
         'model.predict([open("picture.jpg", "rb").read()])'
     )
     parts = [
         f"# {escaped(place.name)}",
-        f"{net_line(config)} for {len(manifest.classes)} classes, as it was after epoch {entry['epoch']}.",
+        f"{net_line_of(config)} for {len(manifest.classes)} classes, as it was after epoch {entry['epoch']}.",
         "## Errors",
         table(("error", "of the validation images", "95 % interval"), errors),
         f"Of {num_val} images, one crop from the centre of each. The intervals say how much chance there is in that "

@@ -6,17 +6,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from alexnet.trained import DESCRIPTION, MEAN_IMAGE, WEIGHTS, write_description
+from alexnet.trained import DESCRIPTION, MEAN_IMAGE, WEIGHTS, Description, write_description
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
-from orchestrator.data.shards import read_mean_image
+from orchestrator.data.shards import Manifest, read_mean_image
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.training_run import Tracker
 from orchestrator.train.messages import Metrics
 from orchestrator.train.model import describe
-from orchestrator.train.model_card import MODEL_CARD, data_line, errors_line, model_card, net_line
+from orchestrator.train.model_card import MODEL_CARD, NET, data_line, errors_line, model_card, net_line
 
 EPOCH_TAG = "model.epoch"  # of the MLflow run: the epoch that the model is of
 
@@ -29,15 +29,15 @@ def log_model(
     """Log the net of a checkpoint, which was saved after the epoch `entry`, with what serving it takes and its card,
     which is put into its run's folder, `place`, too.
 
-    Returns whether it was logged; a server that fails is warned of. Raises OSError where the checkpoint cannot be read,
-    DamagedData where the mean image is not the data's.
+    Returns whether it is in MLflow, now or already; a server that fails is warned of. Raises OSError where the
+    checkpoint cannot be read, DamagedData where the mean image is not the data's.
     """
     epoch, run = int(entry["epoch"]), tracker.run
     card = model_card(config, data.manifest, entry, run_id=run.run_id, checkpoint=checkpoint, place=place)
     (place / MODEL_CARD).write(card.encode())
     log.info("logging the model of epoch %d to MLflow, from %s", epoch, checkpoint)
     with checkpoint.as_local_dir() as folder, tempfile.TemporaryDirectory() as temporary:
-        model = Path(temporary, "net")
+        model = Path(temporary, NET)
         model.mkdir()
         shutil.copyfile(folder / WEIGHTS, model / WEIGHTS)
         if (folder / DESCRIPTION).is_file():  # its mean image may be another than the data's (pretrained.py)
@@ -47,11 +47,27 @@ def log_model(
             description = describe(config, data.manifest, data.num_classes(config), epoch)
             write_description(model, description, read_mean_image(data.folder, data.manifest))
         (model / MODEL_CARD).write_text(card)
-        logged = tracker.log_model(model, step=epoch) is not None
+        # a run that is resumed, and has no better epoch since, has it already
+        logged = tracker.newest_step() == epoch or tracker.log_model(model, step=epoch) is not None
     run.log_text(card, MODEL_CARD)
     if logged:
         run.tag(**{EPOCH_TAG: str(epoch)})
     return logged
+
+
+def version_facts(
+    described: Description, manifest: Manifest, entry: Metrics, split: str = "val"
+) -> tuple[dict[str, str], str]:
+    """The tags of a model's version, and its description. entry: its errors on a split of the manifest's data."""
+    tags = {
+        "data.digest": described.digest or manifest.digest, "top1_error": f"{entry['val/top1_error']:.6f}",
+        "epoch": str(entry["epoch"]),
+    }  # fmt: skip
+    if manifest.digest != tags["data.digest"]:
+        tags["evaluated.digest"] = manifest.digest
+    build = described.build
+    net = net_line(build.get("preset", "paper"), build.get("width", 1.0), build.get("input_size"))
+    return tags, f"{net}. {data_line(manifest)}. {errors_line(entry, manifest.rows[split], split)}."
 
 
 def register_model(
@@ -61,11 +77,8 @@ def register_model(
 
     later: the command that does it, which the warning names where it fails; the answer is then None.
     """
-    manifest = data.manifest
-    tags = {
-        "data.digest": manifest.digest, "top1_error": f"{entry['val/top1_error']:.6f}", "epoch": str(entry["epoch"]),
-    }  # fmt: skip
-    about = f"{net_line(config)}. {data_line(manifest)}. {errors_line(entry, manifest.rows['val'])}."
+    described = describe(config, data.manifest, config.num_classes or len(data.manifest.classes), int(entry["epoch"]))
+    tags, about = version_facts(described, data.manifest, entry)
     try:
         found = registry.register(run, name, tags, about)
     except Exception as error:  # whatever the server answers: the training is done

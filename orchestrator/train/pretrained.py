@@ -109,12 +109,19 @@ class Pretrained:
         return shown(self.text or self.folder, LONGEST_VALUE)
 
 
+def check_frozen(config: TrainConfig, start: Pretrained | None) -> None:
+    """Raises ValueError of one line for layers that would keep the weights of the seed, which nothing has trained."""
+    if start is None and config.freeze != NONE:
+        raise ValueError(
+            f"freeze = {config.freeze}: would keep random weights; give a trained net with --start-from MODEL, or "
+            "leave out --freeze"
+        )
+
+
 def said_of_start(start: Pretrained | None, config: TrainConfig, manifest: Manifest) -> str | None:
     """A line about what a new run starts from, and what of it is not the model's; None if there is nothing to say."""
     if start is None:
-        if config.freeze == NONE:
-            return None
-        return f"freeze = {config.freeze}: keeps the weights of the seed; --start-from MODEL starts from trained ones"
+        return None
     num_classes = config.num_classes or len(manifest.classes)
     text = f"starting from the weights of {start}"
     if not start.keeps_last_layer(manifest.classes, num_classes):

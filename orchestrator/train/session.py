@@ -9,10 +9,10 @@ from typing import Any
 from alexnet import pictures
 from orchestrator.base import logs
 from orchestrator.base.environment import command
-from orchestrator.base.exits import Interrupted, JobError, name_and_line, signals_deferred
+from orchestrator.base.exits import Interrupted, JobError, last_line, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
 from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
-from orchestrator.base.storage import StoragePath
+from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.join import join
@@ -319,14 +319,21 @@ class Session:
             return
         best = StoragePath.of(self.result["best_checkpoint"])
         entry = self.result["best"]
-        logged = log_model(self.tracker, self.config, self.data, best, entry, self.run.path)
-        if not self.register:
-            return
-        run, again = self.tracker.run, f"{self._command()} --register {self.register}"
-        if logged:
+        run, again = self.tracker.run, f"{self._command()} --register {self.register or 'NAME'}"
+        try:
+            logged = log_model(self.tracker, self.config, self.data, best, entry, self.run.path)
+        except (OSError, StorageError) as error:  # a full disk, say: the training is done
+            self._warn(f"the model could not be stored ({last_line(error)}); its checkpoint is kept")
+            logged = False
+        if logged and self.register:
             register_model(run, self.register, self.config, self.data, entry, again, self.view.line.print)
-        else:
-            run.warn(f"no model was registered as {self.register}; register it later: {again}")
+        elif not logged:
+            what = f"no model was registered as {self.register}" if self.register else "MLflow has no model of this run"
+            self._warn(f"{what}; store and register it later: {again}")
+
+    def _warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self.view.event(Warned(text=text))
 
     def _command(self) -> str:
         """That resumes the run."""

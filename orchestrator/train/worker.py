@@ -17,6 +17,7 @@ import alexnet
 from alexnet.layouts import Layout, ShardedNet
 from alexnet.trained import write_description
 from orchestrator.base import logs
+from orchestrator.base.exits import lacks_memory, last_line
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
@@ -64,11 +65,22 @@ def train_worker(loop: dict[str, Any]) -> None:
         _train(payload, link)
     except BaseException as error:
         log.exception("worker failed")
+        if lacks_memory(error):
+            link.report_failure(why_no_memory(error, payload.config["global_batch_size"]))
+            return
         if isinstance(error, Exception):
             link.report_error(error)
         raise
     finally:
         link.flush_log()
+
+
+def why_no_memory(error: BaseException, global_batch_size: int) -> str:
+    """One line for the user."""
+    return (
+        f"not enough memory ({last_line(error)[:200]}); a --global-batch-size below {global_batch_size}, or more "
+        "workers, takes less"
+    )
 
 
 def _train(payload: WorkerPayload, link: DriverLink) -> None:

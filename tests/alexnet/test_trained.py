@@ -98,6 +98,8 @@ DAMAGE = [
     ({"pixel_scale": 10**400}, "pixel_scale is 1000"),
     ({"build": BUILD | {"width": 1e308}}, "build: "),
     ({"build": BUILD | {"input_size": -(10**12)}}, "build: input_size = -1000000000000: too small"),
+    ({"exif": "turn"}, "exif is 'turn'; it is apply or ignore"),
+    ({"class_names": ["one"]}, "has 1 class_names for 4 classes"),
     ({"nonsense": 1}, "'nonsense' is 1, which is not what a net's description has"),
     ({"build": {"preset": "lenet"}}, "build: preset = 'lenet': unknown"),
     ({"build": BUILD | {"rnn": 1}}, "build: .*unexpected keyword argument 'rnn'"),

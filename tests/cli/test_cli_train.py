@@ -242,6 +242,10 @@ def test_a_dry_run_starts_nothing(job, tmp_path):
         (["--config", "none.yaml"], "No such file"),
         (["--start-from", "none"], "MODEL 'none': is not there"),
         (["--resume", "first", "--start-from", "none"], "resumes with the settings it has; leave out --start-from"),
+        (
+            ["--freeze", "conv", "--dry-run"],
+            "freeze = conv: would keep random weights; give a trained net with --start",
+        ),
         (["--freeze", "conv9"], "freeze = 'conv9': no layer 'conv9'; there are conv1, conv2"),
         (["--lr-factor", "conv1=0"], "lr_factor = 'conv1=0': conv1=0: a factor is above 0; to keep a layer as it is"),
         (["imagenette"], "no such folder"),

@@ -9,6 +9,7 @@ from conftest import ROOT, refused
 
 import alexnet
 from orchestrator.config.recipes import digits
+from orchestrator.models.evaluate import check_named
 
 BUILD = {"preset": "caffe", "num_classes": 3, "width": 0.0625, "input_size": 67, "lrn": {}}
 
@@ -70,6 +71,15 @@ def test_a_run_can_start_from_a_file_of_another_program(model, monkeypatch, caps
         np.testing.assert_array_equal(found.net.state_dict()[name], tensor)
 
 
+def test_a_net_without_names_of_classes_says_which_flag_gives_them(model, monkeypatch, capsys):
+    convert(model, monkeypatch, capsys, "model", "--to", "net.caffemodel")
+    said = convert(model, monkeypatch, capsys, "net.caffemodel", "--to", "bare.safetensors")
+    assert "  it has no names of its classes, which other commands compare with the data's: give --classes FILE" in said
+    with pytest.raises(ValueError, match=r"^MODEL bare: has no names for its 3 outputs; .*convert.* --classes NAMES$"):
+        check_named("bare", alexnet.load(model / "bare.safetensors"))
+    assert check_named("model", alexnet.load(model / "model")) is None
+
+
 REFUSED = [
     (["model", "--to", "net.h5"], r"net.h5: its extension is of no known format; the known are .safetensors, .pth"),
     (["model", "--to", "net.pth"], "the net is of preset caffe, and a state dict of torchvision is of preset torchvi"),
@@ -86,6 +96,10 @@ REFUSED = [
         "--classes names.txt: has 2 lines, the net has 3 out",
     ),
     (["model", "--to", "net.onnx", "--classes", "empty.txt"], "--classes empty.txt: line 2 is empty"),
+    (
+        ["model", "--to", "net.onnx", "--classes", "twice.txt"],
+        "--classes twice.txt: 'cat' is on lines 1 and 3; each class has a name of its own",
+    ),
 ]
 
 
@@ -93,6 +107,7 @@ REFUSED = [
 def test_what_cannot_be_converted_is_one_line(args, message, model, monkeypatch, capsys):
     (model / "there.onnx").write_bytes(b"x")
     (model / "names.txt").write_text("a\nb\n")
+    (model / "twice.txt").write_text("cat\ndog\ncat\n")
     (model / "empty.txt").write_text("a\n \nb\n")
     before = sorted(path.name for path in model.iterdir())
     assert message in refused("convert", args, model, monkeypatch, capsys)

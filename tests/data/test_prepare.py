@@ -23,6 +23,7 @@ from orchestrator.data.feed import Feed
 from orchestrator.data.prepare import DRAWN, Progress, check_rejected, earlier_draw, prepare
 from orchestrator.data.sources import Drawn, Entry, Source, open_source, versions
 from orchestrator.data.view import PrepareView
+from orchestrator.train.model import describe
 
 pytestmark = [pytest.mark.ray]
 
@@ -357,9 +358,11 @@ def test_rotated_and_transparent_images_are_counted_in_the_manifest(ray_here, tm
     source = open_source(str(tmp_path / "source"))
     options = {"image_size": 64, "rows_per_shard": 8}
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), **options)
-    assert manifest.kinds == {"rotated": 4, "transparent": 4}
+    assert (manifest.kinds, manifest.exif) == ({"rotated": 4, "transparent": 4}, "apply")
     manifest = prepare(source, StoragePath.of(tmp_path / "as_is"), exif="ignore", **options)
-    assert manifest.kinds == {"transparent": 4}
+    assert (manifest.kinds, manifest.exif) == ({"transparent": 4}, "ignore")
+    described = describe(digits(), manifest, 2)
+    assert (described.exif, described.applies_exif) == ("ignore", False)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Evaluations are those of a plain loop, image by image, whatever the workers and batches."""
 
+import hashlib
 import io
 import json
 import math
+import re
 
 import numpy as np
 import PIL.Image
@@ -11,11 +13,17 @@ import pytest
 import torch
 
 import alexnet
+from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
+from orchestrator.cli.evaluate import output_of
 from orchestrator.data.shard_writer import ShardWriter
 from orchestrator.data.shards import Manifest, Shard, schema
-from orchestrator.models import engine, evaluate, label_sets
+from orchestrator.data.sources import open_source
+from orchestrator.models import engine, evaluate, label_sets, metrics
+from orchestrator.models import evaluation_files as files
 from orchestrator.models.engine import Settings
+from orchestrator.models.find import FoundModel
+from orchestrator.train.worker import why_no_memory
 
 CLASSES = tuple("abcdefg")
 SIZE, NUM = 72, 37
@@ -261,3 +269,100 @@ def test_every_row_once_whatever_the_workers(ray_here, shard_folder, data):
         for ours, theirs in zip(alone.results, done.results, strict=True):
             np.testing.assert_array_equal(ours.predicted, theirs.predicted)
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_flag_that_helps(data, error):
+    net = make_net(1)
+
+    def fail(stored, views):
+        raise error
+
+    net.log_probabilities = fail
+    with pytest.raises(JobError, match=r"^not enough memory \(.*\); a smaller --batch-size may do$"):
+        evaluate.evaluate([("one", net)], data, Settings())
+    assert re.match(r"^not enough memory \(.*\); a --global-batch-size below 128, ", why_no_memory(error, 128))
+
+
+def test_another_runtime_error_is_a_defect_and_no_want_of_memory(data):
+    net = make_net(1)
+    net.log_probabilities = lambda stored, views: torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        evaluate.evaluate([("one", net)], data, Settings())
+
+
+def digits_of_training(net, side):
+    """The bundled digits of the training and of the validation part, as they are stored, and their labels."""
+    parts = []
+    for split in ("train", "val"):
+        entries = open_source("digits").splits[split][:: 2 if split == "train" else 1]
+        pixels = np.stack([net.stored(entry.data) for entry in entries])
+        parts.append((pixels, np.array([entry.label for entry in entries])))
+    return parts
+
+
+def test_bf16_makes_the_errors_of_fp32_within_rounding_on_the_digits():
+    """A net whose last layer is fitted to them."""
+    net = make_net(1, tuple("0123456789"), num_outputs=10)
+    (train, train_labels), (val, labels) = digits_of_training(net, SIZE)
+    features = []
+    hook = net.net.fc8.register_forward_hook(lambda layer, given, output: features.append(given[0].double()))
+    for first in range(0, len(train), 128):
+        net.probabilities(train[first : first + 128])
+    hook.remove()
+    inputs, wanted = torch.cat(features), torch.nn.functional.one_hot(torch.from_numpy(train_labels), 10).double()
+    ridge = inputs.T @ inputs + 1e-3 * inputs.square().sum(0).mean() * torch.eye(inputs.shape[1], dtype=torch.float64)
+    with torch.no_grad():
+        net.net.fc8.weight.copy_(8 * torch.linalg.solve(ridge, inputs.T @ wanted).T)
+        net.net.fc8.bias.zero_()
+    found = {}
+    for precision in ("fp32", "bf16"):
+        worker = engine.Worker([net], None, Settings(precision=precision, device="cpu"), 2)
+        found[precision] = worker._compute(val)[0]
+        worker.close()
+    wrong = {name: metrics.num_not_worse(each, np.eye(10, dtype=bool)[labels]) >= 1 for name, each in found.items()}
+    assert 0 < wrong["fp32"].mean() < 0.3
+    assert wrong["bf16"].mean() == pytest.approx(wrong["fp32"].mean(), abs=0.03), "only images near the border differ"
+    loss = {name: -each[np.arange(len(labels)), labels].mean() for name, each in found.items()}
+    assert loss["bf16"] == pytest.approx(loss["fp32"], rel=0.02)
+    apart = np.abs(found["bf16"] - found["fp32"]).mean() / np.abs(found["fp32"]).mean()
+    assert 2**-16 < apart < 16 * 2**-8, "other arithmetic, and no more than its rounding"
+
+
+def test_what_sets_evaluations_apart_is_in_their_names(shard_folder, data, tmp_path):
+    own = data.manifest.digest
+    assert files.variant(Settings(), data, own, None) == ()
+    (tmp_path / "re al.json").write_bytes(b"[]")
+    train = evaluate.open_data(str(shard_folder), "train")
+    labels = hashlib.sha256(b"[]").hexdigest()[:8]
+    what = files.variant(Settings(10, "bf16"), train, "another", str(tmp_path / "re al.json"))
+    assert what == ("train", "10crop", "bf16", f"data-{own[:8]}", f"labels-re-al-{labels}")
+    result = evaluate.evaluate([("one", make_net(1))], data, Settings()).models[0]
+    assert set(files.metric_names(result, ())) == {
+        "eval/loss", "eval/top1_error", "eval/top5_error", "eval/ece",
+    }  # fmt: skip
+    assert files.metric_names(result, ("train", "10crop"))["eval/train_top1_error_10crop"] == result.top1_error
+    assert f"eval/loss_labels-re-al-{labels}" in files.metric_names(result, what[-1:])
+
+
+@pytest.mark.parametrize(
+    ("names", "what", "folder"),
+    [
+        (["mine"], (), ""),
+        (["mine"], ("10crop",), "/evaluation-10crop"),
+        (["mine-checkpoint-epoch-0002"], (), "/evaluation-checkpoint-epoch-0002"),
+        (["mine", "other"], ("train", "10crop"), "/evaluation-with-other-train-10crop"),
+    ],
+)
+def test_only_the_plain_evaluation_is_in_the_run_s_folder_itself(tmp_path, names, what, folder):
+    run = StoragePath.of(tmp_path / "runs" / "mine")
+    found = [FoundModel(name, name, tmp_path, run) for name in names]
+    assert str(output_of(found, None, what)) == f"{run}{folder}"
+    assert str(output_of(found, str(tmp_path / "x"), what)) == str(tmp_path / "x")

@@ -87,7 +87,8 @@ def test_an_older_checkpoint_is_described_by_its_run_and_data(run, tmp_path, mon
     data.mkdir(parents=True)
     np.save(data / "mean.npy", np.full((72, 72, 3), 9, np.float32))
     manifest = SimpleNamespace(
-        classes=("a", "b", "c"), class_names=(), source="digits", digest="d", image_size=72, mean_image_file="mean.npy",
+        classes=("a", "b", "c"), class_names=(), exif="", source="digits", digest="d", image_size=72,
+        mean_image_file="mean.npy",
         mean_image_sha256=hashlib.sha256((data / "mean.npy").read_bytes()).hexdigest(),
     )  # fmt: skip
     (data / "manifest.json").write_text("{}")

@@ -1,15 +1,19 @@
 """A look into a net, from a run's folder to the page and its run in MLflow; without Ray."""
 
+import dataclasses
 import hashlib
 import io
 import json
 import re
 import runpy
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from conftest import ROOT, refused
 from pages import Tags, assert_self_contained
 
@@ -22,6 +26,8 @@ from orchestrator.data.shards import Manifest
 from orchestrator.data.sources import open_source
 from orchestrator.models import film
 from orchestrator.models.evidence import nearest, see, validate
+from orchestrator.models.find import find_model
+from orchestrator.models.look import Look
 from orchestrator.models.planes import planes
 from orchestrator.models.stored import Part
 from orchestrator.train.run_folder import RunFolder
@@ -216,6 +222,41 @@ def test_without_data_only_what_needs_none_and_a_line_about_it(run, tmp_path, mo
                     f"page      {tmp_path / 'pictures' / 'look.html'}"]  # fmt: skip
     found = sorted(file.name for file in (tmp_path / "pictures").iterdir())
     assert found == ["grad_cam.png", "kernels.png", "look.html", "maps.png", "predictions.png"]
+
+
+def test_a_film_of_a_run_and_of_a_search_s_best_trial_in_object_storage(run, s3, tmp_path):
+    root, local = s3[0], run.path.local
+    for file in filter(Path.is_file, local.rglob("*")):
+        for place in (root / "mine", root / "tuned" / "trials" / "0003"):
+            (place / str(file.relative_to(local))).write(file.read_bytes())
+    (root / "tuned" / "search.yaml").write(b"")
+    result = {"best": 3, "trials": [{"number": 3, "best": {"epoch": 3}}]}
+    (root / "tuned" / "result.json").write(json.dumps(result).encode())
+    expected = film.kernels_by_epoch(run.path)
+    for name in ("mine", "tuned"):
+        found = find_model((root / name).text, tmp_path / name)
+        kernels = film.kernels_by_epoch(film.folder_of(found))
+        assert list(kernels) == list(expected) == ["epoch 1", "epoch 2", "epoch 3"]
+        for epoch, each in kernels.items():
+            np.testing.assert_array_equal(each, expected[epoch])
+
+
+def test_a_tie_is_wrong_in_a_look_as_it_is_in_an_evaluation(compiled, data):
+    """A net that answers the same for all classes is right about no image, not about those of the first class."""
+    model, val = net_of(data[1], 3), Part(data[0], "val")
+    torch.nn.init.zeros_(model.net.fc8.weight)
+    torch.nn.init.zeros_(model.net.fc8.bias)
+    found = validate(model, val, lambda what, done, total: None)
+    assert (found.images, found.wrong) == (70, 70)
+    assert all(each.answer != each.label for each in [*found.shown, *found.mistakes])
+    assert found.shown[0].best(3) == [0, 1, 2]
+
+
+def test_classes_of_one_name_are_told_apart():
+    model = net_of(SimpleNamespace(digest="d"), 1, ("n1", "n2", "n3"))
+    described = dataclasses.replace(model.description, class_names=("crane, machine", "dog, hound", "crane, bird"))
+    named = alexnet.TrainedNet(model.net, described, model.mean_image)
+    assert Look(named, "net").names == ["crane (n1)", "dog", "crane (n3)"]
 
 
 def test_a_film_has_a_frame_for_each_epoch_on_one_scale(run):

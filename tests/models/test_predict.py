@@ -1,8 +1,10 @@
 """Predictions of images from anywhere: what is read, in which order, and what is left of an unfinished file."""
 
 import csv
+import dataclasses
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -16,9 +18,12 @@ import alexnet
 from alexnet import images
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
+from orchestrator.cli.predict import turns
 from orchestrator.models.engine import Settings
-from orchestrator.models.predict import find_images, predict
+from orchestrator.models.look import own_images
+from orchestrator.models.predict import EntryReader, find_images, predict
 from orchestrator.models.row_file import RowFile, check_form
+from orchestrator.tracking.served_model import Classifier
 
 BUILD = {"preset": "paper", "num_classes": 3, "width": 0.0625, "input_size": 64, "lrn": {}}
 
@@ -130,6 +135,20 @@ def test_a_source_without_images_is_one_line(tmp_path, monkeypatch, source, word
     assert "\n" not in str(error.value)
 
 
+def test_a_table_without_images_stops_no_folder(net, tree):
+    before = predictions(net, tree)
+    pq.write_table(pa.table({"number": [1]}), tree / "folder-0" / "plain.parquet")
+    (tree / "broken.parquet").write_bytes(b"PAR1")
+    (tree / "labels.csv").write_text("file,label\n")
+    found = find_images(str(tree))
+    assert (found.total, found.left_out) == (9, 3)
+    names, classes, shares, rejected = predictions(net, tree)
+    assert (names, classes, shares) == before[:3]
+    assert [name for name, _ in rejected] == ["broken.parquet", "folder-0/plain.parquet", "folder-1/broken.jpg"]
+    assert rejected[0][1].startswith("cannot be read as a table: ")
+    assert rejected[1][1] == "has no column of image bytes; it has number"
+
+
 SCHEMA = pa.schema([("name", pa.string()), ("classes", pa.list_(pa.string()))])
 
 
@@ -179,3 +198,46 @@ def test_images_in_object_storage(net, tree, s3):
     there = predictions(net, s3[0], top=1)
     assert there[0] == ["folder-0/0.jpg", "folder-1/1.png"]
     assert there[1] == [here[1][here[0].index(name)] for name in there[0]]
+
+
+def test_an_image_that_crashes_its_decoder_is_rejected_and_no_other(net, tree, monkeypatch):
+    """Foreign images are decoded in a process of their own, as in preparing data."""
+    before = predictions(net, tree)
+    bad, read = (tree / "folder-1" / "1.png").read_bytes(), images._decode_with_pillow
+
+    def crashing(data, *args):
+        return os.abort() if data == bad else read(data, *args)
+
+    monkeypatch.setattr(images, "_decode_with_pillow", crashing)
+    names, classes, shares, rejected = predictions(net, tree)
+    assert rejected == [("folder-1/1.png", "crashes its decoder (signal 6)"), *before[3]]
+    kept = [i for i, name in enumerate(before[0]) if name != "folder-1/1.png"]
+    assert (names, classes) == tuple([before[part][i] for i in kept] for part in range(2))
+    np.testing.assert_allclose(shares, [before[2][i] for i in kept], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "exif", "turned"),
+    [("abc", "", True), ("abc", "apply", True), ("abc", "ignore", False), ("n", "", False), ("n", "apply", True)],
+)
+def test_predict_look_and_the_served_model_turn_images_as_the_training_images_were(
+    net, tmp_path, classes, exif, turned
+):
+    file, state = tmp_path / "turned.jpg", PIL.Image.Exif()
+    state[images.ORIENTATION] = 6
+    marked = np.zeros((90, 120, 3), np.uint8)
+    marked[:30], marked[:, :40] = (250, 0, 0), (0, 0, 250)
+    PIL.Image.fromarray(marked).save(file, "JPEG", quality=95, exif=state)
+    named = tuple(classes) if classes == "abc" else ("n01440764", "n01443537", "n01484850")
+    described = dataclasses.replace(net.description, classes=named, class_names=(), exif=exif)
+    trained = alexnet.TrainedNet(net.net, described, net.mean_image)
+    expected = images.resize_and_center(images.decode(file.read_bytes(), exif=turned), 72)
+    reader = EntryReader(72, exif=turns(trained, None))
+    [entry] = find_images(str(file)).entries()
+    by_predict = reader.decode([entry], reader.fetch([entry]), lambda function, parts: list(map(function, parts)))
+    np.testing.assert_array_equal(by_predict.stored[0], expected)
+    np.testing.assert_array_equal(own_images(trained, [file])[0][0], expected)
+    served = Classifier()
+    served.trained, served.reads_files = trained, False
+    np.testing.assert_array_equal(served.stored(file.read_bytes(), 0, 1), expected)
+    assert [turns(trained, asked) for asked in ("apply", "ignore")] == [True, False]

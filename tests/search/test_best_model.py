@@ -44,7 +44,7 @@ def ended(tmp_path):
     np.save(tmp_path / "mean.npy", np.zeros((72, 72, 3), np.float32))
     digest = hashlib.sha256((tmp_path / "mean.npy").read_bytes()).hexdigest()
     manifest = SimpleNamespace(
-        mean_image_file="mean.npy", mean_image_sha256=digest, classes=["0"], class_names=[], image_size=72,
+        mean_image_file="mean.npy", mean_image_sha256=digest, classes=["0"], class_names=[], exif="", image_size=72,
         source="mine", digest="d", rows={"train": 400, "val": 100},
     )  # fmt: skip
     data = SimpleNamespace(manifest=manifest, folder=StoragePath.of(tmp_path), num_classes=lambda config: 10)

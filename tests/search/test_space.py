@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from orchestrator.cli import tune
 from orchestrator.config.models import read_yaml
 from orchestrator.config.recipes import digits
 from orchestrator.search.recipes import PAPERS_SPACE
@@ -116,3 +117,22 @@ def test_a_file_may_say_1e_5_which_yaml_takes_for_a_text(tmp_path):
     assert dimension.values == (1e-5, 1e-2)
     with pytest.raises(ValueError, match=r"--space .*none\.yaml: No such file"):
         read_yaml(tmp_path / "none.yaml", "--space")
+
+
+def test_the_default_space_leaves_out_what_a_preset_does_not_have(capsys):
+    _, config, _ = tune.resolve(tune.parser().parse_args(["--preset", "torchvision", "--layout", "single"]))
+    assert config.space.names == ("lr", "weight_decay")
+    assert config.train.preset == "torchvision"
+    assert capsys.readouterr().out == "preset torchvision has no LRN: the search varies lr and weight_decay alone\n"
+    _, config, _ = tune.resolve(tune.parser().parse_args(["--preset", "caffe", "--layout", "single"]))
+    assert config.space.names == ("lr", "lrn_alpha", "lrn_beta", "lrn_k", "lrn_n", "weight_decay")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_search_freezes_no_random_layers(tmp_path):
+    (tmp_path / "space.yaml").write_text('lr: {choice: [0.1, 0.2]}\nfreeze: {choice: ["none", conv1]}\n')
+    for given, shown in ((["--freeze", "conv1"], "'conv1'"), (["--space", str(tmp_path / "space.yaml")], ".*conv1.*")):
+        with pytest.raises(
+            ValueError, match=rf"^freeze = {shown}: trials start from random weights, .*--start-from MODEL$"
+        ):
+            tune.resolve(tune.parser().parse_args(given))

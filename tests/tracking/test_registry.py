@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import requests
 
+from orchestrator.base.exits import JobError
 from orchestrator.config.recipes import digits
 from orchestrator.models.promote import decide, promote
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.store import Store
-from orchestrator.train.model_log import register_model
+from orchestrator.train.model import describe
+from orchestrator.train.model_log import register_model, version_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
 
@@ -73,12 +75,12 @@ def test_the_champion_is_replaced_only_by_a_better_model(run, store):
     """The first model is champion; then come a worse, an equal and a better one."""
     old = np.arange(200) < 40
     first = registry.register(run, "best", {})
-    assert promote(run, first, None) == "models:/best/1 is now the champion of best: the first champion"
-    assert promote(run, first, None) == "models:/best/1 is the champion of best already"
+    assert promote(run, first, None, None) == "models:/best/1 is now the champion of best: the first champion"
+    assert promote(run, first, None, None) == "models:/best/1 is the champion of best already"
     for number, (num_wrong, verdict) in enumerate(((80, "worse"), (40, "not told apart"), (5, "better")), start=2):
         log(run, 100 + number)
         decision = decide(old, np.arange(200) < num_wrong)
-        said = promote(run, registry.register(run, "best", {}), decision)
+        said = promote(run, registry.register(run, "best", {}), decision, "1")
         assert verdict in said
         if verdict == "better":
             assert said == f"models:/best/4 is now the champion of best: {decision.text}"
@@ -88,11 +90,42 @@ def test_the_champion_is_replaced_only_by_a_better_model(run, store):
     assert store.client.get_model_version("best", "4").tags["champion.reason"] == decision.text
 
 
+def test_a_champion_that_another_process_made_meanwhile_stays(run, store):
+    """The new model was compared with version 1, or with none."""
+    first = registry.register(run, "raced", {})
+    promote(run, first, None, None)
+    log(run, 200)
+    second = registry.register(run, "raced", {})
+    registry.make_champion(run, second, "another process was faster")
+    log(run, 201)
+    third = registry.register(run, "raced", {})
+    better = decide(np.arange(200) < 40, np.arange(200) < 5)
+    for against, was in (("1", "models:/raced/1 was"), (None, "none was")):
+        with pytest.raises(JobError) as error:
+            promote(run, third, better, against)
+        assert str(error.value) == (
+            f"models:/raced/3: is registered, and not the champion of raced: models:/raced/2 is now, where {was} when "
+            "they were compared; run it again to compare it with that"
+        )
+    assert registry.champion(store, "raced") == "2"
+
+
 def data():
     manifest = SimpleNamespace(
-        source="mine *now*", digest="d1", classes=("a", "b"), rows={"train": 400, "val": 200}, class_names=()
+        source="mine *now*", digest="d1", classes=("a", "b"), rows={"train": 400, "val": 200}, class_names=(), exif=""
     )
     return SimpleNamespace(manifest=manifest)
+
+
+def test_a_version_that_is_evaluated_tells_what_one_that_is_trained_does():
+    trained, manifest = describe(digits(), data().manifest, 2, 12), data().manifest
+    by_training = version_facts(trained, manifest, ENTRY)
+    assert by_training[0] == {"data.digest": "d1", "top1_error": "0.050000", "epoch": "12"}
+    assert by_training[1].startswith("AlexNet (paper, width 0.25, 64 pixels). mine ")
+    other = SimpleNamespace(**manifest.__dict__ | {"digest": "d2", "rows": {"train": 400, "val": 100}})
+    tags, about = version_facts(trained, other, ENTRY, "train")
+    assert tags == by_training[0] | {"evaluated.digest": "d2"}
+    assert about.endswith("top-1 error 5.00 % (3.26 to 7.60 %) after epoch 12, of 400 training images.")
 
 
 ENTRY = {"epoch": 12, "val/top1_error": 0.05, "val/loss": 0.2}

@@ -23,7 +23,7 @@ PLACE = StoragePath.of("/runs/my run")
 
 def manifest(source="digits", classes=("0", "1")):
     return SimpleNamespace(
-        source=source, digest="0123456789abcdef", classes=classes, class_names=(), image_size=72,
+        source=source, digest="0123456789abcdef", classes=classes, class_names=(), exif="", image_size=72,
         rows={"train": 1437, "val": 360},
     )  # fmt: skip
 
@@ -58,6 +58,11 @@ def test_a_card_has_data_errors_settings_and_use():
         digits().to_yaml().strip(),
     ):
         assert text in card, text
+    remote = StoragePath("s3://bucket/runs/one")
+    far = model_card(digits(), manifest(), ENTRY, run_id="r1", checkpoint=remote / "checkpoint-epoch-0012", place=PLACE)
+    assert "alexnet.load('s3:" not in far
+    assert 'folder = mlflow.artifacts.download_artifacts("runs:/r1/model")\n' in far
+    assert 'trained = alexnet.load(f"{folder}/artifacts/net")\n' in far
     many = model_card(
         digits(), manifest(HOSTILE, (HOSTILE, *map(str, range(60)))), ENTRY, run_id="r", checkpoint=PLACE, place=PLACE
     )  # fmt: skip

@@ -12,7 +12,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.cli import train
 from orchestrator.config.recipes import digits
 from orchestrator.train.model import build_net
-from orchestrator.train.pretrained import Pretrained, said_of_start
+from orchestrator.train.pretrained import Pretrained, check_frozen, said_of_start
 
 LRN = {"k": 1.0, "n": 3, "alpha": 0.001, "beta": 0.5}
 BUILD = {"preset": "paper", "num_classes": 3, "width": 0.125, "input_size": 64, "lrn": LRN, "dropout": 0.5}
@@ -119,6 +119,11 @@ def test_what_is_not_the_model_s_is_said(start):
         "the data's, of 80 pixels: the model's has 72"
     )
     assert said_of_start(None, config, manifest_of("abc")) is None
-    assert said_of_start(None, config.changed(freeze="conv1"), manifest_of("abc")) == (
-        "freeze = conv1: keeps the weights of the seed; --start-from MODEL starts from trained ones"
-    )
+
+
+def test_layers_are_frozen_only_of_a_trained_net(start):
+    frozen = digits().changed(freeze="conv1")
+    check_frozen(digits(), None)
+    check_frozen(frozen, start)
+    with pytest.raises(ValueError, match=r"^freeze = conv1: would keep random weights; give .* --start-from MODEL, or"):
+        check_frozen(frozen, None)

@@ -1,5 +1,6 @@
 """What a run refuses before anything is started, what it writes of its events, and what its log holds."""
 
+import errno
 import hashlib
 import io
 import json
@@ -107,7 +108,7 @@ def model_data(folder, name="mean.npy", classes=("0",)):
         np.save(opened, mean)
     manifest = SimpleNamespace(
         mean_image_file=name, mean_image_sha256=hashlib.sha256(file.read_bytes()).hexdigest(), image_size=72,
-        classes=classes, class_names=(), source="mine", digest="d", rows={"train": 400, "val": 100},
+        classes=classes, class_names=(), exif="apply", source="mine", digest="d", rows={"train": 400, "val": 100},
     )  # fmt: skip
     return SimpleNamespace(folder=StoragePath.of(folder), num_classes=lambda config: 10, manifest=manifest)
 
@@ -150,6 +151,36 @@ def test_the_mean_image_s_name_decides_nothing_about_where_it_is_written(session
         session.data = model_data(tmp_path / "data", name)
         session._log_outcome()
     assert logged == 2 * [["mean_image.npy", "model.safetensors", "model_card.md", "net.json"]]
+
+
+@pytest.mark.parametrize(("newest", "logged"), [(None, 1), (1, 1), (2, 0)])
+def test_a_model_is_logged_only_if_it_is_newer_than_what_mlflow_has(session, tmp_path, newest, logged):
+    """A run that is resumed, and has no better epoch since, logs it once."""
+    models = []
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    session.data = model_data(tmp_path)
+    session.tracker.newest_step = lambda: newest
+    session.tracker.log_model = lambda folder, step: models.append(step) or "m-1"
+    session.result = {"history": [entry(2, 0.5)], "best": entry(2, 0.5), "best_checkpoint": str(tmp_path)}
+    session._log_outcome()
+    assert models == logged * [2]
+    assert ("tag", ("model.epoch", "2")) in session.tracker.calls
+
+
+def test_a_model_that_cannot_be_stored_does_not_fail_the_run(session, tmp_path):
+    def full(folder, **step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    session.data, session.tracker.log_model = model_data(tmp_path), full
+    session.result = {"history": [entry(1, 0.5)], "best": entry(1, 0.5), "best_checkpoint": str(tmp_path)}
+    session._log_outcome()
+    shown = " ".join(session.shown.getvalue().split())
+    assert (
+        "warning: the model could not be stored ([Errno 28] No space left on device); its checkpoint is kept" in shown
+    )
+    assert "MLflow has no model of this run; store and register it later: python jobs/train.py" in shown
+    assert "--resume run --register NAME" in shown
 
 
 # events

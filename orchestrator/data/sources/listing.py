@@ -16,7 +16,7 @@ import cachetools
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alexnet.images import NotAnImage, decode
+from alexnet.images import MAX_FILE_BYTES, NotAnImage, decode
 from orchestrator.base.exits import last_line
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StorageError, StoragePath
@@ -33,7 +33,6 @@ OF_ONE_FILE = {  # errors that concern one file, and not the disk or the machine
 }  # fmt: skip
 SAMPLE = 16  # images whose size is looked at
 SMALL, STORED_SMALL = 64, 72  # pixels: images below the one are stored at the other, from which the net's 64 are cut
-MAX_FILE_BYTES = 2**28  # of an image, as it is stored or unpacked
 RECENT_BYTES = 2**28  # of row groups that a process caches
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "jpg;png", "png")  # of columns, before any other column of bytes
 
