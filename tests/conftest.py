@@ -84,10 +84,29 @@ def job(compiled, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused job prints."""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stdout
+    return only_line(done.stdout, done.stderr)
+
+
+def only_line(out: str, err: str) -> str:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert "Traceback" not in out
     return lines[0]
+
+
+def started(
+    name: str, args: list[object], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, **env: str
+) -> tuple[int, str, str]:
+    """Status, output and errors of a job; run in this process, which has its imports already, and on its Ray."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    return int(ended.value.code or 0), *capsys.readouterr()
 
 
 def refused(name: str, args: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:

@@ -1,6 +1,7 @@
 """Several processes on this machine, connected by gloo: the second tier of tests, below whole jobs on Ray."""
 
 import functools
+import multiprocessing
 import os
 import socket
 import struct
@@ -19,6 +20,8 @@ import torch.multiprocessing as mp
 from alexnet import augment, local_response_norm
 
 TIMEOUT_S = 120
+# what the processes import is most of their life: it is imported once, in a server that they are forked from
+PRELOADED = ["torch.distributed", "numba", "alexnet", "alexnet.layouts", "orchestrator.train.checkpoints", "pytest"]
 
 
 @functools.cache
@@ -37,8 +40,9 @@ def compile_kernels() -> None:
 def run_gloo(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Call work(rank, *args) in world_size processes of one gloo group; returns what each returned."""
     compile_kernels()
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world_size, folder, work, args), nprocs=world_size)
+        mp.start_processes(_enter, (world_size, folder, work, args), nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder, str(rank)), weights_only=True) for rank in range(world_size)]
 
 

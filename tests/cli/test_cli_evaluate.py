@@ -1,9 +1,7 @@
 """jobs/evaluate.py and jobs/predict.py, started as a user starts them; tests/models has what they compute."""
 
 import json
-import runpy
 import shutil
-import sys
 
 import mlflow
 import numpy as np
@@ -11,7 +9,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import refused, started
 
 import alexnet
 from alexnet import images
@@ -27,16 +25,6 @@ def save(folder, classes, num=10, size=72):
     description = alexnet.Description(build, tuple(classes), pixel_scale=1 / 64, epoch=3)
     alexnet.TrainedNet(net, description, np.full((size, size, 3), 99, np.float32)).save(folder)
     return folder
-
-
-def started(name, args, folder, monkeypatch, capsys):
-    """Exit status, output and errors of a job in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
-    return ended.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(

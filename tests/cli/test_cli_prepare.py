@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import error_of, refused
+from conftest import only_line, refused, started
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_wrong_preparation_is_one_line_and_status_2(tmp_path, monkeypatch, cap
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path, here):
+def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_path, here, monkeypatch, capsys):
     (photographs / "train" / "apple" / "broken.JPEG").write_bytes(b"no picture")
     done = job(
         "prepare", "--source", photographs, "--output", tmp_path / "out", "--max-rejected", "0.1", cwd=tmp_path, **here
@@ -34,9 +34,11 @@ def test_prepare_counts_what_it_rejected_on_its_last_line(job, photographs, tmp_
     assert re.match(
         r"32 rows \(24 train, 8 val\), 1 rejected, listed in .*rejected\.jsonl", done.stdout.splitlines()[-1]
     )
-    again = job("prepare", "--source", photographs, "--output", tmp_path / "out", cwd=tmp_path, **here)
-    assert again.returncode == 2
-    assert "already contains a data set" in error_of(again)
-    strict = job("prepare", "--source", photographs, "--output", tmp_path / "strict", cwd=tmp_path, **here)
-    assert strict.returncode == 1
-    assert "1 of 33 files could not be read" in error_of(strict)
+    again = ["--source", photographs, "--output", tmp_path / "out"]
+    status, out, err = started("prepare", again, tmp_path, monkeypatch, capsys, **here)
+    assert status == 2
+    assert "already contains a data set" in only_line(out, err)
+    strict = ["--source", photographs, "--output", tmp_path / "strict"]
+    status, out, err = started("prepare", strict, tmp_path, monkeypatch, capsys, **here)
+    assert status == 1
+    assert "1 of 33 files could not be read" in only_line(out, err)

@@ -1,5 +1,6 @@
 """Whole training runs, started as a user starts them."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_same_history, error_of, refused
+from conftest import ROOT, assert_same_history, only_line, refused, started
 from safetensors.torch import load_file
 
 import alexnet
@@ -31,7 +32,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(job, place):
-    """A short digits run, in float64, where every machine computes the same; its folder is `place`."""
+    """A short digits run, in float64, where every machine computes the same; its folder is `place`.
+
+    With a Ray of its own, which replaces handlers of loggers when it starts.
+    """
     done = job("train", "--epochs", "3", "--precision", "fp64", "--name", "first", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
@@ -72,6 +76,28 @@ def test_training_ends_with_a_table_a_result_and_an_mlflow_run(finished, place):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal_does_not(finished, place):
+    assert finished.stderr == ""
+    assert "worker group" not in finished.stdout
+    log, result = (place / "runs" / "first" / "run.log").read_text(), result_of(place, "first")
+    best = result["best"]["epoch"]
+    for words in (
+        r"orchestrator\.train\.session: run first, new: .*'epochs': 3",
+        r"orchestrator\.train\.training: starting 2 workers: layout columns",
+        rf"MLflow run {result['mlflow_run_id']} at sqlite",
+        r"training on cpu in fp64, 2 workers; nodes of the workers: \w+",
+        r"epoch 1 of 3: .*'val/top1_error'",
+        r"decision: the fit is over",
+        rf"logging the model of epoch {best} to MLflow, from \S+checkpoint-epoch-000{best}",
+        r"FINISHED: \S+result\.json",
+        r"ray\.train\S*worker_group: Started training worker group of size 2",
+    ):
+        assert re.search(words, log), (words, log)
+    assert result["schema_version"] == 2
+
+
+@pytest.mark.ray
 @pytest.mark.long
 def test_a_net_is_fine_tuned_from_a_run_that_may_be_gone_when_it_is_resumed(finished, job, place, here):
     shutil.copytree(place / "runs" / "first", place / "source")
@@ -98,11 +124,12 @@ def test_a_net_is_fine_tuned_from_a_run_that_may_be_gone_when_it_is_resumed(fini
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_nan_stops_the_run_and_names_the_step(finished, job, place, here):
-    done = job("train", "--epochs", "2", "--lr", "1e6", "--name", "wild", cwd=place, **here)
-    assert done.returncode == 1
+def test_a_nan_stops_the_run_and_names_the_step(finished, place, here, monkeypatch, capsys):
+    args = ["--epochs", "2", "--lr", "1e6", "--name", "wild"]
+    status, _, err = started("train", args, place, monkeypatch, capsys, **here)
+    assert status == 1
     assert re.search(
-        r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", done.stderr
+        r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", err
     )
     result = result_of(place, "wild")
     assert result["status"] == "FAILED"
@@ -161,25 +188,38 @@ def test_a_run_stopped_twice_goes_on_in_other_layouts_as_if_it_had_never_stopped
     assert_same_history(history, recorded)
 
 
+def train_workers():
+    """Of all runs on this process's Ray."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(finished, recorded, job, place, here):
-    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "survivor")
-    read_until(process, "epoch 3/500  train loss")
-    family = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
+def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(
+    finished, recorded, place, here, monkeypatch, capsys
+):
+    process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "survivor", **here)
+    read_until(process, "epoch 2/500  train loss")
+    workers = train_workers()
     assert len(workers) == 2
     workers[0].kill()
     read_until(process, "a worker was lost; resuming from the last checkpoint")
     read_until(process, "train loss")
-    family = psutil.Process(process.pid).children(recursive=True)
+    workers = train_workers()
     process.kill()
-    psutil.wait_procs(family, timeout=10)  # two of Ray's workers take a minute to notice
+    process.wait(30)
+    assert psutil.wait_procs(workers, timeout=30)[1] == [], "Ray ends the workers of a driver that is gone"
     before = result_of(place, "survivor")
     assert before["status"] == "RUNNING"
-    epochs = len(before["history"]) + 2
-    done = job("train", "--resume", "survivor", "--epochs", epochs, cwd=place, **here)
-    assert done.returncode == 0, done.stderr
+    epochs = len(before["history"]) + 1
+    args = ["--resume", "survivor", "--epochs", epochs]
+    status, _, err = started("train", args, place, monkeypatch, capsys, **here)
+    assert status == 0, err
     after = result_of(place, "survivor")
     assert after["status"] == "FINISHED"
     assert after["mlflow_run_id"] == before["mlflow_run_id"]
@@ -189,38 +229,43 @@ def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(finish
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, job, place, here):
+def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, place, here, monkeypatch, capsys):
     data = place / "runs" / "_data" / "damaged"
     shutil.copytree(place / "runs" / "_data" / "digits", data)
     shard = next(iter(sorted((data / "train").iterdir())))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = job("train", "--data", data, "--epochs", "1", "--name", "damaged", cwd=place, **here)
+    args = ["--data", data, "--epochs", "1", "--name", "damaged"]
+    status, out, err = started("train", args, place, monkeypatch, capsys, **here)
     shutil.rmtree(data)
-    assert done.returncode == 1
-    assert shard.name in error_of(done)
+    assert status == 1
+    assert shard.name in only_line(out, err)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_config_of_an_earlier_run_gives_its_settings(finished, job, place):
+def test_a_config_of_an_earlier_run_gives_its_settings(finished, place, monkeypatch, capsys):
     config = place / "runs" / "first" / "config.yaml"
-    done = job("train", "imagenet", "--config", config, "--dry-run", cwd=place)
-    assert done.stdout.startswith(config.read_text())
-    overridden = job("train", "--config", config, "--epochs", "9", "--dry-run", cwd=place)
-    assert "epochs: 9" in overridden.stdout
+    args = ["imagenet", "--config", config, "--dry-run"]
+    _, out, _ = started("train", args, place, monkeypatch, capsys)
+    assert out.startswith(config.read_text())
+    args = ["--config", config, "--epochs", "9", "--dry-run"]
+    _, out, _ = started("train", args, place, monkeypatch, capsys)
+    assert "epochs: 9" in out
 
 
-def test_a_dry_run_starts_nothing(job, tmp_path):
+def test_a_dry_run_starts_nothing(job, tmp_path, monkeypatch, capsys):
     done = job("train", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0
     for words in ("lr: 0.01", "1437 train, 360 val", "1,279,082", "23 per epoch, 690 in total", "GB per worker"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "my settings.yaml").write_text("epochs: 3\n")
-    done = job("train", "--config", "my settings.yaml", "--dry-run", cwd=tmp_path)
-    assert "69 in total" in done.stdout, done.stderr
+    args = ["--config", "my settings.yaml", "--dry-run"]
+    status, out, err = started("train", args, tmp_path, monkeypatch, capsys)
+    assert (status, err) == (0, "")
+    assert "69 in total" in out
 
 
 @pytest.mark.parametrize(

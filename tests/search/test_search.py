@@ -1,6 +1,7 @@
 """Whole searches, run as a user runs them, and what they survive."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import mlflow
 import psutil
 import pytest
 import ray
-from conftest import ROOT, error_of, refused
+from conftest import ROOT, error_of, only_line, refused, started
 
 from orchestrator.search.journal import Journal
 from orchestrator.train.run_folder import RunFolder
@@ -56,6 +57,7 @@ def held():
 
 
 def settles_to_nothing(within_s=30):
+    gc.collect()  # of a run in this process, an actor's handle
     deadline = time.monotonic() + within_s
     while held() != (0, 0, []) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -141,10 +143,11 @@ def test_a_search_ends_with_its_best_trials_pictures_and_a_tree_of_mlflow_runs(s
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_training_with_the_best_settings_comes_to_the_best_trial_s_numbers(searched, job, place, here):
+def test_training_with_the_best_settings_comes_to_the_best_trial_s_numbers(searched, place, here, monkeypatch, capsys):
     best = journal_of(place, "small").trials[result_of(place, "small")["best"]]
-    done = job("train", "--config", place / "runs" / "small" / "best.yaml", "--name", "again", cwd=place, **here)
-    assert done.returncode == 0, done.stderr
+    args = ["--config", place / "runs" / "small" / "best.yaml", "--name", "again"]
+    status, _, err = started("train", args, place, monkeypatch, capsys, **here)
+    assert status == 0, err
     history = result_of(place, "again")["history"]
     assert len(history) >= best.epoch
     for ours, theirs in zip(history, best.history, strict=False):
@@ -169,55 +172,69 @@ def wait_for_epochs(place, name, count):
     raise AssertionError(f"{count} epochs never came")
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_search_that_was_killed_and_then_stopped_ends_as_if_nothing_had_happened(
-    searched, job, place, here, digit_shards
-):
-    args = (
-        "--data",
-        digit_shards[0],
-        "--num-samples",
-        3,
-        "--epochs",
-        4,
-        "--scheduler",
-        "fifo",
-        "--name",
-        "broken",
-        *TAMED,
-    )
-    process = start(place, *args, **here)
-    wait_for_epochs(place, "broken", 2)
+def killed_and_then_stopped(place, here, digit_shards, name, kill_after, stop_after):
+    """A search of three trials whose driver is killed after so many epochs, resumed, and stopped by Ctrl-C after so
+    many; returns its journal at both ends."""
+    data = ("--data", digit_shards[0], "--num-samples", 3, "--epochs", 4, "--scheduler", "fifo")
+    process = start(place, *data, "--name", name, *TAMED, **here)
+    wait_for_epochs(place, name, kill_after)
     process.kill()
     process.wait(30)
-    before = journal_of(place, "broken")
-    process = start(place, "--resume", "broken", **here)
-    wait_for_epochs(place, "broken", 6)
+    killed = journal_of(place, name)
+    process = start(place, "--resume", name, **here)
+    wait_for_epochs(place, name, stop_after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "resume with: python jobs/tune.py --resume broken" in out
-    between = result_of(place, "broken")
-    assert between["status"] == "KILLED"
-    client = mlflow.MlflowClient(between["mlflow_tracking_uri"])
-    assert client.get_run(between["mlflow_run_id"]).info.status == "KILLED"
-    done = job("tune", "--resume", "broken", cwd=place, **here)
-    assert done.returncode == 0, done.stderr
+    assert f"resume with: python jobs/tune.py --resume {name}" in out
+    result = result_of(place, name)
+    assert result["status"] == "KILLED"
+    assert mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"]).info.status == "KILLED"
+    stopped = journal_of(place, name)
+    assert_continued(place, name, killed, stopped)
+    return killed, stopped
 
-    broken, undisturbed = learned(place, "broken"), learned(place, "small")  # the same seed; asha stopped some there
-    for number, (values, status, history) in broken.items():
-        assert (values, status, len(history)) == (undisturbed[number][0], "FINISHED", 4)
+
+def assert_continued(place, name, before, after):
+    """No trial of a search is lost or made twice, no epoch is written twice, and the values and the histories are
+    those of the undisturbed search of the same seed, some of whose trials asha has stopped."""
+    undisturbed = learned(place, "small")
+    for number, (values, _, history) in learned(place, name).items():
+        assert values == undisturbed[number][0]
         known = undisturbed[number][2]
-        assert history[: len(known)] == known
-    after = journal_of(place, "broken")
-    assert len(after.results) == 3 * 4, "no epoch was written twice"
-    lines = (place / "runs" / "broken" / "journal.jsonl").read_text()
-    assert lines.count('"event": "trial"') == 3, "no trial is lost or made twice"
+        assert history[: len(known)] == known[: len(history)]
+    events = [json.loads(line) for line in (place / "runs" / name / "journal.jsonl").read_text().splitlines()]
+    trials = [event["number"] for event in events if event["event"] == "trial"]
+    epochs = [(event["number"], event["metrics"]["epoch"]) for event in events if event["event"] == "epoch"]
+    assert len(trials) == len(set(trials)) == len(after.trials)
+    assert len(epochs) == len(set(epochs)) == sum(record.epoch for record in after.trials.values())
     for number, record in before.trials.items():
         assert after.trials[number].run_id == record.run_id or record.run_id is None
+        assert after.trials[number].epoch >= record.epoch
     assert after.parent_run_id == before.parent_run_id
-    parent = client.get_run(between["mlflow_run_id"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_whose_driver_was_killed_goes_on_and_is_stopped_by_ctrl_c(searched, place, here, digit_shards):
+    killed, stopped = killed_and_then_stopped(place, here, digit_shards, "resumed", kill_after=2, stop_after=4)
+    assert len(stopped.results) > len(killed.results)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_search_that_was_killed_and_then_stopped_ends_as_if_nothing_had_happened(
+    searched, job, place, here, digit_shards
+):
+    _, before = killed_and_then_stopped(place, here, digit_shards, "broken", kill_after=2, stop_after=6)
+    done = job("tune", "--resume", "broken", cwd=place, **here)
+    assert done.returncode == 0, done.stderr
+    after = journal_of(place, "broken")
+    assert_continued(place, "broken", before, after)
+    assert [(record.status, record.epoch) for record in after.trials.values()] == [("FINISHED", 4)] * 3
+    result = result_of(place, "broken")
+    client = mlflow.MlflowClient(result["mlflow_tracking_uri"])
+    parent = client.get_run(result["mlflow_run_id"])
     assert (parent.info.status, parent.data.tags.get("error")) == ("FINISHED", None)
     children = [client.get_run(record.run_id) for record in after.trials.values()]
     assert {(child.info.status, child.data.tags.get("error")) for child in children} == {("FINISHED", None)}
@@ -481,19 +498,19 @@ def test_two_column_trials_run_two_at_a_time(job, tmp_path, digit_shards):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_what_the_cluster_has_no_room_for_is_said_at_once(job, place, here, digit_shards):
-    data = ("--data", digit_shards[0])
-    done = job("tune", *data, "--device", "gpu", "--name", "no-gpu", cwd=place, **here)
-    assert done.returncode == 1
-    assert "a trial of 1 worker needs one GPU and the cluster has 0" in error_of(done)
+def test_what_the_cluster_has_no_room_for_is_said_at_once(place, here, digit_shards, monkeypatch, capsys):
+    args = ["--data", digit_shards[0], "--device", "gpu", "--name", "no-gpu"]
+    status, out, err = started("tune", args, place, monkeypatch, capsys, **here)
+    assert status == 1
+    assert "a trial of 1 worker needs one GPU and the cluster has 0" in only_line(out, err)
     assert result_of(place, "no-gpu")["status"] == "FAILED"
 
 
-def test_a_dry_run_says_what_it_would_cost_and_starts_nothing(job, tmp_path):
-    done = job("tune", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0
+def test_a_dry_run_says_what_it_would_cost_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    status, out, err = started("tune", ["--dry-run"], tmp_path, monkeypatch, capsys)
+    assert status == 0, err
     for words in ("16 of 18 epochs", "loguniform from 0.001 to 0.1", "about 88 in all", "would be 288", "the paper's"):
-        assert words in done.stdout
+        assert words in out
     assert list(tmp_path.iterdir()) == []
 
 

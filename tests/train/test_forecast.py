@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import started
 
 from alexnet.cost import estimate
 from orchestrator.base.storage import StoragePath
@@ -143,15 +144,13 @@ def test_the_time_of_a_dry_run_has_the_start_up_of_the_run_whose_speed_it_takes(
         assert time_of()["time"] == "about 0:15 for 30 epochs, not counting start-up"
 
 
-@pytest.mark.slow
-def test_a_dry_run_names_the_run_whose_speed_it_takes(job, tmp_path):
+def test_a_dry_run_names_the_run_whose_speed_it_takes(tmp_path, monkeypatch, capsys):
     output = StoragePath.of(tmp_path / "runs")
     earlier(output, "before", 1437 + 120, written=1000)
     (output / "broken" / "result.json").write(b"{")
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(digits().model_dump() | {"workers": "2"}))
     for flags in (["--workers", "2"], ["--config", "old.yaml"]):
-        done = job("train", "--dry-run", *flags, cwd=tmp_path)
-        assert "1,557 images/s: measured in run before" in done.stdout, done.stderr
-        assert "about 0:30 for 30 epochs, not counting start-up" in done.stdout
-        assert done.returncode == 0
-        assert "Traceback" not in done.stderr
+        status, out, err = started("train", ["--dry-run", *flags], tmp_path, monkeypatch, capsys)
+        assert (status, "Traceback" in err) == (0, False)
+        assert "1,557 images/s: measured in run before" in out
+        assert "about 0:30 for 30 epochs, not counting start-up" in out

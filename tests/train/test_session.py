@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import re
 import time
 from types import SimpleNamespace
 
@@ -369,35 +368,6 @@ def test_a_finished_run_that_is_resumed_says_that_nothing_is_left_and_changes_no
     for status in ("KILLED", "RUNNING", "FAILED"):  # its last checkpoint, or its model, may be missing
         run.write_result(result | {"status": status})
         assert nothing_left(run, run.config()) == []
-
-
-# the log of a run
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_s_log_holds_its_changes_of_state_and_ray_s_lines_and_the_terminal_does_not(job, digit_shards, tmp_path):
-    """With a Ray of its own, which replaces handlers when it starts."""
-    args = ("--data", digit_shards[0], "--workers", 1, "--layout", "single", "--epochs", 1, "--name", "logged")
-    done = job("train", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "worker group" not in done.stdout + done.stderr
-    log = (tmp_path / "runs" / "logged" / "run.log").read_text()
-    result = json.loads((tmp_path / "runs" / "logged" / "result.json").read_text())
-    for words in (
-        r"orchestrator\.train\.session: run logged, new: .*'epochs': 1",
-        r"orchestrator\.train\.training: starting 1 worker: layout single",
-        rf"MLflow run {result['mlflow_run_id']} at sqlite",
-        r"training on cpu in \w+, 1 worker; nodes of the workers: \w+",
-        r"epoch 1 of 1: .*'val/top1_error'",
-        r"decision: the fit is over",
-        r"logging the model of epoch 1 to MLflow, from \S+checkpoint-epoch-0001",
-        r"FINISHED: \S+result\.json",
-        r"ray\.train\S*worker_group: Started training worker group of size 1",
-    ):
-        assert re.search(words, log), (words, log)
-    assert result["schema_version"] == 2
 
 
 def test_the_terminal_says_once_that_a_run_overfits_after_the_line_of_that_epoch(session):
