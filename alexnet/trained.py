@@ -56,7 +56,7 @@ class Description:
         not recorded, as preparing them does unless it is told: all but ImageNet's."""
         if self.exif:
             return self.exif == "apply"
-        return not all(images.WORDNET_ID.fullmatch(name) for name in self.classes)
+        return not self.classes or not all(images.WORDNET_ID.fullmatch(name) for name in self.classes)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

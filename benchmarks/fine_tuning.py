@@ -24,8 +24,8 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 5
-CONTENDERS = {"scratch": ["--lr", "0.01", "--epochs", "40"], "started": ["--lr", "0.003", "--epochs", "20"]}
-BATCH = ["--global-batch-size", "20", "--lr-patience", "8"]
+CONTENDERS = {"scratch": ["--lr", "0.01", "--epochs", "30"], "started": ["--lr", "0.003", "--epochs", "15"]}
+BATCH = ["--global-batch-size", "40", "--lr-patience", "8"]
 
 
 def job(name: str, *arguments: str, folder: Path) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     flags.add_argument("--width", default="0.5", help="of the net (default: %(default)s)")
     flags.add_argument("--epochs", default="20", help="on the first five classes (default: %(default)s)")
     flags.add_argument("--images", type=int, default=200, help="of the next five classes (default: %(default)s)")
-    flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--seeds", type=int, default=3, help="two or more (default: %(default)s)")
     flags.add_argument(
         "--keep", type=Path, metavar="DIR", help="where the runs stay, to go on if interrupted (default: nowhere)"
     )
@@ -81,6 +81,13 @@ def main() -> None:
     source = args.source.absolute()
     names = sorted(path.name for path in (source / "train").iterdir())[: 2 * CLASSES]
     first, others = names[:CLASSES], names[CLASSES:]
+    if len(others) < CLASSES or args.seeds < 2:
+        flags.error(f"needs {2 * CLASSES} classes and two seeds")
+    used = {"width": args.width, "epochs": args.epochs, "images": args.images, "batch": BATCH, **CONTENDERS}
+    kept = folder / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != used:
+        flags.error(f"--keep {folder}: holds runs of other settings")
+    kept.write_text(json.dumps(used))
 
     data = shards(folder, "first", functools.partial(link, source, classes=first))
     net = run(folder, "net", "--data", data, "--width", args.width, "--epochs", args.epochs)
@@ -101,7 +108,6 @@ def main() -> None:
         print(
             f"{name}: {100 * mean:.2f} +- {100 * half:.2f} % (mean of {args.seeds} seeds, 95 % interval, Student's t)"
         )
-    used = {"width": args.width, "images": args.images, "batch": BATCH, **CONTENDERS}
     found = {"net": net["metrics"], "errors": errors, "summary": summary}
     measure.write(args.json, {"settings": used} | found)
 

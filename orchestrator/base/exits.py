@@ -80,8 +80,9 @@ def name_and_line(error: BaseException) -> str:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether it is for want of memory, also as PyTorch tells it: a RuntimeError, of the CPU's allocator or a GPU's."""
-    text = str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+    text, kind = str(error), type(error)
+    is_torchs = kind.__name__ == "OutOfMemoryError" and kind.__module__.split(".")[0] == "torch"  # Ray has its own
+    return isinstance(error, MemoryError) or is_torchs or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "ALLOC_FAILED" in text)
     )  # fmt: skip
 

@@ -84,9 +84,11 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 column_order(model.name, net, data)
             valid = read_label_sets(args.labels, data.rows, data.classes) if args.labels else None
             champion, version = challenged(args, found, nets, data, Path(into))
-            trained_on = digest_of(nets[0], found[0], args.data, data)
-            what = files.variant(settings_of(args), data, trained_on, args.labels)
-            output = output_of(found, args.output, what)
+            variants = [
+                files.variant(settings_of(args), data, digest_of(net, model, args.data, data), args.labels)
+                for model, net in zip(found, nets, strict=True)
+            ]
+            output = output_of(found, args.output, variants[0])
         except ValueError as error:
             flags.error(str(error))
         if needs_ray(args.workers):
@@ -106,7 +108,7 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 progress=view.progress,
             )  # fmt: skip
     view.finished(done, data, output, written, args.labels)
-    log_to_mlflow(found, nets, done, data, args.labels, what, view)
+    log_to_mlflow(found, nets, done, data, args.labels, variants, view)
     return register(args, found[0], nets[0], done.models[0], old, version, data, view)
 
 
@@ -200,7 +202,8 @@ def output_of(found: list[FoundModel], given: str | None, what: tuple[str, ...])
     first = found[0]
     run = first.run.name if first.run is not None else first.name
     parts = [first.name.removeprefix(f"{run}-")] if first.name != run else []
-    parts += [f"with-{files.plain_name('-'.join(model.name for model in found[1:]))}"] if found[1:] else []
+    others = "-".join(model.name for model in found[1:])
+    parts += [f"with-{files.plain_name(others)}"] if others else []
     place = first.run if first.run is not None else StoragePath.of(f"eval-{files.plain_name(first.name)}")
     apart = "-".join([*parts, *what])
     output = StoragePath.of(given) if given else place / f"evaluation-{apart}" if apart else place
@@ -211,10 +214,10 @@ def output_of(found: list[FoundModel], given: str | None, what: tuple[str, ...])
 
 def log_to_mlflow(
     found: list[FoundModel], nets: list[TrainedNet], done: Evaluation, data: Data, labels: str | None,
-    what: tuple[str, ...], view: EvaluationView,
+    variants: list[tuple[str, ...]], view: EvaluationView,
 ) -> None:  # fmt: skip
     """Each model's part into its own run."""
-    for model, net, result in zip(found, nets, done.models, strict=True):
+    for model, net, result, what in zip(found, nets, done.models, variants, strict=True):
         if not model.mlflow_run_id or not model.mlflow_uri:
             continue
         whole = files.to_text(files.as_json(done, data, labels)).encode()

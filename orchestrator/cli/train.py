@@ -127,8 +127,10 @@ def start_from(args: argparse.Namespace, config: TrainConfig, into: Path) -> tup
         folder = into / "start"
         trained.save(folder)
     pretrained = Pretrained(StoragePath.of(folder), trained.description, args.start_from)
-    names = {**given_fields(args, TrainConfig), **(read_yaml(args.config) if args.config else {})}
-    given = {name: getattr(config, name) for name in names}
+    in_file = {
+        name: value for name, value in (read_yaml(args.config) if args.config else {}).items() if value is not None
+    }
+    given = {name: getattr(config, name) for name in {**in_file, **given_fields(args, TrainConfig)}}
     for line in pretrained.differences(given):
         print(line)
     settings = pretrained.settings() | given

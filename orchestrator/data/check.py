@@ -23,8 +23,6 @@ from orchestrator.data.shards import (
 )
 
 PICTURES = 48  # on the contact sheet
-
-
 SHOWN = 3  # classes in a line
 
 

@@ -3,6 +3,7 @@ archive there with one request."""
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,7 @@ def read_ahead(entries: Sequence[Entry]) -> Iterator[tuple[int, Callable[[], byt
                 yield from _given(*each, held)
         finally:
             held.close()  # whoever waits for room would wait for ever
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Held:
@@ -71,13 +73,15 @@ class _Held:
         self._changed = threading.Condition()
 
     def take(self, turn: int, size: int) -> None:
-        """Wait for room for so many bytes; once in each turn."""
+        """Wait for room for so many bytes; once in each turn. Raises CancelledError where nobody wants them now."""
         with self._changed:
             if turn in self._sizes:  # another attempt
                 return
             self._changed.wait_for(
                 lambda: self._closed or (self._next == turn and (not self._held or self._held + size <= self._most))
             )
+            if self._closed:
+                raise concurrent.futures.CancelledError
             self._sizes[turn] = size
             self._held += size
             self._next = turn + 1
@@ -136,7 +140,8 @@ def _fetched(entries: list[Entry], held: _Held, turn: int) -> list[bytes | NotAn
             held.take(turn, max(only.length or 0, only.packed or 0))
         return [read(only, lambda size: held.take(turn, size))]
     finally:
-        held.take(turn, 0)  # of what has failed, or is no request
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            held.take(turn, 0)  # of what has failed, or is no request
 
 
 def _given(

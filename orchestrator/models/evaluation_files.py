@@ -125,7 +125,8 @@ def variant(settings: Settings, data: Data, trained_on: str | None, labels: str 
 
 def plain_name(text: str) -> str:
     """Text as a part of a file's name, or of a metric's."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:60] or "model"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-") or "model"
+    return plain if len(plain) <= 60 else f"{plain[:51]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def picture_files(result: Result, *, several: bool) -> dict[str, bytes]:

@@ -133,7 +133,8 @@ def _of_run(text: str, place: StoragePath, into: Path) -> FoundModel:
         raise ValueError(f"MODEL {quoted(text)}: the run {place} has no checkpoint yet")
     result = RunFolder(place.parent, place.name).result()
     best = result.get("best") or _best_of_history(place / checkpoints[-1])
-    names = [f"{CHECKPOINT_PREFIX}{best['epoch']:04d}"] if isinstance(best, dict) else []
+    epoch = best.get("epoch") if isinstance(best, dict) else None
+    names = [f"{CHECKPOINT_PREFIX}{epoch:04d}"] if type(epoch) is int else []
     names.append(str(result.get("best_checkpoint") or "").rstrip("/").rpartition("/")[2])  # it may have been moved
     found = _of_checkpoint(text, place / next((name for name in names if name in checkpoints), checkpoints[-1]), into)
     return FoundModel(**found.__dict__ | {"name": place.name})

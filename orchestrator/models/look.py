@@ -35,8 +35,10 @@ EXPLAINED = 6  # images with maps of what speaks for a class
 def own_images(trained: TrainedNet, files: list[Path]) -> list[tuple[Images, str]]:
     """The user's images as they would be stored, and their names. Raises ValueError of one line."""
     for file in files:
-        if not file.exists():
-            raise ValueError(f"--image {file}: cannot be read (No such file or directory)")
+        try:
+            file.stat()
+        except OSError as error:
+            raise ValueError(f"--image {shown(file)}: cannot be read ({error.strerror})") from None
     entries = [Entry(number, 0, str(file), path=str(file.absolute())) for number, file in enumerate(files)]
     reader = EntryReader(trained.image_size, exif=trained.description.applies_exif)
     pixels = reader.decode(entries, reader.fetch(entries), lambda decode, parts: [decode(part) for part in parts])

@@ -35,17 +35,17 @@ def add_files(
     try:
         if not store.exists(run_id):
             return f"MLflow at {redact(uri)} has no run {run_id}"
-        if metrics:
-            import mlflow
-
-            now = mlflow.utils.time.get_current_time_millis()
-            points = [mlflow.entities.Metric(name, value, now, step) for name, value in metrics.items()]
-            store.client.log_batch(run_id, metrics=points)
         with tempfile.TemporaryDirectory() as temporary:
             for name, data in files.items():
                 file = Path(temporary, name)
                 file.write_bytes(data)
                 store.client.log_artifact(run_id, str(file), folder)
+        if metrics:  # last: values without the files that explain them would look whole
+            import mlflow
+
+            now = mlflow.utils.time.get_current_time_millis()
+            points = [mlflow.entities.Metric(name, value, now, step) for name, value in metrics.items()]
+            store.client.log_batch(run_id, metrics=points)
     except Exception as error:  # whatever a server answers: what the files show was worth the time all the same
         return f"MLflow at {redact(uri)}: {redact(last_line(error))}"
     return None

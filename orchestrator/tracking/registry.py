@@ -54,15 +54,24 @@ def params_of(store: Store, run_id: str) -> dict[str, str] | None:
     try:
         found: dict[str, str] = store.client.get_run(run_id).data.params
         return found
-    except mlflow.exceptions.MlflowException:
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
 
 
 def newest_step(store: Store, run_id: str) -> int | None:
     """The step, which is the epoch, of the model that `register` takes; None for a run without one. Raises what the
     server answers."""
+    return max((step for step, _ in _whole_models(store, run_id)), default=None)
+
+
+def _whole_models(store: Store, run_id: str) -> list[tuple[int, str]]:
+    """Steps and ids of the models of a run. MLflow notes a model before its files are stored: one whose files did not
+    arrive is left out."""
     outputs = store.client.get_run(run_id).outputs
-    return max((int(output.step) for output in outputs.model_outputs), default=None) if outputs else None
+    found = [(int(output.step), str(output.model_id)) for output in outputs.model_outputs] if outputs else []
+    return [each for each in found if str(store.client.get_logged_model(each[1]).status) == "READY"]
 
 
 def _run_of(info: Any) -> str | None:
@@ -122,12 +131,10 @@ def _register(store: Store, run_id: str, name: str, tags: Mapping[str, str], des
 
 def _newest_model(store: Store, run_id: str) -> str:
     """The id of the last model that a run logged. Raises ValueError of one line."""
-    outputs = store.client.get_run(run_id).outputs
-    models = outputs.model_outputs if outputs else []
+    models = _whole_models(store, run_id)
     if not models:
         raise ValueError(f"the run {run_id} has no model in MLflow")
-    newest: str = max(models, key=lambda output: output.step).model_id
-    return newest
+    return max(models, key=lambda model: model[0])[1]
 
 
 def champion(store: Store, name: str) -> str | None:

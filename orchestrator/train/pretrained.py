@@ -65,8 +65,7 @@ class Pretrained:
         others = {name: given[name] for name in own if name in given and given[name] != own[name]}
         for name in NEEDED:
             if name in others:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {others[name]}: {self} has {own[name]}; leave out --{flag}")
+                raise ValueError(f"{name} = {others[name]}: {self} has {own[name]}; leave {name} out")
         return [f"{name} is {value}, and {self} was trained with {own[name]}" for name, value in others.items()]
 
     def keeps_last_layer(self, classes: Sequence[str], num_classes: int) -> bool:

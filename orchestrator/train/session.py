@@ -129,7 +129,11 @@ class Session:
         if not resume:
             run.make()
             if start is not None:
-                start.store(run.path)
+                try:
+                    start.store(run.path)
+                except BaseException:
+                    run.path.remove()  # or neither --name nor --resume would take the name
+                    raise
             run.change(config)  # last: what has no config is not resumed, and so never without what it starts from
         self.start = start
         self.lock = RunLock(run)

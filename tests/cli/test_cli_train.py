@@ -128,9 +128,7 @@ def test_a_nan_stops_the_run_and_names_the_step(finished, place, here, monkeypat
     args = ["--epochs", "2", "--lr", "1e6", "--name", "wild"]
     status, _, err = started("train", args, place, monkeypatch, capsys, **here)
     assert status == 1
-    assert re.search(
-        r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", err
-    )
+    assert re.search(r"error: loss is (nan|inf) at step \d+ \(epoch 1\): training diverged; try a lower --lr", err)
     result = result_of(place, "wild")
     assert result["status"] == "FAILED"
     run = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["mlflow_run_id"])
@@ -203,14 +201,15 @@ def train_workers():
 def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(
     finished, recorded, place, here, monkeypatch, capsys
 ):
+    others = train_workers()  # of runs before that have just ended
     process = start(place, "--epochs", "500", "--precision", "fp64", "--name", "survivor", **here)
     read_until(process, "epoch 2/500  train loss")
-    workers = train_workers()
+    workers = [worker for worker in train_workers() if worker not in others]
     assert len(workers) == 2
     workers[0].kill()
     read_until(process, "a worker was lost; resuming from the last checkpoint")
     read_until(process, "train loss")
-    workers = train_workers()
+    workers = [worker for worker in train_workers() if worker not in others]
     process.kill()
     process.wait(30)
     assert psutil.wait_procs(workers, timeout=30)[1] == [], "Ray ends the workers of a driver that is gone"

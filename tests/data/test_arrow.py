@@ -1,6 +1,7 @@
 """Batches of Arrow files in object storage: each is read by itself, as it is in the file."""
 
 import io
+import struct
 
 import pyarrow as pa
 import pytest
@@ -80,6 +81,23 @@ def test_a_row_costs_its_batch_and_not_the_file(s3, monkeypatch):
         read(Entry(0, 0, "0", path=place.text, row_group=0, row=PER_BATCH))
     with pytest.raises(StorageError, match=r"cost.arrow.*, row group 9: cannot be read"):
         read(Entry(0, 0, "0", path=place.text, row_group=9, row=0))
+
+
+@pytest.mark.parametrize("form", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_bytes_beyond_the_file_are_not_taken_for_an_image(s3, tmp_path, form, where):
+    root, _, _ = s3
+    data = arrow(form)
+    ends = [SIDE * i + i * (i - 1) // 2 for i in range(PER_BATCH + 1)]  # of the images of the first batch
+    offsets = struct.pack(f"<{PER_BATCH + 1}i", *ends)
+    assert data.count(offsets) == 1
+    moved = struct.pack(f"<{PER_BATCH + 1}i", *ends[:-1], 2**30)
+    place = StoragePath.of(tmp_path / "moved.arrow") if where == "here" else root / f"moved-{form.__name__}.arrow"
+    place.write(data.replace(offsets, moved))
+    _places.cache_clear()
+    listing._recent.clear()
+    with pytest.raises(StorageError, match=r"moved.*, row group 0: cannot be read: .* out of bounds"):
+        read(Entry(0, 0, "0", path=place.text, row_group=0, row=PER_BATCH - 1))
 
 
 @pytest.mark.parametrize("change", [lambda d: d[: len(d) // 2], lambda d: d[:8] + b"\xff" * 60 + d[68:],

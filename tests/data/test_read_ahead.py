@@ -140,9 +140,10 @@ class Storage:
         return bytes([int(place.name) % 256]) * size
 
 
-def test_what_is_read_ahead_is_bounded_by_its_bytes(monkeypatch):
+@pytest.mark.parametrize(("size", "most"), [(300, 900), (3000, 3000)], ids=["three of 300", "one of 3000 alone"])
+def test_what_is_read_ahead_is_bounded_by_its_bytes(monkeypatch, size, most):
     monkeypatch.setattr(ahead, "BYTES_AHEAD", 1000)
-    storage = Storage(monkeypatch, lambda number: 3000 if number == 20 else 300)
+    storage = Storage(monkeypatch, lambda number: size if number == 20 else 300)
     found = []
     for position, load in read_ahead([Entry(i, 0, str(i), path=f"s3://bucket/{i}") for i in range(60)]):
         data = load()
@@ -151,17 +152,19 @@ def test_what_is_read_ahead_is_bounded_by_its_bytes(monkeypatch):
         with storage.lock:
             storage.held -= len(data)
     assert found == list(range(60))
-    assert storage.most == 3000, "three of 300 at a time, and the one of 3000 alone"
+    assert storage.most == most
 
 
 def test_a_reading_that_is_given_up_leaves_no_thread_that_waits(monkeypatch):
     monkeypatch.setattr(ahead, "BYTES_AHEAD", 1)
-    Storage(monkeypatch, lambda number: 300)
+    storage = Storage(monkeypatch, lambda number: 300)
     some = read_ahead([Entry(i, 0, str(i), path=f"s3://bucket/{i}") for i in range(60)])
     next(some)[1]()
     before = threading.active_count()
+    read = storage.most
     some.close()
     assert threading.active_count() < before
+    assert storage.most == read, "nothing more is read"
 
 
 def test_a_file_that_fails_keeps_no_room_and_one_that_is_too_large_is_not_read(monkeypatch):

@@ -298,7 +298,7 @@ def test_another_runtime_error_is_a_defect_and_no_want_of_memory(data):
         evaluate.evaluate([("one", net)], data, Settings())
 
 
-def digits_of_training(net, side):
+def digits_in_parts(net):
     """The bundled digits of the training and of the validation part, as they are stored, and their labels."""
     parts = []
     for split in ("train", "val"):
@@ -311,7 +311,7 @@ def digits_of_training(net, side):
 def test_bf16_makes_the_errors_of_fp32_within_rounding_on_the_digits():
     """A net whose last layer is fitted to them."""
     net = make_net(1, tuple("0123456789"), num_outputs=10)
-    (train, train_labels), (val, labels) = digits_of_training(net, SIZE)
+    (train, train_labels), (val, labels) = digits_in_parts(net)
     features = []
     hook = net.net.fc8.register_forward_hook(lambda layer, given, output: features.append(given[0].double()))
     for first in range(0, len(train), 128):

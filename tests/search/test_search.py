@@ -172,7 +172,7 @@ def wait_for_epochs(place, name, count):
     raise AssertionError(f"{count} epochs never came")
 
 
-def killed_and_then_stopped(place, here, digit_shards, name, kill_after, stop_after):
+def killed_and_then_stopped(place, here, digit_shards, name, kill_after, more):
     """A search of three trials whose driver is killed after so many epochs, resumed, and stopped by Ctrl-C after so
     many; returns its journal at both ends."""
     data = ("--data", digit_shards[0], "--num-samples", 3, "--epochs", 4, "--scheduler", "fifo")
@@ -182,7 +182,7 @@ def killed_and_then_stopped(place, here, digit_shards, name, kill_after, stop_af
     process.wait(30)
     killed = journal_of(place, name)
     process = start(place, "--resume", name, **here)
-    wait_for_epochs(place, name, stop_after)
+    wait_for_epochs(place, name, len(killed.results) + more)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -217,7 +217,7 @@ def assert_continued(place, name, before, after):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_search_whose_driver_was_killed_goes_on_and_is_stopped_by_ctrl_c(searched, place, here, digit_shards):
-    killed, stopped = killed_and_then_stopped(place, here, digit_shards, "resumed", kill_after=2, stop_after=4)
+    killed, stopped = killed_and_then_stopped(place, here, digit_shards, "resumed", kill_after=2, more=2)
     assert len(stopped.results) > len(killed.results)
 
 
@@ -226,7 +226,7 @@ def test_a_search_whose_driver_was_killed_goes_on_and_is_stopped_by_ctrl_c(searc
 def test_a_search_that_was_killed_and_then_stopped_ends_as_if_nothing_had_happened(
     searched, job, place, here, digit_shards
 ):
-    _, before = killed_and_then_stopped(place, here, digit_shards, "broken", kill_after=2, stop_after=6)
+    _, before = killed_and_then_stopped(place, here, digit_shards, "broken", kill_after=2, more=3)
     done = job("tune", "--resume", "broken", cwd=place, **here)
     assert done.returncode == 0, done.stderr
     after = journal_of(place, "broken")

@@ -36,10 +36,10 @@ def run(store):
     return run
 
 
-def log(run, epoch):
+def log(run, epoch, status="READY"):
     client = run.store.client
     model = client.create_logged_model(run.store.experiment_id, name="model", source_run_id=run.run_id)
-    client.finalize_logged_model(model.model_id, "READY")
+    client.finalize_logged_model(model.model_id, status)
     client.log_outputs(run.run_id, [mlflow.entities.LoggedModelOutput(model.model_id, step=epoch)])
     return model.model_id
 
@@ -55,6 +55,19 @@ def test_a_model_is_a_version_once(run, store):
     assert (again.address, again.is_new) == ("models:/mine/1", False)
     log(run, 20)
     assert registry.register(run, "mine", {}).address == "models:/mine/2"
+
+
+def test_a_model_whose_files_did_not_arrive_is_none(run, store):
+    log(run, 40, "FAILED")
+    assert registry.newest_step(store, run.run_id) == 12
+    assert registry.register(run, "whole", {}).is_new
+    assert store.client.get_model_version("whole", "1").source == f"models:/{run.model_id}"
+    empty = Run(store, run.said.append)
+    empty.begin("empty", "jobs/train.py", {})
+    log(empty, 1, "FAILED")
+    assert registry.newest_step(store, empty.run_id) is None
+    with pytest.raises(ValueError, match="has no model in MLflow"):
+        registry._newest_model(store, empty.run_id)
 
 
 def test_the_champion_is_an_alias_that_moves_and_says_why(run, store):

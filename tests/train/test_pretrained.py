@@ -63,10 +63,23 @@ def test_a_flag_wins_and_is_said_and_one_with_which_the_weights_do_not_fit_is_re
         f"lrn_n is 5, and {model} was trained with 3",
         f"pixel_scale is 1.0, and {model} was trained with 0.5",
     ]
-    for flag, value, own in (("--width", "0.25", 0.125), ("--input-size", "72", 64)):
-        args = train.parser().parse_args(["--start-from", str(model), flag, value])
-        with pytest.raises(ValueError, match=rf"^{flag} {value}: .*model has {own}; leave out {flag}$"):
+    for name, value, own in (("width", "0.25", 0.125), ("input_size", "72", 64)):
+        args = train.parser().parse_args(["--start-from", str(model), f"--{name.replace('_', '-')}", value])
+        with pytest.raises(ValueError, match=rf"^{name} = {value}: .*model has {own}; leave {name} out$"):
             train.start_from(args, train.resolve(args)[1], tmp_path / "into")
+
+
+def test_what_a_file_of_settings_leaves_open_is_the_model_s(model, tmp_path, capsys):
+    """A run's config.yaml has all settings, and null for those that are automatic."""
+    file = tmp_path / "config.yaml"
+    file.write_text(digits().changed(width=OWN["width"], input_size=None, lr=0.003).to_yaml())
+    assert "lrn_k: null" in file.read_text()
+    args = train.parser().parse_args(["--start-from", str(model), "--config", str(file)])
+    _, config = train.start_from(args, train.resolve(args)[1], tmp_path / "into")
+    own = {name: value for name, value in OWN.items() if name.startswith("lrn")}
+    assert {name: getattr(config, name) for name in own} == own
+    assert (config.input_size, config.lr) == (64, 0.003)
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith(("lrn", "input_size"))]
 
 
 def test_of_the_same_classes_all_weights_are_taken(start, model):

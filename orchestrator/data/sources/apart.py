@@ -214,7 +214,10 @@ def _is_placed(entry: Entry) -> bool:
     """Whether it is a file, a range of an archive, a row of a table or the bytes, and one of these alone."""
     places = [getattr(entry, name) for name in NUMBERS]
     if entry.row is not None:
-        return entry.row_group is not None and (entry.start, entry.length, entry.packed, entry.data) == (None,) * 4
+        in_table = (
+            entry.row_group is not None and max(entry.row, entry.row_group) < 2**31
+        )  # what Parquet's readers take
+        return in_table and (entry.start, entry.length, entry.packed, entry.data) == (None,) * 4
     if entry.column is not None or entry.row_group is not None:
         return False
     if entry.start is None:

@@ -31,13 +31,21 @@ class _Places:
 
 
 def arrow_batches(file: Any) -> list[pa.RecordBatch]:
-    """All of an open file."""
+    """All of an open file. Raises one of Arrow's errors."""
     try:
-        return list(pa.ipc.open_stream(file))
+        batches = list(pa.ipc.open_stream(file))
     except pa.ArrowInvalid:
         file.seek(0)
         reader = pa.ipc.open_file(file)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    return [_sound(batch) for batch in batches]
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, if all its offsets are within it: Arrow follows them unseen, also to memory that is not the file's.
+    Raises pa.ArrowInvalid."""
+    batch.validate(full=True)
+    return batch
 
 
 def read_batch(place: StoragePath, index: int) -> pa.RecordBatch:
@@ -52,14 +60,14 @@ def read_batch(place: StoragePath, index: int) -> pa.RecordBatch:
             reader = pa.ipc.open_file(file)
             if index >= reader.num_record_batches:
                 raise IndexError(f"has {reader.num_record_batches} batches")
-            return reader.get_batch(index)
+            return _sound(reader.get_batch(index))
     found = _places(place)
     if found is None:
         with place.open() as file:
             return arrow_batches(file)[index]
     start, length, before = found.batches[index]
     parts = [place.read_at(*where) for where in (*found.others[:before], (start, length))]
-    return pa.ipc.open_stream(pa.py_buffer(b"".join(parts))).read_next_batch()
+    return _sound(pa.ipc.open_stream(pa.py_buffer(b"".join(parts))).read_next_batch())
 
 
 @functools.lru_cache(maxsize=64)

@@ -68,7 +68,7 @@ def with_val_drawn(train: list[Entry], say: Say, draw: Draw, where: str = "") ->
     why = "as --val-fraction says" if draw.fraction else "there is no part for it; --val-fraction changes that"
     say(f"{where}{fraction:g} of every class is for validation, by seed {draw.seed}: {why}")
     refusal = near.refusal(train)
-    digest = "" if refusal else _digest(train, fraction, draw.seed)
+    digest = "" if refusal or draw.blind else _digest(train, fraction, draw.seed)
     if digest and draw.earlier is not None and draw.earlier.digest == digest:
         draw.drawn = draw.earlier
         draw.progress("near-duplicates are those that were found before: no file has changed")

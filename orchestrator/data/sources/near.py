@@ -53,8 +53,8 @@ def look(data: bytes) -> Look | None:
 
     try:
         gray, shorter = decode_gray(data, DECODED)
-    except (NotAnImage, MemoryError):
-        return None  # it is named when it is prepared
+    except Exception:  # whatever a plugin raises: it is named when the image is prepared
+        return None
     if shorter < SMALL:
         return None
     image = PIL.Image.fromarray(gray)
@@ -162,13 +162,11 @@ def pairs(
     known_val = [one for one in val if one is not None]
     found: dict[int, int] = {}
     budget = MAX_CANDIDATES * (len(known_train) + len(known_val))
-    label_train, label_val = (
-        (None, None) if labels is None else (np.array(labels[0])[at_train], np.array(labels[1])[at_val])
-    )
+    label_train, label_val = map(np.array, labels or (range(len(train)), range(-len(val), 0)))
+    label_train, label_val = label_train[at_train], label_val[at_val]
     for left, right in _candidates(known_val, known_train):
-        if label_train is not None and label_val is not None:
-            keep = label_val[left] != label_train[right]
-            left, right = left[keep], right[keep]
+        keep = label_val[left] != label_train[right]
+        left, right = left[keep], right[keep]
         budget -= len(left)
         if budget < 0:
             return None

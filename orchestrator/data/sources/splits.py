@@ -1,4 +1,4 @@
-"""Which part of a source is for training and which for validation: by the names of folders and files, or by lot."""
+"""Which part of a source is for training and which for validation: by the names of folders and files."""
 
 import re
 from collections.abc import Mapping
