@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> int:
         print(f"install.py: {' '.join(arguments)}: expected uv or pip", file=sys.stderr)
         return 2
     start = time.monotonic()
+    print(f"installing the packages of {LOCK}, about 7 GB with PyTorch's CUDA libraries", flush=True)
     installed = arguments != ["pip"] and install_with_uv()
     if not installed:
         if arguments != ["pip"]:

@@ -34,6 +34,7 @@ RAY_ENV = {
 }
 ADDRESS_TIMEOUT_S = 5.0  # for the cluster of RAY_ADDRESS to answer; Ray itself tries for ten minutes
 CLIENT_PORT = 10001  # of ray://HOST
+TOO_SLOW = "timed out during startup"  # in Ray's error, when its processes took more than 30 s
 QUIET_LOGGERS = ("ray", "ray.data", "ray.train")  # the job prints its own messages; theirs go to the run's log
 
 
@@ -71,7 +72,14 @@ def connect() -> None:
     try:
         # a job joins a cluster before it has anything to save, and may have to wait for it
         with signals_deferred() if private else signals_end_at_once():
-            _init(private, environment)
+            try:
+                _init(private, environment)
+            except Exception as error:
+                if not private or TOO_SLOW not in str(error):
+                    raise
+                log.warning("Ray did not start in time; it is started once more: %s", last_line(error))
+                ray.shutdown()
+                _init(private, environment)
             catch_signals()  # Ray has installed its own handlers
             logs.keep_off_terminal(*QUIET_LOGGERS)  # and removed those of its loggers
     except SystemExit as stop:  # by Ray's own handler of SIGTERM, which takes the place of ours meanwhile
@@ -79,7 +87,8 @@ def connect() -> None:
             raise Interrupted(signal.SIGTERM) from None
         raise
     except Exception as error:  # whatever Ray raises: no cluster there, a wrong token, another version
-        raise JobError(f"{where} could not be reached: {last_line(error)}") from error
+        hint = "; this machine may be too busy: run it again" if private and TOO_SLOW in str(error) else ""
+        raise JobError(f"{where} could not be reached: {last_line(error)}{hint}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     log.info("connected to %s: Ray %s at %s", where, ray.__version__, ray.get_runtime_context().gcs_address)
 

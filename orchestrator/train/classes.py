@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from orchestrator.base.shown import count_of
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
 
@@ -35,7 +36,11 @@ def warn_if_unequal(config: TrainConfig, manifest: Manifest) -> str | None:
     if config.class_weights != "none" or most <= UNEQUAL * least:
         return None
     other, one = (f"{count} ({manifest.classes[counts.index(count)]})" for count in (most, least))
-    return f"training images by class: from {one} to {other}; --class-weights balanced compensates"
+    without = counts.count(0)
+    compensates = "--class-weights balanced compensates"
+    if without:
+        compensates += f", but not for the {count_of(without, 'class', 'classes')} without any"
+    return f"training images by class: from {one} to {other}; {compensates}"
 
 
 class ClassErrors:

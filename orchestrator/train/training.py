@@ -42,6 +42,7 @@ from orchestrator.train.watch import Decision, Facts, NodeFacts, Watch
 
 POLL_S = 0.5
 STOP_TIMEOUT_S = 60.0  # for the last step and its checkpoint
+SAID_AFTER_S = 2.0  # that the workers still stop
 DROP_TIMEOUT_S = 15.0  # for workers that might be used again; starting new ones takes about as long
 LOST_TIMEOUT_S = 10.0  # for Ray to notice that a node is gone whose workers are
 
@@ -299,7 +300,10 @@ class Training:
         log.info("asking the workers to stop (%s)", how)
         with contextlib.suppress(ray.exceptions.RayError):  # what cannot be saved any more is lost
             self._mailbox.ask_to_stop.remote(self._topic, how)
-            over = self._fit.wait(STOP_TIMEOUT_S if how == SAVE else DROP_TIMEOUT_S)
+            over = self._fit.wait(SAID_AFTER_S)
+            if how == SAVE and not over:
+                on_event(Note(text="stopping: the workers end their step and save a checkpoint"))
+            over = over or self._fit.wait(STOP_TIMEOUT_S if how == SAVE else DROP_TIMEOUT_S)
             stopped = self._deliver(on_event).stopped is not None
             if how == SAVE and not stopped and isinstance(outcome := self._outcome(), str):
                 text = outcome if over else f"the workers did not stop within {STOP_TIMEOUT_S:.0f} s"

@@ -175,6 +175,9 @@ def test_of_classes_of_one_image_some_are_for_validation_alone(tmp_path):
     source = open_source(str(write(tmp_path, {f"class{i:02d}/0.jpg": jpeg(i) for i in range(20)})))
     assert {split: len(entries) for split, entries in source.splits.items()} == {"train": 16, "val": 4}
     assert source.warnings[0].startswith("no training images of class")
+    assert (
+        "every class has one image: 4 of these are for validation, and their classes cannot be learned" in source.found
+    )
 
 
 def test_a_class_that_is_called_train_is_a_class(tmp_path):

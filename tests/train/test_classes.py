@@ -143,7 +143,10 @@ def test_classes_of_equal_size_train_as_without_weights_bit_for_bit():
             [100, 9, 50],
             "training images by class: from 9 (class 1) to 100 (class 0); --class-weights balanced compensates",
         ),
-        ([5, 0], "from 0 (class 1) to 5 (class 0)"),
+        (
+            [5, 0],
+            "from 0 (class 1) to 5 (class 0); --class-weights balanced compensates, but not for the 1 class without",
+        ),
     ],
 )
 def test_one_line_says_that_classes_are_more_unequal_than_ten_to_one(counts, words):

@@ -112,6 +112,7 @@ def _drawn(entries: list[Entry], fraction: float, draw: Draw, refusal: str, say:
         chosen |= {entry.id for entry in _taken([listed[number] for number in order], wanted)}
     if not chosen and len(entries) > 1:
         wanted = max(1, round(fraction * len(entries)))
+        say(f"every class has one image: {wanted} of these are for validation, and their classes cannot be learned")
         order = np.random.default_rng(draw.seed).permutation(len(entries))[:wanted]
         chosen = {entries[number].id for number in order}
     return chosen, _across(entries, chosen, twins, looks, say)
