@@ -59,6 +59,11 @@ def run(parser: Callable[[], Parser], main: Callable[[Parser, argparse.Namespace
     def start() -> int:
         flags = parser()
         args = flags.parse_args()
+        for name, value in vars(args).items():
+            if value == "" or (
+                isinstance(value, list) and "" in value
+            ):  # as of a variable of the shell that is not set
+                flags.error(f"{name}: is empty")
         logs.set_up(args.verbose)
         return main(flags, args)
 

@@ -15,7 +15,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from orchestrator.base.shown import LONGEST_VALUE, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine, bar
 from orchestrator.cli.flags import Parser, positive_int, run
@@ -85,7 +85,7 @@ def _look(flags: Parser, args: argparse.Namespace, into: Path) -> int:
     facts = [f"{trained_on}{len(described.classes)} classes{epoch}"]
     look.page([*facts, *([about_data] if about_data else [])])
     _write(look.files, output)
-    line.print(f"{len(look.files) - 1} pictures in {output}", f"page      {output / PAGE}")
+    line.print(f"{count_of(len(look.files) - 1, 'picture')} in {output}", f"page      {output / PAGE}")
     if found.mlflow_run_id and found.mlflow_uri:
         problem = add_files(found.mlflow_uri, found.mlflow_run_id, FOLDER, look.files)
         line.print(f"warning: {problem}" if problem else f"MLflow    run {found.mlflow_run_id}, artifacts {FOLDER}/")

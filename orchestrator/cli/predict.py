@@ -31,6 +31,7 @@ from orchestrator.models.find import find_models
 from orchestrator.models.predict import Found, find_images, predict
 from orchestrator.models.row_file import RowFile, check_form
 
+TOP = 5
 SHOWN = 100  # images at most on the terminal
 SCHEMA = pa.schema(
     [("name", pa.string()), ("classes", pa.list_(pa.string())), ("probabilities", pa.list_(pa.float32()))]
@@ -43,7 +44,10 @@ def parser() -> Parser:
     flags.add_argument("--source", required=True, metavar="WHAT", help="the images")
     flags.add_argument("--output", metavar="FILE", help="predictions: FILE.parquet, FILE.csv or FILE.jsonl "
                        "(default: a table on the terminal)")  # fmt: skip
-    flags.add_argument("--top", type=positive_int, default=5, metavar="K", help="classes of an image (default: 5)")
+    flags.add_argument("--overwrite", action="store_true", help="replace --output")
+    flags.add_argument(
+        "--top", type=positive_int, metavar="K", help="classes of an image (default: 5, or all of fewer)"
+    )
     flags.add_argument("--exif", choices=("apply", "ignore"), help="the orientation that photographs state (default: "
                        "as the images were that the net was trained on)")  # fmt: skip
     add_engine(flags)
@@ -57,10 +61,13 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             output = StoragePath.of(args.output) if args.output else None
             if output is not None:
                 check_form(output)
+                if output.size() is not None and not args.overwrite:
+                    raise ValueError(f"--output {output}: is already there; choose another name, or pass --overwrite")
             [model] = find_models([args.model], Path(into), default_output())
             trained = model.load()
-            if args.top > trained.net.num_classes:
+            if args.top and args.top > trained.net.num_classes:
                 raise ValueError(f"--top {args.top}: the model has {trained.net.num_classes} classes")
+            args.top = args.top or min(TOP, trained.net.num_classes)
             found = find_images(args.source)
             if output is None and found.total > SHOWN:
                 raise ValueError(f"--source {args.source}: has {found.total} images, more than a table shows; give "

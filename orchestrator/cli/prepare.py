@@ -185,6 +185,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
         flags.error(f"--jpeg-quality {args.jpeg_quality}: must be between 1 and 100")
     line = LiveLine()
     try:
+        if args.output:
+            check_apart(args.source, StoragePath.of(args.output))
         if args.dry_run:
             source = open_apart(args.source, options_of(args), say=line.print)
             show_source(source, line)
@@ -195,7 +197,6 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             flags.error(f"--output {output}: already contains a data set; choose another folder, or pass --overwrite")
         source = open_apart(args.source, options_of(args), say=line.print, earlier=earlier_draw(output))
         quality = args.jpeg_quality if args.encoding == "jpeg" else None
-        check_apart(args.source, output)
         check_rejected(source, args.max_rejected, output)
         check_space(source, output, args.image_size or source.image_size, quality, args.rows_per_shard)
     except ValueError as error:
@@ -256,7 +257,7 @@ def check(flags: Parser, args: argparse.Namespace) -> int:
     view = CheckView()
     view.begin(manifest)
     connect()
-    picture = args.picture or (folder.local or Path.cwd()) / "contact_sheet.png"
+    picture = args.picture or (folder.local or Path.cwd()) / shards.SHEETS[1]
     view.finished(checking.check(folder, view.line.print, view.progress), picture)
     return 0
 

@@ -9,6 +9,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 import queue
 import re
 import threading
@@ -27,8 +28,9 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
 from orchestrator.data.read_ahead import in_runs
 from orchestrator.data.shard_writer import ShardWriter, pack
-from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, UNFINISHED, Manifest, Shard, verify
+from orchestrator.data.shards import MANIFEST, MEAN_IMAGE, REJECTED, SHEETS, UNFINISHED, Manifest, Shard, verify
 from orchestrator.data.sources import SPLITS, Drawn, Source
+from orchestrator.data.sources.tree import IMAGES, extension
 
 ROWS_PER_SHARD = 1024
 JPEG_QUALITY = 90
@@ -195,13 +197,29 @@ def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows
 
 
 def check_apart(source: str, output: StoragePath) -> None:
-    """Raises ValueError if the shards would be written over the images or among them."""
+    """Raises ValueError of one line if the output is a file, or the shards would be written over the images or among
+    them."""
+    if output.size() is not None:
+        raise ValueError(f"--output {output}: is a file; give a folder")
     if "://" not in source and output.local is not None:
         images_at, shards_at = Path(source).resolve(), output.local.resolve()
     else:
         images_at, shards_at = Path(source.partition("?")[0]), Path(output.text.partition("?")[0])
-    if shards_at == images_at or any(shards_at.is_relative_to(images_at / split) for split in SPLITS):
+    within = [place for place in (shards_at, *shards_at.parents) if place != images_at and images_at in place.parents]
+    if (
+        shards_at == images_at
+        or any(shards_at.is_relative_to(images_at / split) for split in SPLITS)
+        or (output.local is not None and any(map(_holds_images, within)))
+    ):
         raise ValueError(f"--output {output}: holds the images of --source; choose another folder")
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        names = [each.name for each in os.scandir(folder) if each.is_file()]
+    except OSError:
+        return False  # it is not there, or writing into it will fail
+    return any(extension(name) in IMAGES and name not in SHEETS for name in names)
 
 
 def check_space(

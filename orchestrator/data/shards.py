@@ -30,6 +30,7 @@ MEAN_IMAGE = "mean_image.npy"
 SCHEMA_VERSION: Final = 2  # of the manifest
 CHECKSUM = "manifest_sha256"  # since version 2
 UNFINISHED = "_unfinished"  # folder of the notes of finished tasks; removed at the end
+SHEETS = ("classes.png", "contact_sheet.png")  # that are drawn beside them, of a preparation and of a check
 REJECTED = "rejected.jsonl"
 ROW_GROUP_ROWS = 128
 READ_AT_A_TIME = 8  # shards

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from alexnet.images import decode
 from orchestrator.base.shown import LONGEST_VALUE, shown
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.shards import Manifest, read_mean_image
+from orchestrator.data.shards import SHEETS, Manifest, read_mean_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE = "classes.png"  # beside the shards
+FILE = SHEETS[0]
 ALL_CLASSES, ENDS = 20, 10  # up to so many classes are named; of more, so many of the largest and of the smallest
 PICTURES = 48  # on a sheet, about
 PER_CLASS = 4

@@ -288,7 +288,7 @@ def test_a_dry_run_starts_nothing(job, tmp_path, monkeypatch, capsys):
         (["--resume", "first", "--start-from", "none"], "resumes with the settings it has; leave out --start-from"),
         (
             ["--freeze", "conv", "--dry-run"],
-            "freeze = conv: would keep random weights; give a trained net with --start",
+            "freeze = conv1,conv2,conv3,conv4,conv5: would keep random weights; give a trained net with --start",
         ),
         (["--freeze", "conv9"], "freeze = 'conv9': no layer 'conv9'; there are conv1, conv2"),
         (["--lr-factor", "conv1=0"], "lr_factor = 'conv1=0': conv1=0: a factor is above 0; to keep a layer as it is"),

@@ -213,9 +213,11 @@ def test_copies_in_other_classes_that_were_drawn_apart_are_told(tmp_path):
     same, nearly = [i for i in apart if i >= 5], [i for i in apart if i < 5]
     assert source.drawn is not None
     assert list(source.drawn.warnings) == source.warnings
-    assert len(source.warnings) == bool(same) + bool(nearly) > 0
+    several, *warnings = source.warnings
+    assert several.startswith("5 images are in several classes, such as both/")
+    assert len(warnings) == bool(same) + bool(nearly) > 0
     if same:
-        assert source.warnings[0].startswith(f"{len(same)} validation image")
+        assert warnings[0].startswith(f"{len(same)} validation image")
     if nearly:
         assert f"{len(nearly)} validation image" in source.warnings[-1]
         assert "nearly the same as training images, such as " in source.warnings[-1]

@@ -457,6 +457,36 @@ def test_shards_within_the_source_are_no_part_of_it(tmp_path):
     assert source.left_out == [("out/", "shards that were prepared")]
 
 
+def test_photographs_beside_shards_are_no_shards(tmp_path):
+    """A class folder into which shards were written keeps its photographs."""
+    before = listed(open_source(str(write(tmp_path, folders("", None, counts=(6, 0))))))
+    made = {"manifest.json": b"{}", "train/shard-00000.parquet": b"x", "classes.png": jpeg(5), "mean_image.npy": b"x"}
+    source = open_source(str(write(tmp_path, {f"{CLASSES[0]}/{name}": data for name, data in made.items()})))
+    assert listed(source) == before
+
+
+@pytest.mark.parametrize("text", ["café".encode("latin-1"), "cat".encode("utf-16")], ids=["latin-1", "utf-16"])
+def test_a_table_that_is_no_text_in_utf_8_is_refused(tmp_path, text):
+    """Guessed letters could make one class of two."""
+    table = b"file_name,label\n0.jpg," + text + b"\n1.jpg,dog\n"
+    write(tmp_path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "labels.csv": table})
+    with pytest.raises(ValueError, match=r"labels\.csv: is no text in UTF-8, at byte \d+; save it as UTF-8"):
+        open_source(str(tmp_path), Options(labels="labels.csv"))
+
+
+@pytest.mark.parametrize("val", [None, "val"], ids=["drawn", "given"])
+def test_one_photograph_in_two_classes_is_told(tmp_path, val):
+    files = {f"train/{name}/{i}.jpg": jpeg(10 * label + i) for label, name in enumerate(CLASSES) for i in range(6)}
+    files |= {f"{val}/{name}/{i}.jpg": jpeg(99 + 10 * label + i) for label, name in enumerate(CLASSES) for i in range(2)
+              } if val else {}  # fmt: skip
+    other = f"{val or 'train'}/{CLASSES[1]}/same.jpg"
+    source = open_source(str(write(tmp_path, files | {other: files[f"train/{CLASSES[0]}/0.jpg"]})))
+    [line] = [line for line in source.warnings if "several classes" in line]
+    assert line.startswith("1 image is in several classes, such as ")
+    assert f"{CLASSES[0]}/0.jpg" in line
+    assert f"{CLASSES[1]}/same.jpg" in line
+
+
 @pytest.mark.parametrize("form", ["table", "webdataset", "parquet", "imagefolder"])
 def test_a_val_part_that_is_drawn_anew_is_left_out_in_words(tmp_path, form):
     names = {"train": [(i, i % 3) for i in range(30)], "val": VAL, "test": [(200 + i, i % 3) for i in range(3)]}

@@ -220,6 +220,23 @@ def test_an_output_among_the_images_is_refused(many, tmp_path):
     preparation.check_apart("s3://bucket/photos", StoragePath("s3://bucket/shards"))
 
 
+def test_an_output_that_is_a_file_or_a_class_is_refused(tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (photos / name).mkdir(parents=True)
+        (photos / name / "0.jpg").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"--output .*file: is a file; give a folder"):
+        preparation.check_apart(str(photos), StoragePath.of(tmp_path / "file"))
+    for output in (photos / "cat", photos / "cat" / "shards"):
+        with pytest.raises(ValueError, match="holds the images of --source"):
+            preparation.check_apart(str(photos), StoragePath.of(output))
+    preparation.check_apart(str(photos), StoragePath.of(photos / "shards"))
+    (photos / "shards").mkdir()
+    (photos / "shards" / "classes.png").write_bytes(b"x")
+    preparation.check_apart(str(photos), StoragePath.of(photos / "shards"))
+
+
 def test_a_split_without_a_readable_image_is_an_error(ray_here, many, tmp_path):
     for path in (many / "val").glob("*/*"):
         path.write_bytes(b"no image")

@@ -18,6 +18,7 @@ import alexnet
 from alexnet import images
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
+from orchestrator.cli import predict as command
 from orchestrator.cli.predict import turns
 from orchestrator.models.engine import Settings
 from orchestrator.models.look import own_images
@@ -241,3 +242,25 @@ def test_predict_look_and_the_served_model_turn_images_as_the_training_images_we
     served.trained, served.reads_files = trained, False
     np.testing.assert_array_equal(served.stored(file.read_bytes(), 0, 1), expected)
     assert [turns(trained, asked) for asked in ("apply", "ignore")] == [True, False]
+
+
+def test_an_output_that_is_there_is_kept_and_few_classes_are_all_shown(tmp_path, capsys):
+    net = alexnet.build("paper", 3, width=0.125, input_size=64, init="he")
+    build = {"preset": "paper", "num_classes": 3, "width": 0.125, "input_size": 64}
+    trained = alexnet.TrainedNet(net, alexnet.Description(build, ("a", "b", "c")), np.zeros((72, 72, 3), np.float32))
+    trained.save(tmp_path / "model")
+    PIL.Image.new("RGB", (80, 80), (200, 10, 30)).save(tmp_path / "red.png")
+    output = tmp_path / "labels.csv"
+    output.write_text("mine")
+    flags = command.parser()
+    given = [str(tmp_path / "model"), "--source", str(tmp_path / "red.png"), "--output", str(output)]
+    with pytest.raises(SystemExit):
+        command.main(flags, flags.parse_args(given))
+    assert "labels.csv: is already there; choose another name, or pass --overwrite" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert command.main(flags, flags.parse_args([*given, "--overwrite"])) == 0
+    [row] = csv.DictReader(output.open())
+    assert sorted(json.loads(row["classes"])) == ["a", "b", "c"]
+    with pytest.raises(SystemExit):
+        command.main(flags, flags.parse_args([*given, "--overwrite", "--top", "4"]))
+    assert "--top 4: the model has 3 classes" in capsys.readouterr().err

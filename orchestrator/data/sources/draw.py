@@ -146,13 +146,16 @@ def _across(
     train = [i for i, entry in enumerate(entries) if entry.id not in chosen]
     val = [i for i, entry in enumerate(entries) if entry.id in chosen]
     both = same.pairs([entries[i] for i in train], [entries[i] for i in val], twins)
+    several = same.conflicts(entries, twins)
     if looks is None:
-        return same.lines(both, [])
+        return several + same.lines(both, [])
     labels = [entries[i].label for i in train], [entries[i].label for i in val]
     nearly = near.pairs([looks[i] for i in train], [looks[i] for i in val], labels)
     if nearly is None:
         say("near-duplicates in other classes are not looked for: the images are too much alike")
-    return same.lines(both, [(entries[train[at]], entries[val[position]]) for position, at in (nearly or {}).items()])
+    return several + same.lines(
+        both, [(entries[train[at]], entries[val[position]]) for position, at in (nearly or {}).items()]
+    )
 
 
 def _taken(groups: list[list[Entry]], wanted: int) -> list[Entry]:
@@ -193,5 +196,5 @@ def _near_duplicates(entries: list[Entry], looks: list[near.Look | None], say: S
         say(f"the images of {classes} are too much alike for near-duplicates to be told, and are drawn one by one")
     if unseen := looks.count(None):
         images = count_of(unseen, "image is", "images are")
-        say(f"{images} not compared with others: only what is {SMALL} pixels a side or more can be")
+        say(f"{images} not compared with others: only what can be read and is {SMALL} pixels a side or more can be")
     return names

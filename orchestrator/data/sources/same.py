@@ -46,8 +46,24 @@ def inspected(splits: Mapping[str, list[Entry]], say: Say, progress: Say, blind:
             "bursts and resized copies in both parts are not looked for: that is done of up to "
             f"{ACROSS:,} local images, unless all are much alike" + f"; their look ended early: {blind}" * bool(blind)
         )
+    found += conflicts(every, twins or {})
     both = pairs(train, val, twins or {})
     return found + lines(both, [(train[at], val[position]) for position, at in (nearly or {}).items()])
+
+
+def conflicts(entries: Iterable[Entry], twins: Mapping[int, str]) -> list[str]:
+    """A warning of images of the same content in several classes. twins: names of contents, by id."""
+    by_content: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.id in twins:
+            by_content[twins[entry.id]].append(entry)
+    found = [of for of in by_content.values() if len({entry.label for entry in of}) > 1]
+    if not found:
+        return []
+    first = found[0][0]
+    other = next(entry for entry in found[0] if entry.label != first.label)
+    images = count_of(len(found), "image is in several classes", "images are in several classes")
+    return [f"{images}, such as {first.name} and {other.name}, which are the same: one of their labels is wrong"]
 
 
 def lines(both: Pairs, nearly: Pairs) -> list[str]:

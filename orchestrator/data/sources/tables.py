@@ -68,7 +68,7 @@ def open_caffe(tree: Tree, say: Say, *, draw: Draw) -> Source:
     found = {}
     for name in CAFFE:
         rows = []
-        for number, line in enumerate(tree.read(name).decode("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(_text(tree, name).splitlines(), 1):
             parts = line.rsplit(None, 1)
             if not parts:
                 continue
@@ -125,9 +125,19 @@ def _records(tree: Tree, table: str) -> list[dict[str, str]]:
     return tree.tables[table]
 
 
+def _text(tree: Tree, name: str) -> str:
+    """Of a file of labels. Raises ValueError of one line: what is guessed could make one class of two."""
+    try:
+        return tree.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--source {tree.shown}: {name}: is no text in UTF-8, at byte {error.start}; save it as UTF-8"
+        ) from None
+
+
 def _read_records(tree: Tree, table: str) -> list[dict[str, str]]:
     """Raises ValueError of one line."""
-    text = tree.read(table).decode("utf-8-sig", "replace")
+    text = _text(tree, table)
     rows: list[dict[str, str]]
     if extension(table) == "jsonl":
         rows = []

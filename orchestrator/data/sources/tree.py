@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.shards import MANIFEST, UNFINISHED
+from orchestrator.data.shards import MANIFEST, SHEETS, UNFINISHED
 from orchestrator.data.sources.devkit import MAX_BYTES
 from orchestrator.data.sources.ilsvrc import members
 from orchestrator.data.sources.listing import Entry, read
@@ -229,10 +229,16 @@ def _leave_out_shards(tree: Tree) -> None:
             noted.add(name.partition("/" + mark)[0])
     ours = {folder for folder in noted if any(SHARD.fullmatch(name) for name in tree.below(folder))}
     if ours:
-        tree.files = {
-            name: at for name, at in tree.files.items() if not any(name.startswith(folder + "/") for folder in ours)
-        }
+        tree.files = {name: at for name, at in tree.files.items() if not any(_is_made(name, of) for of in ours)}
         tree.left_out += [(f"{folder}/", "shards that were prepared") for folder in sorted(ours)]
+
+
+def _is_made(name: str, folder: str) -> bool:
+    """Whether a preparation has made this file in this folder: all there but photographs beside its shards."""
+    if not name.startswith(folder + "/"):
+        return False
+    beside = name.removeprefix(folder + "/")
+    return "/" in beside or beside in SHEETS or extension(beside) not in IMAGES
 
 
 def _walk(tree: Tree, root: Any) -> None:
