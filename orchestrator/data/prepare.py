@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from alexnet.images import COUNTED, WHITE, WORDNET_ID
 from orchestrator.base.exits import JobError, last_line
+from orchestrator.base.shown import shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.order import plan_epoch
 from orchestrator.data.read_ahead import in_runs
@@ -318,10 +319,10 @@ def _describe(
     np.save(mean_image, (sums / rows["train"]).astype(np.float32), allow_pickle=False)
     (output / MEAN_IMAGE).write(mean_image.getvalue())
     return Manifest(
-        source=source.name,
-        found=tuple(source.found),
+        source=shown(source.name),
+        found=tuple(map(shown, source.found)),  # names of files may be no text
         left_out=dict(sorted(collections.Counter(rule for _, rule in source.left_out).items())),
-        warnings=tuple(source.warnings),
+        warnings=tuple(map(shown, source.warnings)),
         classes=source.classes,
         class_names=source.class_names,
         image_size=size,

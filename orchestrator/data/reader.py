@@ -211,6 +211,8 @@ def _read_row_group(place: StoragePath, index: int, pixels_at: tuple[int, ...]) 
         if isinstance(error, OSError) and error.errno is not None:  # the disk or the network: another try may succeed
             raise JobError(text) from None
         raise DamagedData(text) from None
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise DamagedData(f"{place}, row group {index}: has no column {missing[0]}")
     images = _mapped(place)[pixels_at[0] :] if mapped else table["image"].combine_chunks()
     labels, ids = table["label"].to_numpy().astype(np.int64), table["id"].to_numpy()
     return RowGroup(images, labels, ids, f"{place}, row group {index}", ids.nbytes if mapped else images.nbytes)

@@ -79,7 +79,9 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
     weights = dict(parts_of(folder / WEIGHTS, net))
     if weights.keys() != params.keys():
         wrong = sorted(weights.keys() ^ params.keys())[0]
-        raise ValueError(f"{folder / WEIGHTS}: {wrong} is in the checkpoint or in the net, but not in both")
+        raise ValueError(
+            f"{folder / WEIGHTS}: {shown(wrong, LONGEST_VALUE)} is in the checkpoint or in the net, but not in both"
+        )
     for name, weight in weights.items():
         if weight.shape != params[name].shape:
             has, wants = (" x ".join(map(str, tensor.shape)) for tensor in (weight, params[name]))

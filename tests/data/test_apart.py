@@ -234,6 +234,12 @@ def test_a_sparse_member_of_an_impossible_size_is_named(tmp_path):
         read_small_archive(StoragePath.of(tmp_path / "x.tar.gz"), {"a"})
 
 
+def test_a_shard_without_a_column_is_damage(tmp_path):
+    pq.write_table(pa.table({"image": [b"x"] * 2, "label": pa.array([0, 1], pa.int32())}), tmp_path / "x.parquet")
+    with pytest.raises(DamagedData, match=r"x.parquet, row group 0: has no column id$"):
+        read_row_group(StoragePath.of(tmp_path / "x.parquet"), 0)
+
+
 def test_a_name_in_a_footer_that_is_no_utf8_is_damage(tmp_path):
     table = pa.table({"image": [b"x"] * 2, "label": pa.array([0, 1], pa.int32()), "id": [0, 1], "name": ["a", "b"]})
     pq.write_table(table, tmp_path / "x.parquet", store_schema=False)

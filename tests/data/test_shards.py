@@ -129,7 +129,10 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
         file.write(good)
     (root / "train" / "README").write_text("not in a class folder")
 
-    manifest = prepare(open_source(str(root)), StoragePath.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
+    source = open_source(str(root))
+    source.found.append("names such as caf\udce9.JPEG")
+    manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
+    assert manifest.found[-1] == r"names such as caf\udce9.JPEG"
     rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
     assert {row["name"].split("/")[-1] for row in rejected} == {
         "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",

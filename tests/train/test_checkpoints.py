@@ -6,6 +6,7 @@ import shutil
 import struct
 
 import pytest
+import safetensors.torch
 import test_layouts
 import torch
 from conftest import ROOT
@@ -159,6 +160,13 @@ def test_a_checkpoint_of_another_net_is_refused(tmp_path):
     del net.part.conv5
     with pytest.raises(ValueError, match=r"conv5\.bias is in the checkpoint or in the net, but not in both"):
         checkpoints.load(tmp_path, net, optimizer, schedule)
+    whole = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(whole | {"a\n" * 5000: torch.zeros(1)}, tmp_path / "model.safetensors")
+    net, optimizer, schedule = pieces()
+    with pytest.raises(ValueError, match=r"safetensors: a.* is in the checkpoint") as error:
+        checkpoints.load(tmp_path, net, optimizer, schedule)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_a_run_stopped_within_an_epoch_keeps_its_losses(tmp_path):
