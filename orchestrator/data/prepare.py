@@ -200,7 +200,7 @@ def bytes_needed(source: Source, image_size: int, jpeg_quality: int | None, rows
 def check_apart(source: str, output: StoragePath) -> None:
     """Raises ValueError of one line if the output is a file, or the shards would be written over the images or among
     them."""
-    if output.size() is not None:
+    if output.local is not None and output.local.is_file():
         raise ValueError(f"--output {output}: is a file; give a folder")
     if "://" not in source and output.local is not None:
         images_at, shards_at = Path(source).resolve(), output.local.resolve()
