@@ -215,6 +215,8 @@ def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
         ({f"{c}.{i}.jpg": b"" for c in ("cat", "dog") for i in range(5)}, r"is read with --label-pattern '\^\("),
         ({"0.jpg": b"", "notes.csv": "a,b\n1,2\n"}, "labels in a table are read with --labels notes.csv"),
         ({"only/0.jpg": b"", "only/1.jpg": b""}, "has 1 class folder of images"),
+        ({"on\nly/0.jpg": b"", "on\nly/1.j\npg": b""}, r"has 1 class folder of images.* in on\\nly/"),
+        ({"0.jpg": b"", "no\ntes.csv": "a,b\n1,2\n"}, r"labels in a table are read with --labels no\\ntes.csv"),
         ({"x/train/a/0.jpg": b"", "y/train/a/0.jpg": b""}, "holds several data sets, in x/, y/"),
         ({"a.tar.gz": b""}, "has no images"),
     ],

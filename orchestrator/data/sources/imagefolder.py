@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestrator.base.shown import count_of, quoted
+from orchestrator.base.shown import count_of, quoted, shown
 from orchestrator.data.sources.devkit import Synsets, Truth, find_synsets, find_truth
 from orchestrator.data.sources.draw import Draw, with_val_drawn
 from orchestrator.data.sources.listing import Entry, Say, Source, sample, stored_size
@@ -97,11 +97,11 @@ class _Listing:
         else:
             names.sort(key=lambda name: name.split("/"))
         top = f"{folder}/" if folder else ""
-        shown = split if folder else ""
+        part = split if folder else ""
         of_name = {below: name for name, files in by_class.items() for below in files}
         for name in names:
             self.seen.add(top + name)
-            path = f"{shown}/{name}" if shown else name
+            path = f"{part}/{name}" if part else name
             if not is_utf8(name):
                 self.misplaced.append((ascii(path)[1:-1], "the name is not UTF-8"))
                 continue
@@ -282,12 +282,12 @@ def _check_names(tree: Tree, train: str, in_train: dict[str, list[str]]) -> None
 
 
 def _no_classes(tree: Tree, folder: str, classes: list[str]) -> str:
-    where = f"{folder}/ in it" if folder else "it"
+    where = f"{shown(folder)}/ in it" if folder else "it"
     folders = count_of(len(classes), "class folder")
     text = f"--source {tree.shown}: {where} has {folders} of images; a classifier needs at least 2"
     tables = sorted(name for name in tree.files if extension(name) in ("csv", "tsv", "jsonl"))
     if tables:
-        return f"{text}; labels in a table are read with --labels {tables[0]}"
+        return f"{text}; labels in a table are read with --labels {shown(tables[0])}"
     if pattern := guess_pattern([name for name in tree.files if may_be_image(name)]):
         return f"{text}; file names seem to begin with the class, which is read with --label-pattern '{pattern}'"
     return f"{text}; there are {tree.summary()}; expected CLASS/IMAGE, or train/CLASS/IMAGE and val/CLASS/IMAGE"
