@@ -139,12 +139,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _alike(value: Any, known: Any) -> bool:
-    """Whether two values are of one kind: numbers, texts, lists of them, or none."""
+    """Whether two values are of one kind: numbers, lists of them, or none; or the same text, such as a mode's name."""
     if isinstance(known, list):
         return isinstance(value, list) and all(_is_number(each) for each in value)
     if known is None or _is_number(known):
         return value is None or _is_number(value) or (known is None and isinstance(value, list))
-    return isinstance(value, type(known))
+    return bool(value == known) if isinstance(known, str) else isinstance(value, type(known))
 
 
 def scale_rate(factor: float, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> None:

@@ -214,6 +214,10 @@ def test_a_state_has_a_version_and_a_newer_one_is_refused_before_anything_is_loa
         ({"lr": [True]}, "damaged: lr is"),
         ({"schedule": None}, "damaged: schedule is None; expected the fields best, last_epoch, num_bad_epochs"),
         ({"schedule": {"best": "x", "num_bad_epochs": 0, "last_epoch": 1}}, "damaged: schedule.best is 'x'"),
+        (
+            {"schedule": {"best": 0.5, "num_bad_epochs": 0, "last_epoch": 1, "threshold_mode": "a\nb"}},
+            r"damaged: schedule.threshold_mode is 'a\\nb'",
+        ),
         ({"state": {"epoch": "x"}}, "damaged: state.epoch: Input should be a valid integer"),
         ({"state": None}, "damaged: state"),
     ],
