@@ -60,9 +60,8 @@ def run(parser: Callable[[], Parser], main: Callable[[Parser, argparse.Namespace
         flags = parser()
         args = flags.parse_args()
         for name, value in vars(args).items():
-            if value == "" or (
-                isinstance(value, list) and "" in value
-            ):  # as of a variable of the shell that is not set
+            texts = value if isinstance(value, list) else [value]
+            if "" in texts:  # as of a variable of the shell that is not set
                 flags.error(f"{name}: is empty")
         logs.set_up(args.verbose)
         return main(flags, args)

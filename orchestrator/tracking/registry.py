@@ -48,16 +48,22 @@ def fetch(store: Store, address: str, into: Path) -> LoggedModel:
 
 
 def params_of(store: Store, run_id: str) -> dict[str, str] | None:
-    """The parameters of the run that a model is said to be of; None where it is not in this store, or not any more."""
+    """The parameters of the run that a model is said to be of; None where it is not in this store, or not any more.
+
+    Raises ValueError of one line where the server does not say.
+    """
     import mlflow
 
     try:
         found: dict[str, str] = store.client.get_run(run_id).data.params
         return found
     except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        reason = shown(store.reason(error), LONGEST_VALUE)
+        raise ValueError(
+            f"the run {run_id}: cannot be asked for in MLflow at {store.redacted(store.uri)}: {reason}"
+        ) from None
 
 
 def newest_step(store: Store, run_id: str) -> int | None:

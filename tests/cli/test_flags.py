@@ -81,3 +81,16 @@ def test_a_search_has_no_time_limit_by_default():
     text = " ".join(importlib.import_module("orchestrator.cli.tune").parser().format_help().split())
     assert "--time-budget TIME time limit such as 90s, 30m or 2h" in text
     assert "ends with what it has (default: none)" in text
+
+
+@pytest.mark.parametrize(
+    ("job", "args", "name"),
+    [
+        ("predict", ["model", "--source", ""], "source"),
+        ("prepare", ["--source", "photos", "--output", ""], "output"),
+        ("evaluate", ["one", ""], "models"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(tmp_path, monkeypatch, capsys, job, args, name):
+    assert refused(job, args, tmp_path, monkeypatch, capsys) == f"{job}.py: error: {name}: is empty"
+    assert list(tmp_path.iterdir()) == []

@@ -70,6 +70,19 @@ def test_a_model_whose_files_did_not_arrive_is_none(run, store):
         registry._newest_model(store, empty.run_id)
 
 
+def test_a_run_that_is_gone_has_no_parameters_and_a_server_that_fails_is_named_in_one_line(run, store, monkeypatch):
+    assert registry.params_of(store, run.run_id) is not None
+    assert registry.params_of(store, "0" * 32) is None
+
+    def fail(run_id):
+        raise mlflow.exceptions.MlflowException("no\ndatabase")  # INTERNAL_ERROR
+
+    monkeypatch.setattr(store.client, "get_run", fail)
+    with pytest.raises(ValueError, match=rf"^the run {run.run_id}: cannot be asked for in MLflow at sqlite:") as error:
+        registry.params_of(store, run.run_id)
+    assert "\n" not in str(error.value)
+
+
 def test_the_champion_is_an_alias_that_moves_and_says_why(run, store):
     assert registry.champion(store, "nobody") is None
     first = registry.register(run, "moving", {})
