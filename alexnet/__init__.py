@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .allocator import keep_freed_memory, release_freed_memory
+    from .allocator import keep_freed_memory, release_freed_memory, use_one_arena
     from .augment import MeanSubtraction
     from .evaluate import count_errors, errors_by_class, topk_wrong
     from .lrn import LocalResponseNorm, local_response_norm
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestrator read it here
 
 _HOMES = {
-    "allocator": ("keep_freed_memory", "release_freed_memory"),
+    "allocator": ("keep_freed_memory", "release_freed_memory", "use_one_arena"),
     "augment": ("MeanSubtraction",),
     "evaluate": ("count_errors", "errors_by_class", "topk_wrong"),
     "lrn": ("LocalResponseNorm", "local_response_norm"),
@@ -54,6 +54,7 @@ __all__ = [
     "plateau_schedule",
     "release_freed_memory",
     "topk_wrong",
+    "use_one_arena",
 ]
 
 

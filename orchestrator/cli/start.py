@@ -2,6 +2,7 @@
 
 import importlib
 
+from alexnet.allocator import use_one_arena
 from orchestrator.base.exits import end_at_once_on_signals
 
 
@@ -48,5 +49,6 @@ def ui() -> int:
 def _start(command: str) -> int:
     """Run orchestrator/cli/COMMAND.py; returns the exit status."""
     end_at_once_on_signals()  # imports take seconds
+    use_one_arena()  # before there are threads
     status: int = importlib.import_module(f"orchestrator.cli.{command}").script()
     return status

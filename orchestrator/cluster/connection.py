@@ -31,6 +31,7 @@ RAY_ENV = {
     "RAY_DATA_USAGE_DISABLED": "1",  # else one more process counts uses of Ray Data as long as the cluster lives
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # train/training.py watches for lost nodes itself
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would take its lines away from the run's log
+    "MALLOC_ARENA_MAX": "1",  # Ray Train's workers train in a thread of their own: alexnet/allocator.py
 }
 ADDRESS_TIMEOUT_S = 5.0  # for the cluster of RAY_ADDRESS to answer; Ray itself tries for ten minutes
 CLIENT_PORT = 10001  # of ray://HOST

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alexnet.allocator import keep_freed_memory
 from alexnet.augment import MeanSubtraction
 from alexnet.trained import TrainedNet
 from orchestrator.base.environment import num_cpus
@@ -94,6 +95,8 @@ class Worker(Generic[T]):
         """threads: of torch, and of those that decode."""
         self.reader, self.settings, self.threads = reader, settings, threads
         self.device = torch.device(_device(settings.device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.nets = [_on(net, self.device) for net in nets]
         self.bf16 = wants_bf16(settings.precision, self.device)
         self._fetching = threading.Lock()  # what caches row groups is not made for several threads
