@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .dropout import BatchPosition
+from .linear import linear
 from .lrn import LocalResponseNorm
 from .net import AlexNet
 from .partition import KINDS, Layout, Partition
@@ -167,7 +167,7 @@ class _SummedLinear(nn.Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = F.linear(x, self.weight)
+        partial = linear(x, self.weight)
         if partial.dtype == torch.bfloat16:
             partial = partial.float()
         return sum_partial(partial, self.group) + self.bias

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import presets
 from .dropout import BatchPosition, Dropout
+from .linear import Linear
 from .lrn import LocalResponseNorm
 from .presets import LRN, Preset, preset_of
 from .presets.description import AdaptivePool, Conv, FullyConnected, Gaussian, Pool
@@ -76,7 +77,7 @@ class AlexNet(nn.Module):
         units = self.num_features
         for layer in preset.fully_connected:
             outputs = num_classes if layer.units is None else preset.scaled(layer.units, width)
-            self.add_module(layer.name, nn.Linear(units, outputs))
+            self.add_module(layer.name, Linear(units, outputs))
             units = outputs
         # what forward runs, in order: names of modules, or "relu" (of plain text, since tracers cannot read a preset)
         self._features = self._add_steps(lrn or preset.lrn)

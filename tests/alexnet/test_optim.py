@@ -53,6 +53,35 @@ def test_velocity_keeps_the_old_rate_after_the_rate_drops():
     torch.testing.assert_close(after - before, 0.9 * old_velocity - 0.001 * (0.01 * before + 0.9), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "gradient in another order"])
+def test_the_fused_update_equals_the_plain_one(layout, monkeypatch):
+    torch.manual_seed(0)
+    shape = (6, 4, 3, 3)
+    start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(4)]
+    fused = []
+    real = torch._fused_sgd_
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **named: (fused.append(1), real(*args, **named)))
+
+    def train(dtype):
+        w = start.to(dtype).clone()
+        if layout == "channels last":
+            w = w.contiguous(memory_format=torch.channels_last)
+        w.requires_grad_()
+        optimizer = PaperSGD([w], lr=0.1, momentum=0.9, weight_decay=0.01)
+        for rate, gradient in zip((0.1, 0.1, 0.01, 0.01), gradients, strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            w.grad = torch.empty_like(w).copy_(gradient)
+            if layout == "gradient in another order":
+                w.grad = w.grad.contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+        return w.detach()
+
+    want = train(torch.float64)
+    assert not fused  # it scales float32 alone
+    torch.testing.assert_close(train(torch.float32).double(), want, rtol=0, atol=1e-6)
+    assert len(fused) == (0 if layout == "gradient in another order" else 4)
+
+
 def test_a_parameter_without_gradient_stays_and_a_closure_is_called():
     used, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
     optimizer = PaperSGD([used, unused], lr=0.1)
