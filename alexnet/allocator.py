@@ -29,8 +29,9 @@ def use_one_arena() -> bool:
 
     Otherwise they get arenas of their own, whose memory goes back to the kernel whatever `keep_freed_memory` has set. A
     step of the full net in such a thread took 4.3 s and 330,000 page faults, and 3.1 s and none in the main arena
-    (float32, batch 128, two cores of an EPYC, 2026-11-27). Call it first of all: an arena that a thread leaves is taken
-    by the next. MALLOC_ARENA_MAX=1 does the same for all threads of a process that begins with it.
+    (float32, batch 128, two cores of an EPYC, 2026-11-27). Call it first of all, before numpy and torch are imported,
+    whose threads would get arenas that later ones then share. MALLOC_ARENA_MAX=1 does the same for a
+    process that begins with it.
     """
     mallopt = _of_glibc("mallopt")
     return mallopt is not None and mallopt(_M_ARENA_MAX, 1) == 1

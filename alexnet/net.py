@@ -141,7 +141,18 @@ class AlexNet(nn.Module):
 
     def upper(self, maps: Tensor) -> Tensor:
         """The features of what `lower` returns."""
-        return self._run(self._features[self._second :], maps).flatten(1)
+        return self.after_second(self.second(maps))
+
+    @property
+    def second(self) -> nn.Conv2d:
+        """The second convolution, which reads what `lower` returns."""
+        found = getattr(self, self._features[self._second])
+        assert isinstance(found, nn.Conv2d)
+        return found
+
+    def after_second(self, maps: Tensor) -> Tensor:
+        """The features of what the second convolution returns."""
+        return self._run(self._features[self._second + 1 :], maps).flatten(1)
 
     def _run(self, names: list[str], x: Tensor) -> Tensor:
         for name in names:

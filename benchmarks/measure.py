@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from alexnet.allocator import use_one_arena
+
+use_one_arena()  # before torch, whose import starts threads: as the commands do
+
+# isort: split
+import torch  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

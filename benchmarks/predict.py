@@ -100,7 +100,6 @@ def main() -> None:
     flags.add_argument("--batch-size", type=int, default=128, help="(default: 128)")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    alexnet.use_one_arena()  # as jobs/evaluate.py does
     alexnet.keep_freed_memory()
     transform = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(224), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                             v2.Normalize((0.46, 0.46, 0.46), (0.25, 0.25, 0.25))])  # fmt: skip
