@@ -31,7 +31,7 @@ def source(**changes) -> Source:
     entries = {
         "train": [
             Entry(0, 0, "train/a.jpg", path="/photos/a.jpg"),
-            Entry(1, 1, "train/\udcff.jpg", path="/photos/x\udcff.tar", start=512, length=9, packed=5),
+            Entry(1, 1, "train/\udcff.jpg", path="/photos/x\udcff.tar", start=512, length=9, packed=5, crc=2**32 - 1),
         ],
         "val": [
             Entry(2, 0, "val/b", path="/photos", row_group=1, row=2, column="image"),

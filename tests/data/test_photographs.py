@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -15,9 +16,11 @@ import pytest
 from conftest import picture
 
 from alexnet.images import NotAnImage
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources import Options, open_source, read
 from orchestrator.data.sources.imagefolder import near_equal
-from orchestrator.data.sources.tree import Tree
+from orchestrator.data.sources.listing import read_range
+from orchestrator.data.sources.tree import Tree, tree_of
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -397,6 +400,32 @@ def test_a_zip_of_folders_is_read_in_place(tmp_path, packing):
     assert listed(source) == expected(files, "photos/train/", "photos/val/")
     assert dict(source.left_out) == {"__MACOSX/": "made by a file manager", "photos/.DS_Store": "hidden"}
     assert os.listdir(tmp_path) == ["photos.zip"]
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_member_of_a_zip_is_held_against_its_checksum(tmp_path, packing):
+    files = folders("train/", "val/") | {"notes.csv": b"file,label\n"}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", packing) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    entries = [e for split in open_source(str(tmp_path / "x.zip")).splits.values() for e in split]
+    tree = tree_of(StoragePath.of(tmp_path / "x.zip"))
+    whole = bytearray((tmp_path / "x.zip").read_bytes())
+    first, notes = entries[0], tree.files["notes.csv"].start
+    for at in (first.start + (first.packed or first.length) // 2, notes + (packing == zipfile.ZIP_DEFLATED)):
+        whole[at] ^= 1
+    (tmp_path / "x.zip").write_bytes(whole)
+    with pytest.raises(NotAnImage, match="^damaged in the archive: ") as error:
+        read(first)
+    if packing == zipfile.ZIP_STORED:
+        changed = zlib.crc32(whole[first.start : first.start + first.length])
+        right = zlib.crc32(files[first.name])
+        assert str(error.value) == f"damaged in the archive: its CRC-32 is {changed:08x} instead of {right:08x}"
+    together = read_range(entries)
+    assert str(together[0]) == str(error.value)
+    assert together[1:] == [files[entry.name] for entry in entries[1:]]
+    with pytest.raises(ValueError, match=r"x\.zip: notes\.csv: damaged in the archive: "):
+        tree.read("notes.csv")
 
 
 def test_archives_of_each_part_and_a_tar(tmp_path):

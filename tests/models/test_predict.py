@@ -113,6 +113,19 @@ def test_an_image_a_pattern_a_zip_and_parquet_give_the_same(net, tree, tmp_path)
     assert numbered[1] == classes
 
 
+def test_a_flipped_byte_in_a_zip_is_rejected_by_its_name(net, tree, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("folder-0/0.jpg", "folder-1/1.png"):
+            archive.write(tree / name, name)
+        middle = archive.getinfo("folder-0/0.jpg").compress_size // 2
+    data = bytearray((tmp_path / "all.zip").read_bytes())
+    data[data.index(b"\xff\xd8\xff") + middle] ^= 1
+    (tmp_path / "all.zip").write_bytes(data)
+    names, _, _, [(rejected, why)] = predictions(net, tmp_path / "all.zip")
+    assert (names, rejected) == (["folder-1/1.png"], "folder-0/0.jpg")
+    assert why.startswith("damaged in the archive: its CRC-32 is ")
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from alexnet.images import NotAnImage
 from orchestrator.base.shown import quoted, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, SHEETS, UNFINISHED
@@ -54,10 +55,13 @@ class Where:
     start: int | None = None
     length: int | None = None  # bytes of the file itself
     packed: int | None = None  # bytes that it takes in the archive
+    crc: int | None = None  # of a zip's member
 
     def at(self) -> dict[str, Any]:
         """The fields of an Entry that say so."""
-        return {"path": self.path, "start": self.start, "length": self.length, "packed": self.packed}
+        return {
+            "path": self.path, "start": self.start, "length": self.length, "packed": self.packed, "crc": self.crc,
+        }  # fmt: skip
 
 
 @dataclass
@@ -89,7 +93,10 @@ class Tree:
         size = (at.length if at.length is not None else StoragePath(at.path).size()) or 0
         if size > MAX_BYTES:
             raise ValueError(f"--source {self.shown}: {name}: {size} bytes are too many for a list of labels")
-        return read(Entry(0, 0, name, **at.at()))
+        try:
+            return read(Entry(0, 0, name, **at.at()))
+        except NotAnImage as reason:
+            raise ValueError(f"--source {self.shown}: {name}: {reason}") from None
 
     def summary(self) -> str:
         """What is there: files by the ends of their names, and the folders at the top."""
@@ -189,7 +196,7 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
                 lengths = struct.unpack("<HH", header[26:30]) if len(header) == LOCAL_HEADER else (0, 0)
                 start = info.header_offset + LOCAL_HEADER + sum(lengths)
                 packed = info.compress_size if info.compress_type == DEFLATED else None
-                yield info.filename, Where(archive.text, start, info.file_size, packed)
+                yield info.filename, Where(archive.text, start, info.file_size, packed, info.CRC)
     except (
         zipfile.BadZipFile,
         OSError,
