@@ -213,7 +213,7 @@ def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.txt": "x"}, r"has no images: 1 files \(1 .txt\); expected folders CLASS/IMAGE"),
+        ({"a.txt": "x"}, r"has no images: 1 file \(1 .txt\); expected folders CLASS/IMAGE"),
         ({"0.jpg": b"", "1.jpg": b""}, r"it has 0 class folders of images; .* there are 2 files \(2 .jpg\)"),
         ({f"{c}.{i}.jpg": b"" for c in ("cat", "dog") for i in range(5)}, r"is read with --label-pattern '\^\("),
         ({"0.jpg": b"", "notes.csv": "a,b\n1,2\n"}, "labels in a table are read with --labels notes.csv"),
@@ -415,7 +415,7 @@ def test_a_member_of_a_zip_is_held_against_its_checksum(tmp_path, packing):
     for at in (first.start + (first.packed or first.length) // 2, notes + (packing == zipfile.ZIP_DEFLATED)):
         whole[at] ^= 1
     (tmp_path / "x.zip").write_bytes(whole)
-    with pytest.raises(NotAnImage, match="^damaged in the archive: ") as error:
+    with pytest.raises(NotAnImage, match=r"^damaged in the archive: ") as error:
         read(first)
     if packing == zipfile.ZIP_STORED:
         changed = zlib.crc32(whole[first.start : first.start + first.length])
@@ -849,7 +849,7 @@ def test_of_a_webdataset_s_sample_the_first_image_counts_and_null_is_no_label(tm
     [
         ({"image_column": "image.nosuch"}, "--image-column image.nosuch: is not bytes in"),
         ({"label_column": "annotation.label"}, "--label-column annotation.label: is not a column of"),
-        ({"format": "caffe"}, "has no train.txt"),
+        ({"format": "caffe"}, "--format caffe: needs train.txt and val.txt with lines PATH LABEL; "),
     ],
 )
 def test_what_is_stated_wrongly_is_one_line(tmp_path, options, words):

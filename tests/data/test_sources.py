@@ -340,6 +340,38 @@ def test_a_format_that_is_given_is_not_detected(ilsvrc):
     refused(ilsvrc, r"has no images: 3 files \(2 .tar, 1 .gz\); expected folders CLASS/IMAGE", format="imagefolder")
 
 
+@pytest.mark.parametrize(
+    ("form", "needs"),
+    [
+        ("ilsvrc", f"{archives.TRAIN}, {archives.VAL} and ILSVRC2012_devkit_t12.tar.gz in a folder"),
+        ("cifar10", "cifar-10-python.tar.gz, or its folder cifar-10-batches-py"),
+        ("webdataset", "tars of KEY.jpg and KEY.cls"),
+        ("parquet", "Parquet or Arrow files, which are not in an archive"),
+        ("caffe", "train.txt and val.txt with lines PATH LABEL"),
+        ("table", "a table of labels (.csv, .tsv, .jsonl, .txt)"),
+    ],
+)
+def test_a_format_that_is_given_says_what_it_needs_and_what_is_there(tmp_path, form, needs):
+    for name in ("cat/0.jpg", "dog/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    text = refused(tmp_path, "needs", format=form)
+    assert text == f"--format {form}: needs {needs}; --source {tmp_path} has 2 files (2 .jpg) in cat/, dog/"
+    if form in ("ilsvrc", "cifar10"):
+        assert refused(tmp_path / "cat/0.jpg", "needs", format=form).endswith("cat/0.jpg is a file")
+
+
+def test_a_part_of_a_stated_format_is_not_taken_for_all_of_it(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    text = refused(tmp_path, "has no", format="cifar10")
+    assert text.endswith(
+        "cifar-10-batches-py has no data_batch_1; expected cifar-10-batches-py/ or cifar-10-python.tar.gz"
+    )
+    (tmp_path / "a.tar").write_bytes(tar_of({"0.jpg": b"x", "1.jpg": b"x"}))
+    text = refused(tmp_path / "a.tar", "label", format="webdataset")
+    assert text.endswith("its tars have no image with a label beside it, KEY.jpg and KEY.cls; a.tar/0 has no label")
+
+
 def test_a_class_may_be_a_link_to_a_folder(tmp_path, photographs):
     (photographs / "train" / "pear").rename(tmp_path / "elsewhere")
     (photographs / "train" / "pear").symlink_to(tmp_path / "elsewhere")

@@ -132,7 +132,7 @@ def test_a_flipped_byte_in_a_zip_is_rejected_by_its_name(net, tree, tmp_path):
         ("nowhere", "no such file or folder; give an image"),
         ("*.jpg", "no image matches it"),
         ("empty", "has no image: 0 files"),
-        ("texts", "has no image: 1 files"),
+        ("texts", "has no image: 1 file "),
         ("plain.parquet", "has no column of image bytes; it has number"),
         ("broken.parquet", "cannot be read as a table"),
     ],

@@ -37,8 +37,11 @@ def open_cifar10(root: StoragePath, say: Say = lambda line: None) -> Source:
         where = folder
     else:
         where = root if root.name == ARCHIVE else root / ARCHIVE
-        files = read_small_archive(where, names) if where.size() else {}
-    missing = sorted(names - files.keys())
+        if where.size() is None:
+            where, files = root / FOLDER if (root / FOLDER).is_folder() else root, {}
+        else:
+            files = read_small_archive(where, names)
+    missing = sorted(names - files.keys(), key=lambda name: (name != TRAIN[0], name))
     if missing:
         raise ValueError(f"--source {root}: {where} has no {missing[0]}; expected {FOLDER}/ or {ARCHIVE}")
     meta = _read(files[META], where / META, "label_names")

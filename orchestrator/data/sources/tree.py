@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from alexnet.images import NotAnImage
-from orchestrator.base.shown import quoted, shown
+from orchestrator.base.shown import count_of, quoted, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, SHEETS, UNFINISHED
 from orchestrator.data.sources.devkit import MAX_BYTES
@@ -104,7 +104,7 @@ class Tree:
         kinds = ", ".join(f"{count} {'.' * (kind in IMAGES | OTHERS)}{kind}" for kind, count in counts.most_common(5))
         folders = self.folders()
         named = ", ".join(f"{name}/" for name in folders[:8]) + (", ..." if len(folders) > 8 else "")
-        return shown(f"{len(self.files)} files ({kinds or 'none'})" + (f" in {named}" if folders else ""))
+        return shown(f"{count_of(len(self.files), 'file')} ({kinds or 'none'})" + (f" in {named}" if folders else ""))
 
 
 def extension(name: str) -> str:
