@@ -234,6 +234,15 @@ def test_a_sparse_member_of_an_impossible_size_is_named(tmp_path):
         read_small_archive(StoragePath.of(tmp_path / "x.tar.gz"), {"a"})
 
 
+def test_an_archive_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(place):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(StoragePath, "read", refuse)
+    with pytest.raises(ValueError, match=r"x.tar.gz: cannot be read: Permission denied$"):
+        read_small_archive(StoragePath.of(tmp_path / "x.tar.gz"), {"a"})
+
+
 def test_a_shard_without_a_column_is_damage(tmp_path):
     pq.write_table(pa.table({"image": [b"x"] * 2, "label": pa.array([0, 1], pa.int32())}), tmp_path / "x.parquet")
     with pytest.raises(DamagedData, match=r"x.parquet, row group 0: has no column id$"):

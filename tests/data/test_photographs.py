@@ -446,17 +446,30 @@ def bad_zip(kind: str) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../evil/0.jpg" if kind == "parent" else "cat/0.jpg", b"x" * 1000)
         archive.writestr("dog/0.jpg", b"y" * 1000)
+    if kind == "empty":
+        return b""
     data = bytearray(buffer.getvalue())
     if kind == "encrypted":
         data[data.index(b"PK\x01\x02") + 8] |= 1
     if kind == "cut":
         del data[len(data) // 2 :]
+    if kind == "text":
+        data[:] = b"no zip at all" * 100
+    if kind == "version":
+        data[data.index(b"PK\x01\x02") + 6] = 99
     return bytes(data)
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("parent", "has an absolute or parent path"), ("encrypted", "is encrypted"), ("cut", "cannot be read as a zip")],
+    [
+        ("parent", "has an absolute or parent path"),
+        ("encrypted", "is encrypted"),
+        ("cut", "cannot be read as a zip: File is not a zip file; download it again$"),
+        ("empty", "; download it again$"),
+        ("text", "cannot be read as a zip: File is not a zip file$"),
+        ("version", r"zip file version 9\.9$"),
+    ],
 )
 def test_bad_zips_are_refused_in_one_line(tmp_path, kind, words):
     (tmp_path / "x.zip").write_bytes(bad_zip(kind))

@@ -129,6 +129,9 @@ def test_a_flipped_byte_in_a_zip_is_rejected_by_its_name(net, tree, tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("/dev/null", "^--source /dev/null: is a device, neither a folder nor a file that can be read; give an image"),
+        ("pipe.zip", "is a pipe, neither a folder nor a file"),
+        ("pipes", r"pipes/b\.zip: cannot be read as a zip: is a pipe, not a file$"),
         ("nowhere", "no such file or folder; give an image"),
         ("*.jpg", "no image matches it"),
         ("empty", "has no image: 0 files"),
@@ -142,6 +145,9 @@ def test_a_source_without_images_is_one_line(tmp_path, monkeypatch, source, word
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("")
+    (tmp_path / "pipes").mkdir()
+    for name in ("pipe.zip", "pipes/b.zip"):
+        os.mkfifo(tmp_path / name)
     pq.write_table(pa.table({"number": [1]}), tmp_path / "plain.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=words) as error:

@@ -74,9 +74,9 @@ def open_source(
         return open_digits()
     root = StoragePath.of(source)
     if not root.is_folder() and root.size() is None:
-        raise ValueError(
-            f"--source {root}: no such folder or file; give a folder, archive or URI of images, or {DIGITS}"
-        )
+        kind = root.special()
+        what = f"is {kind}, neither a folder nor a file that can be read" if kind else "no such folder or file"
+        raise ValueError(f"--source {root}: {what}; give a folder, archive or URI of images, or {DIGITS}")
     if (root / MANIFEST).size() is not None:
         training = f"{command('train')} --data {shlex.quote(str(root))}"
         raise ValueError(f"--source {root}: holds shards already; train with: {training}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data import sandbox
-from orchestrator.data.sources.devkit import read_small_archive
+from orchestrator.data.sources.devkit import AGAIN, read_small_archive
 from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source, small_images
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -17,6 +17,7 @@ FOLDER = "cifar-10-batches-py"
 META = "batches.meta"
 TRAIN, VAL = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 SIDE = 32  # pixels
+CUT_OFF = ("pickle data was truncated", "EOFError")  # errors of a pickle that ends too soon
 
 # all that the real files name: an array of bytes and its type. A pickle that names anything else is refused.
 ALLOWED = {
@@ -89,7 +90,8 @@ def _read(data: bytes, where: StoragePath, *wanted: str) -> dict[str, Any]:
         return content
     except ValueError as error:
         what = str(error).removeprefix("UnpicklingError: ")
-        raise ValueError(f"{where}: is not a batch of CIFAR-10: {what}; download it again") from None
+        again = AGAIN if what.startswith(CUT_OFF) else ""
+        raise ValueError(f"{where}: is not a batch of CIFAR-10: {what}{again}") from None
 
 
 def _content(data: bytes) -> bytes:

@@ -16,7 +16,7 @@ from alexnet.images import NotAnImage
 from orchestrator.base.shown import count_of, quoted, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, SHEETS, UNFINISHED
-from orchestrator.data.sources.devkit import MAX_BYTES
+from orchestrator.data.sources.devkit import AGAIN, MAX_BYTES
 from orchestrator.data.sources.ilsvrc import members
 from orchestrator.data.sources.listing import Entry, read
 
@@ -45,6 +45,7 @@ LINKS_DOWN_TO = 5  # folders deep: a split, or a class, may be a link
 LOCAL_HEADER = 30  # bytes of a zip's local header before the name
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 ENCRYPTED = 0x1  # flag of a zip's member
+ZIP_BEGINS = b"PK"  # a file that does not is no zip, however often it is downloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
         with archive.open() as file, zipfile.ZipFile(file) as found:
             for info in found.infolist():
                 if not info.filename:
-                    raise ValueError(f"{archive}: has a member without a name; download it again")
+                    raise ValueError(f"{archive}: is damaged: it has a member without a name{AGAIN}")
                 if info.is_dir():
                     continue
                 path = PurePosixPath(info.filename)
@@ -206,7 +207,12 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
         UnicodeError,
         pa.ArrowException,
     ) as error:  # Arrow's: of a place outside the file
-        raise ValueError(f"{archive}: cannot be read as a zip: {error}; download it again") from None
+        why: object = error
+        if isinstance(error, OSError) and error.errno is not None:  # the system's
+            why = error.strerror
+        elif not isinstance(error, NotImplementedError) and ZIP_BEGINS.startswith(archive.read_at(0, len(ZIP_BEGINS))):
+            why = f"{error}{AGAIN}"
+        raise ValueError(f"{archive}: cannot be read as a zip: {why}") from None
 
 
 def _sort_out(tree: Tree, found: Iterable[tuple[str, Where]]) -> None:
