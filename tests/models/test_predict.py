@@ -203,6 +203,13 @@ def test_a_file_that_was_not_finished_leaves_the_one_before(tmp_path):
         check_form(StoragePath.of("rows.txt"))
 
 
+def test_an_output_that_cannot_be_written_is_named_as_it_was_given(net, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = StoragePath.of(tmp_path / "file" / "x.csv")
+    with pytest.raises(JobError, match=f"^--output {output}: cannot be written "):
+        command.write(net, None, None, output, None)
+
+
 def test_rows_go_to_object_storage_whole(s3):
     place = s3[0] / "rows.jsonl"
     with RowFile(place, SCHEMA) as file:
