@@ -121,7 +121,7 @@ def test_gray_pixels_of_a_jpeg_are_those_of_the_whole_image_and_foreign_bytes_ar
     image.convert("CMYK").save(cmyk, "JPEG")
     assert decode_gray(cmyk.getvalue(), 32)[0].shape == (400, 533)
     monkeypatch.setattr(sys.modules[decode_gray.__module__], "MAX_PIXELS", 100_000)
-    with pytest.raises(NotAnImage, match="533x400 is more than"):
+    with pytest.raises(NotAnImage, match="533x400 pixels are more than"):
         decode_gray(copied(image, ""), 32)
 
 
