@@ -205,7 +205,8 @@ def test_a_look_from_a_run_to_the_page_and_to_mlflow(compiled, run, tmp_path, mo
 
 @pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
 @pytest.mark.parametrize(
-    "error", [MemoryError("no room"), torch.OutOfMemoryError("no room"), RuntimeError("x: can't allocate memory: no room")]
+    "error",
+    [MemoryError("no room"), torch.OutOfMemoryError("no room"), RuntimeError("x: can't allocate memory: no room")],
 )
 def test_too_little_memory_is_one_line_with_what_takes_less(run, tmp_path, monkeypatch, capsys, error):
     def fail(*args):
