@@ -253,7 +253,12 @@ class StoragePath:
             raise OSError(errno.EINVAL, f"is {kind}, not a file", str(self))
 
     def _info(self) -> Any:
-        return self.with_retries(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+        try:
+            return self.with_retries(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+        except OSError as error:
+            if self.local is None or error.errno != errno.ENAMETOOLONG:
+                raise
+            return pa.fs.FileInfo(self.text, pa.fs.FileType.NotFound)  # no file has such a name
 
     def _selected(self, *, recursive: bool) -> list[Any]:
         def listed() -> list[Any]:

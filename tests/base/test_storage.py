@@ -63,6 +63,11 @@ def test_what_is_neither_a_folder_nor_a_file_is_named_and_not_waited_for(tmp_pat
             act(StoragePath.of(tmp_path / "pipe"))
 
 
+def test_there_is_nothing_by_a_name_that_no_file_may_have(tmp_path):
+    place = StoragePath.of(tmp_path / ("x" * 5000))
+    assert (place.size(), place.is_folder(), place.special()) == (None, False, None)
+
+
 def test_a_folder_of_objects_that_somebody_removes_meanwhile_is_missed_at_once(s3, monkeypatch):
     source = s3[0] / "gone"
     monkeypatch.setattr(StoragePath, "files", lambda path: ["a.bin"])

@@ -299,6 +299,8 @@ def test_a_film_has_a_frame_for_each_epoch_on_one_scale(run):
 WRONG = [
     (["mine", "--data", "nowhere"], r"look.py: error: --data .*nowhere: no such folder; make one with: python jobs"),
     (["mine", "--image", "none.jpg"], r"look.py: error: --image none.jpg: cannot be read \(No such file"),
+    (["mine", "--image", "x" * 5000], r"look.py: error: --image x{600,} \.\.\. \(\d+ more characters\) \.\.\. "
+     r"x{200,}: cannot be read \(File name too long\)$"),
     (["mine", "--image", "text.jpg"], r"look.py: error: --image text.jpg: not an image in a format that is read"),
     (["mine", "--max-images", "0"], r"look.py: error: argument --max-images: 0: must be at least 1"),
     (["copy", "--output", "text.jpg"], r"look.py: error: --output .*text.jpg: cannot be written \(.*\); choose"),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import refused
 
 import alexnet
 from alexnet import images
@@ -153,6 +155,15 @@ def test_a_source_without_images_is_one_line(tmp_path, monkeypatch, source, word
     with pytest.raises(ValueError, match=words) as error:
         find_images(source)
     assert "\n" not in str(error.value)
+
+
+def test_a_source_of_an_endless_name_is_one_line_of_bounded_length(net, tmp_path, monkeypatch, capsys):
+    net.save(tmp_path / "net")
+    line = refused("predict", [str(tmp_path / "net"), "--source", "x" * 5000], tmp_path, monkeypatch, capsys)
+    assert re.match(
+        r"predict.py: error: --source x{600,} \.\.\. \(\d+ more characters\) \.\.\. .*: no such file or ", line
+    )
+    assert len(line) < 1100
 
 
 def test_a_table_without_images_stops_no_folder(net, tree):
