@@ -28,6 +28,7 @@ COUNTED = ("rotated", "transparent", "gray")  # kinds of images that a preparati
 MAX_DECODED_BYTES = 300_000_000  # of what Pillow decodes, which may need several times that
 MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
 MAX_SCANNED_PIXELS = 1_000_000_000  # scans times pixels: about ten seconds
+MAX_WEBP_SIDE = 16383  # pixels of a coded frame; a canvas of frames may state 2**24, for which the decoder takes memory
 STRIP_PIXELS = 1_000_000
 MAX_ASPECT = 4  # longer images are cut to this before resizing, or a line of 1 x 30000 pixels would fill gigabytes
 
@@ -164,6 +165,8 @@ def _decode_with_pillow(
             image = PIL.Image.open(io.BytesIO(data), formats=_formats())
             _check_size(image.height, image.width)
             _check_bytes(image)
+            if image.format == "WEBP" and max(image.size) > MAX_WEBP_SIDE:
+                raise NotAnImage(f"{image.width}x{image.height}: a WebP has up to {MAX_WEBP_SIDE} pixels a side")
             if image.format in TURNED:
                 turn = 1
                 if _turned_by_itself(image) in range(2, 9):
@@ -181,6 +184,9 @@ def _decode_with_pillow(
             return _turned(pixels, turn, count)
     except (NotAnImage, MemoryError):
         raise
+    except PIL.Image.DecompressionBombError as error:  # before it gives a size
+        found = re.search(r"(\d+) pixels", str(error))
+        raise NotAnImage(_too_large(f"{found[1] if found else 'its number of'} pixels are")) from None
     except PIL.UnidentifiedImageError:
         read = [*FORMATS, "HEIC"] if _reads_heic() else FORMATS
         raise NotAnImage(f"not an image in a format that is read: {', '.join(read)}") from None
@@ -217,15 +223,24 @@ def _laid_over(image: "PIL.Image.Image", background: tuple[int, int, int], count
     import PIL.Image
 
     image.load()  # some formats state transparency beside their pixels
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
-        return np.asarray(image.convert("RGB"))
-    full = image.convert("RGBA")
-    if np.asarray(full.getchannel("A")).min() == 255:
-        return np.asarray(full.convert("RGB"))
-    count("transparent")
-    base = PIL.Image.new("RGB", full.size, background)
-    base.paste(full, mask=full.getchannel("A"))
-    return np.asarray(base)
+    may_be_seen_through = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    transparent = False
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):  # in strips: each copy of the whole would take four bytes a pixel
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if may_be_seen_through:
+            strip = strip.convert("RGBA")
+            alpha = strip.getchannel("A")
+            if alpha.getextrema()[0] != 255:
+                transparent = True
+                base = PIL.Image.new("RGB", strip.size, background)
+                base.paste(strip, mask=alpha)
+                strip = base
+        rgb[top : top + rows] = np.asarray(strip.convert("RGB"))
+    if transparent:
+        count("transparent")
+    return rgb
 
 
 @functools.cache
@@ -305,9 +320,13 @@ def _check_bytes(image: "PIL.Image.Image") -> None:
 
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise NotAnImage(f"{width}x{height} is more than {MAX_PIXELS // 10**6} million pixels: a decompression bomb?")
+        raise NotAnImage(_too_large(f"{width}x{height} pixels are"))
     if height * width == 0:
         raise NotAnImage("no pixels")
+
+
+def _too_large(what: str) -> str:
+    return f"{what} more than {MAX_PIXELS // 10**6} million: a decompression bomb?"
 
 
 def resize_and_center(image: Image, size: int) -> Image:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from . import augment, images, ten_views
 from .augment import MeanSubtraction
@@ -164,17 +164,23 @@ class TrainedNet:
 
     def save(self, folder: str | Path) -> None:
         """Write a model's folder, which `load` reads."""
-        from safetensors.torch import save_file
-
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(state, str(Path(folder, WEIGHTS)))
+        write_safetensors(state, Path(folder, WEIGHTS))
         write_description(Path(folder), self.description, self.mean_image)
 
 
 def log_mean(log_probabilities: torch.Tensor) -> torch.Tensor:
     """The logarithm of the mean over the first dimension of probabilities that are given by their logarithms."""
     return torch.logsumexp(log_probabilities, 0) - math.log(len(log_probabilities))
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a file, of the mode that any new file gets: the library's own is for its owner alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, str(file), metadata)
+    file.chmod(mode & 0o777)
 
 
 def write_description(folder: Path, description: Description, mean_image: NDArray[np.float32]) -> None:

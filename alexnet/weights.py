@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import caffemodel, onnx_graph
 from .lrn import LocalResponseNorm
 from .presets import LRN, preset_of
-from .trained import MEAN_IMAGE, WEIGHTS, Description, TrainedNet, assemble, read_safetensors
+from .trained import MEAN_IMAGE, WEIGHTS, Description, TrainedNet, assemble, read_safetensors, write_safetensors
 
 FORMATS = {".safetensors": "safetensors", ".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffemodel",
            ".onnx": "onnx"}  # fmt: skip
@@ -114,7 +113,7 @@ def _read_safetensors(file: Path) -> TrainedNet:
 
 def _write_safetensors(trained: TrainedNet, file: Path) -> list[str]:
     tensors = _state(trained) | {MEAN_TENSOR: torch.from_numpy(np.ascontiguousarray(trained.mean_image))}
-    save_file(tensors, str(file), metadata={"format": "pt", METADATA: trained.description.to_json()})
+    write_safetensors(tensors, file, {"format": "pt", METADATA: trained.description.to_json()})
     return []
 
 

@@ -87,6 +87,22 @@ def lacks_memory(error: BaseException) -> bool:
     )  # fmt: skip
 
 
+def no_memory(error: BaseException, hint: str) -> str:
+    """One line for the user about want of memory. hint: what takes less."""
+    return f"not enough memory ({last_line(error)[:200]}); {hint}"
+
+
+@contextlib.contextmanager
+def hinting_at_memory(hint: str) -> Iterator[None]:
+    """Want of memory within is a JobError, with what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise JobError(no_memory(error, hint)) from None
+
+
 def catch_signals() -> None:
     """Make Ctrl-C and SIGTERM raise Interrupted. To be called again after Ray has put its own handlers in place."""
     if threading.current_thread() is threading.main_thread():

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 import urllib.parse
@@ -109,9 +110,22 @@ class StoragePath:
     def is_folder(self) -> bool:
         return bool(self._info().type == pa.fs.FileType.Directory)
 
+    def special(self) -> str | None:
+        """What is there that is neither a folder nor a file; None if it is one of them, or nothing."""
+        if self.local is None:
+            return None
+        try:
+            mode = os.stat(self.local).st_mode
+        except OSError:
+            return "a link to nothing" if os.path.islink(self.local) else None
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        return kinds.get(stat.S_IFMT(mode))
+
     def read(self, before: Callable[[int], None] = lambda size: None) -> bytes:
         """Raises OSError where the file is not there, StorageError where it cannot be had; and what `before` raises,
         which is called with the file's size before it is read."""
+
+        self._refuse_special()
 
         def whole() -> bytes:
             fs, path = self._opened()
@@ -124,6 +138,7 @@ class StoragePath:
 
     def open(self) -> Any:
         """A pyarrow file for reading anywhere in it: mapped into memory where it is local."""
+        self._refuse_special()
         if self.local is not None:
             return pa.memory_map(str(self.local))
 
@@ -232,8 +247,18 @@ class StoragePath:
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
+    def _refuse_special(self) -> None:
+        """Raises OSError, rather than wait for somebody to write into a pipe."""
+        if (kind := self.special()) is not None:
+            raise OSError(errno.EINVAL, f"is {kind}, not a file", str(self))
+
     def _info(self) -> Any:
-        return self.with_retries(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+        try:
+            return self.with_retries(lambda: self._opened()[0].get_file_info(self._opened()[1]), "reached")
+        except OSError as error:
+            if self.local is None or error.errno != errno.ENAMETOOLONG:
+                raise
+            return pa.fs.FileInfo(self.text, pa.fs.FileType.NotFound)  # no file has such a name
 
     def _selected(self, *, recursive: bool) -> list[Any]:
         def listed() -> list[Any]:

@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from orchestrator.base.exits import hinting_at_memory
 from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine, bar
@@ -78,7 +79,8 @@ def _look(flags: Parser, args: argparse.Namespace, into: Path) -> int:
         flags.error(f"--output {output}: cannot be written ({error.strerror}); choose another folder")
     if kernels:
         look.film(kernels)
-    look.images(own, *parts)
+    with hinting_at_memory("fewer --image, or a machine with more memory, may do"):
+        look.images(own, *parts)
     described = trained.description
     trained_on = f"trained on {described.data}: " if described.data else ""
     epoch = f", after epoch {described.epoch}" if described.epoch is not None else ""

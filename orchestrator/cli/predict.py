@@ -94,7 +94,7 @@ def write(trained: TrainedNet, found: Found, args: argparse.Namespace, output: S
         left = duration((total - done) / speed)
         line.update(f"{bar(done / total)} {done}/{total} images, {speed:.0f} images/s, {left} left")
 
-    with RowFile(rejected_file, rejected_schema) as refused, RowFile(output, SCHEMA) as kept:
+    with RowFile(output, SCHEMA) as kept, RowFile(rejected_file, rejected_schema) as refused:
         for part in predict(trained, found, settings_of(args), top=args.top, exif=turns(trained, args.exif),
                             num_workers=args.workers, progress=progress):  # fmt: skip
             good, bad = good + len(part.names), bad + len(part.rejected)

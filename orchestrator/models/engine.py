@@ -25,7 +25,7 @@ from alexnet.allocator import keep_freed_memory
 from alexnet.augment import MeanSubtraction
 from alexnet.trained import TrainedNet
 from orchestrator.base.environment import num_cpus
-from orchestrator.base.exits import JobError, lacks_memory, last_line, signals_deferred
+from orchestrator.base.exits import JobError, lacks_memory, last_line, no_memory, signals_deferred
 from orchestrator.base.shown import count_of
 from orchestrator.cluster.placement import WORKERS_PER_CPU
 from orchestrator.train.rendezvous import wants_bf16
@@ -118,7 +118,7 @@ class Worker(Generic[T]):
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            return Failure(JobError, f"not enough memory ({last_line(error)[:200]}); a smaller --batch-size may do")
+            return Failure(JobError, no_memory(error, "a smaller --batch-size may do"))
         return Answer(pixels.ids, found, pixels.names, pixels.rejected)
 
     def _run(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

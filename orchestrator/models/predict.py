@@ -58,7 +58,7 @@ def find_images(source: str) -> Found:
         if archives and not any(extension(name) in (*IMAGES, SUFFIX[1:]) for name in tree.files):
             tree = unpacked(tree, archives)
         return _of_tree(source, tree)
-    if place.size() is not None or (place.local is not None and place.local.exists()):
+    if place.size() is not None:
         if place.name.lower().endswith(ARCHIVES):
             return _of_tree(source, tree_of(place))
         if place.name.lower().endswith(TABLES):
@@ -71,8 +71,10 @@ def find_images(source: str) -> Found:
             raise ValueError(f"--source {source}: no image matches it")
         made = functools.partial(map, lambda pair: Entry(pair[0], 0, pair[1], path=str(Path(pair[1]).absolute())))
         return Found(len(wanted), lambda: made(enumerate(wanted)), len(names) - len(wanted))
+    kind = place.special()
+    what = f"is {kind}, neither a folder nor a file that can be read" if kind else "no such file or folder"
     raise ValueError(
-        f"--source {source}: no such file or folder; give an image, a folder, a pattern such as 'photos/**/*.jpg', "
+        f"--source {source}: {what}; give an image, a folder, a pattern such as 'photos/**/*.jpg', "
         "a zip or tar, a Parquet file, or a URI such as s3://BUCKET/FOLDER"
     )
 

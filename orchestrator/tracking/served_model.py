@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 import alexnet
 from alexnet import images
+from alexnet.images_apart import ApartDecoder
 
 COLUMNS = ("image", "bytes")  # of tables and records, that hold a picture
 BATCH = 32  # images at a time
@@ -89,6 +90,8 @@ def _field(record: dict[str, Any]) -> Any:
 class Classifier:
     """From pictures to the best classes, or to the probabilities of all."""
 
+    decoder = ApartDecoder()  # strangers' images take no more time and memory than they may
+
     def load_context(self, context: Any) -> None:
         """context.model_config["files"]: whether a text is the name of a file. Only who loads the model sets it; what
         comes over HTTP cannot, and a server reads no files that its clients name."""
@@ -130,7 +133,8 @@ class Classifier:
             if isinstance(picture, bytes | bytearray | memoryview):
                 if len(picture) > images.MAX_FILE_BYTES:
                     raise ValueError(f"{len(picture)} bytes, at most {images.MAX_FILE_BYTES} are read")
-                return self.trained.stored(bytes(picture))
+                decoded = self.decoder.decode(bytes(picture), exif=self.trained.description.applies_exif)
+                return images.resize_and_center(decoded, self.trained.image_size)
             return self._resized(np.asarray(picture))
         except ValueError as error:  # images.NotAnImage is one
             where = "" if number == 1 else f"image {index + 1} of {number}: "

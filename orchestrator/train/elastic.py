@@ -116,16 +116,28 @@ class ElasticPlanner:
         finally:
             self.release_capacity()
 
-    def why_waiting(self, plan: Plan) -> str:
-        """What the workers wait for that have not started in START_TIMEOUT_S."""
+    def why_waiting(self, plan: Plan, placement_group: str | None) -> str:
+        """What the workers wait for that have not started in START_TIMEOUT_S. placement_group: its id if known."""
         import ray
 
-        free = ray.available_resources()
-        return (
-            f"the workers have not started in {START_TIMEOUT_S:.0f} s; "
-            f"waiting for {plan.layout.workers} of {plan.resources.per_worker()} ({plan.strategy()}), "
-            f"and the cluster has free: CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}"
+        late, workers = (
+            f"the workers have not started in {START_TIMEOUT_S:.0f} s",
+            count_of(plan.layout.workers, "worker"),
         )
+        if placement_group is not None and _is_reserved(placement_group):
+            return (
+                f"{late}: the room for {workers} is reserved, and the processes are still starting, which takes long "
+                "on a busy machine or from a slow disk"
+            )
+        each, there = plan.resources.per_worker(), ray.available_resources()
+        wanted = ", ".join(f"{name} {plan.layout.workers * count:g}" for name, count in each.items())
+        free = ", ".join(f"{name} {there.get(name, 0):g}" for name in each)
+        if all(there.get(name, 0) >= plan.layout.workers * count for name, count in each.items()):
+            return (
+                f"{late}: the cluster has free what {workers} take together ({wanted} of {free}), but not where they "
+                f"can be placed ({plan.strategy()}), or Ray has yet to place them"
+            )
+        return f"{late}: they wait for room; {workers} take {wanted}, and the cluster has free: {free}"
 
     def _next_larger(self, plan: Plan) -> int:
         """The next larger number of workers that the run may have; 0 if there is none."""
@@ -137,6 +149,15 @@ class ElasticPlanner:
 
         with signals_deferred():
             return uses_gpu(self.config.device, ray.cluster_resources().get("GPU", 0))
+
+
+def _is_reserved(placement_group: str) -> bool:
+    """Whether a placement group, by its id, has its resources."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table
+
+    group = PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group)))
+    return bool(placement_group_table(group).get("state") == "CREATED")
 
 
 def _nodes() -> list[Node]:

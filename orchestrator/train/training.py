@@ -181,7 +181,7 @@ class Training:
                         case Decision.FIT_OVER:
                             return reports
                         case Decision.WARN_NOT_STARTED:
-                            on_event(Warned(text=self.planner.why_waiting(plan)))
+                            on_event(Warned(text=self.planner.why_waiting(plan, placement_group)))
                         case Decision.END_FOR_LOST_NODES:
                             self._end_for_lost_nodes(on_event)
                             return None

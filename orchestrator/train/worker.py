@@ -17,7 +17,7 @@ import alexnet
 from alexnet.layouts import Layout, ShardedNet
 from alexnet.trained import write_description
 from orchestrator.base import logs
-from orchestrator.base.exits import lacks_memory, last_line
+from orchestrator.base.exits import lacks_memory, no_memory
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
@@ -77,10 +77,7 @@ def train_worker(loop: dict[str, Any]) -> None:
 
 def why_no_memory(error: BaseException, global_batch_size: int) -> str:
     """One line for the user."""
-    return (
-        f"not enough memory ({last_line(error)[:200]}); a --global-batch-size below {global_batch_size}, or more "
-        "workers, takes less"
-    )
+    return no_memory(error, f"a --global-batch-size below {global_batch_size}, or more workers, takes less")
 
 
 def _train(payload: WorkerPayload, link: DriverLink) -> None:

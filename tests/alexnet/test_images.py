@@ -147,6 +147,27 @@ def test_cmyk_and_rgb_of_one_picture_look_alike():
     assert np.abs(rgb.astype(int) - cmyk).mean() < 6
 
 
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size."""
+    whole = bytearray(encoded(PIL.Image.new("1", (1, 1)), "PNG"))
+    whole[16:24] = struct.pack(">II", width, height)
+    whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
+    return bytes(whole)
+
+
+def test_what_is_laid_over_in_strips_is_what_pillow_lays_over_as_a_whole(monkeypatch):
+    monkeypatch.setattr(images, "STRIP_PIXELS", 70)  # two rows
+    clear = COLOUR.convert("RGBA")
+    clear.putalpha(PIL.Image.linear_gradient("L").resize(COLOUR.size))
+    whole = PIL.Image.new("RGB", COLOUR.size, (10, 20, 30))
+    whole.paste(clear, mask=clear)
+    counted: list[str] = []
+    found = images.decode(encoded(clear, "PNG"), background=(10, 20, 30), count=counted.append)
+    np.testing.assert_array_equal(found, np.asarray(whole))
+    assert counted == ["transparent"]
+    np.testing.assert_array_equal(images.decode(encoded(COLOUR.convert("RGBA"), "PNG")), np.asarray(COLOUR))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -155,9 +176,10 @@ def test_cmyk_and_rgb_of_one_picture_look_alike():
         (encoded(COLOUR, "EPS"), "not an image in a format that is read: JPEG"),  # would be a program to run
         (encoded(COLOUR, "JPEG")[:400], "(?i)truncated"),
         (encoded(COLOUR, "PNG")[:200], "."),
-        (encoded(PIL.Image.new("1", (30_000, 30_000)), "PNG"), "decompression bomb"),
+        (png_header(30_000, 30_000), "^900000000 pixels are more than 100 million: a decompression bomb\\?$"),
+        (png_header(12_000, 10_000), "^12000x10000 pixels are more than 100 million: a decompression bomb\\?$"),
     ],
-    ids=["zero-bytes", "text", "postscript", "truncated-jpeg", "truncated-png", "bomb"],
+    ids=["zero-bytes", "text", "postscript", "truncated-jpeg", "truncated-png", "bomb", "small-bomb"],
 )
 def test_what_cannot_be_read_says_why(data, reason):
     with pytest.raises(images.NotAnImage, match=reason):

@@ -16,6 +16,21 @@ from alexnet import augment, caffemodel, onnx_graph, protobuf, weights
 MEAN_BGR = np.array([104.00699, 116.66877, 122.67892])
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_new_files_get(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for name in ("a.safetensors", "a.pth", "a.onnx"):
+            weights.write(made("torchvision", 64), tmp_path / name)
+        weights.write(made("caffe", 64), tmp_path / "a.caffemodel")
+        made().save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*.*")}
+    assert len(modes) == 7
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def made(preset="paper", input_size=None, mean=None, stored=8, **changes):
     """A slim net whose LRN would show a wrong window, and a mean image without symmetry."""
     lrn = {"k": 1.5, "n": 3, "alpha": 0.01, "beta": 0.5} if preset != "torchvision" else None

@@ -39,9 +39,26 @@ def test_of_a_long_text_both_ends_are_shown():
     line = shown("a" * 5000 + "\x1b" * 100 + "z" * 5000, 100)
     assert len(line) <= 100
     assert (line[:20], line[-10:]) == ("a" * 20, "z" * 10)
-    assert "(10100 characters)" in line
-    assert len(shown("\x1b" * 10**6, 100)) <= 100
+    assert re.fullmatch(r"(a+) \.\.\. \((\d+) more characters\) \.\.\. (z+)", line)
+    assert " (10033 more characters) " in line
     assert shown("a" * 2000, None) == "a" * 2000
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [  # escapes are longer than what they stand for, and shorten the first two further
+        (shown("\x1b" * 10**6, 100), r"\x1b" * 10 + " ... (999985 more characters) ... " + r"\x1b" * 5),
+        (shown("x" * 40 + "\n" * 40, 80), "x" * 33 + " ... (39 more characters) ... " + r"\n" * 8),
+        (shown(shown("x" * 5000), 80), "x" * 32 + " ... (4952 more characters) ... " + "x" * 16),
+        (
+            shown(f"a: {shown(shown('x' * 5000, 900), 200)}", 100),
+            "a: " + "x" * 42 + " ... (4935 more characters) ... " + "x" * 23,
+        ),
+        (shown("x" * 50 + shown("x" * 5000, 80), 80), "x" * 32 + " ... (5002 more characters) ... " + "x" * 16),
+    ],
+)
+def test_a_text_that_is_shortened_again_counts_what_is_left_out_of_the_first(line, expected):
+    assert line == expected
 
 
 def test_a_value_is_quoted_like_repr_but_short():

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,24 @@ def test_a_write_that_cannot_begin_leaves_nothing_and_names_the_file(tmp_path):
     with pytest.raises(OSError, match=f"'{tmp_path / 'taken'}'"):
         StoragePath.of(tmp_path / "taken").write(b"new")  # a folder is in its place
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_is_neither_a_folder_nor_a_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    kinds = {"pipe": "a pipe", "socket": "a socket", "link": "a link to nothing", "gone": None, ".": None}
+    assert {name: StoragePath.of(tmp_path / name).special() for name in kinds} == kinds
+    assert StoragePath.of("/dev/null").special() == "a device"
+    for act in (StoragePath.open, StoragePath.read):
+        with pytest.raises(OSError, match="is a pipe, not a file"):
+            act(StoragePath.of(tmp_path / "pipe"))
+
+
+def test_there_is_nothing_by_a_name_that_no_file_may_have(tmp_path):
+    place = StoragePath.of(tmp_path / ("x" * 5000))
+    assert (place.size(), place.is_folder(), place.special()) == (None, False, None)
 
 
 def test_a_folder_of_objects_that_somebody_removes_meanwhile_is_missed_at_once(s3, monkeypatch):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -117,6 +118,56 @@ def test_ctrl_c_while_a_job_starts_ends_it_in_one_line(job, after_s, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "stopped by SIGINT\n")
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The starts of a private Ray, each of which raises the next of `fails` and is then shut down."""
+    ray = pytest.importorskip("ray")
+    made = SimpleNamespace(fails=[], number=0, shut_down=0)
+
+    def init(private, environment):
+        made.number += 1
+        if made.fails:
+            raise made.fails.pop(0)
+
+    def shutdown():
+        made.shut_down += 1
+
+    monkeypatch.setattr(connection, "_init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="here"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return made
+
+
+def too_slow():
+    return RuntimeError("some lines\nThe current node timed out during startup. It may be busy")
+
+
+def test_a_private_ray_that_was_too_slow_is_started_once_more(starts):
+    starts.fails = [too_slow()]
+    connection.connect()
+    assert (starts.number, starts.shut_down) == (2, 1)
+
+
+def test_a_private_ray_that_is_too_slow_twice_is_one_line_with_what_may_help(starts):
+    starts.fails = [too_slow(), too_slow(), None]
+    with pytest.raises(JobError, match=r"^a private Ray could not be reached: .*; this machine may be too busy: run"):
+        connection.connect()
+    assert starts.number == 2
+
+
+@pytest.mark.parametrize("address", ["", "auto"])
+def test_what_is_no_slow_start_of_a_private_ray_is_not_tried_again(starts, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    starts.fails = [too_slow() if address else RuntimeError("no such file")]
+    where = "Ray at RAY_ADDRESS=auto" if address else "a private Ray"
+    with pytest.raises(JobError, match=f"^{where} could not be reached: [^;]*$"):
+        connection.connect()
+    assert (starts.number, starts.shut_down) == (1, 0)
 
 
 def test_sigterm_while_ray_has_its_own_handler_stops_the_job(monkeypatch):

@@ -63,6 +63,24 @@ def gray16_png(side: int = 10_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def webp_canvas(width: int, height: int) -> bytes:
+    """An animated WebP of 16 pixels a side in a canvas of any size, in 218 bytes."""
+    out = io.BytesIO()
+    frames = [PIL.Image.new("RGBA", (16, 16), colour) for colour in ((255, 0, 0, 9), (0, 0, 0, 99))]
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:])
+    data = out.getvalue()
+    at = data.index(b"VP8X") + 12
+    return data[:at] + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + data[at + 6 :]
+
+
+def webp_of_a_large_canvas() -> bytes:
+    return webp_canvas(16_383, 3_000)
+
+
+def webp_of_a_long_canvas() -> bytes:
+    return webp_canvas(20, 2_097_172)
+
+
 def tar_of_long_names(count: int = 5_000) -> bytes:
     """A long name of a long name of a long name: tarfile calls itself for each."""
     info = tarfile.TarInfo("././@LongLink")

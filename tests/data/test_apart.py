@@ -31,7 +31,7 @@ def source(**changes) -> Source:
     entries = {
         "train": [
             Entry(0, 0, "train/a.jpg", path="/photos/a.jpg"),
-            Entry(1, 1, "train/\udcff.jpg", path="/photos/x\udcff.tar", start=512, length=9, packed=5),
+            Entry(1, 1, "train/\udcff.jpg", path="/photos/x\udcff.tar", start=512, length=9, packed=5, crc=2**32 - 1),
         ],
         "val": [
             Entry(2, 0, "val/b", path="/photos", row_group=1, row=2, column="image"),
@@ -231,6 +231,15 @@ def test_a_sparse_member_of_an_impossible_size_is_named(tmp_path):
     data = info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(data))
     with pytest.raises(ValueError, match=f"x.tar.gz: damaged: a member of {2**70} bytes"):
+        read_small_archive(StoragePath.of(tmp_path / "x.tar.gz"), {"a"})
+
+
+def test_an_archive_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(place):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(StoragePath, "read", refuse)
+    with pytest.raises(ValueError, match=r"x.tar.gz: cannot be read: Permission denied$"):
         read_small_archive(StoragePath.of(tmp_path / "x.tar.gz"), {"a"})
 
 

@@ -27,6 +27,8 @@ READ = {
     "list(parquet._row_groups(StoragePath.of('.'), 'train.parquet', parquet.Columns()))",
     "jpeg_of_many_scans": "images.decode(data)",
     "gray16_png": "images.decode(data); raise ValueError('fine')",
+    "webp_of_a_large_canvas": "images.decode(data); raise ValueError('fine')",
+    "webp_of_a_long_canvas": "images.decode(data)",
     "tar_of_long_names": "open('x.tar', 'wb').write(data); "
     "from orchestrator.data.sources import ilsvrc; list(ilsvrc.members(StoragePath.of('x.tar')))",
     "aborting_parquet": "open('x.parquet', 'wb').write(data); "
@@ -64,6 +66,12 @@ def test_a_hostile_file_ends_in_one_line_in_bounded_time_and_memory(tmp_path, na
     assert int(lines[1]) < 1_100_000  # KB
     assert time.monotonic() - start < 60
     assert {path.name for path in tmp_path.iterdir()} <= {"train.parquet", "x.parquet", "x.tar"}
+
+
+def test_a_webp_has_no_longer_sides_than_its_frames_may_have():
+    with pytest.raises(images.NotAnImage, match=r"^20x2097172: a WebP has up to 16383 pixels a side$"):
+        images.decode(hostile.webp_of_a_long_canvas())
+    assert images.decode(hostile.webp_canvas(16_383, 16)).shape == (16, 16_383, 3)
 
 
 def grow(data: bytes) -> bytes:

@@ -121,7 +121,7 @@ def test_gray_pixels_of_a_jpeg_are_those_of_the_whole_image_and_foreign_bytes_ar
     image.convert("CMYK").save(cmyk, "JPEG")
     assert decode_gray(cmyk.getvalue(), 32)[0].shape == (400, 533)
     monkeypatch.setattr(sys.modules[decode_gray.__module__], "MAX_PIXELS", 100_000)
-    with pytest.raises(NotAnImage, match="533x400 is more than"):
+    with pytest.raises(NotAnImage, match="533x400 pixels are more than"):
         decode_gray(copied(image, ""), 32)
 
 
@@ -170,6 +170,26 @@ def test_too_many_or_remote_images_are_not_compared_and_that_is_said(tmp_path, m
     monkeypatch.setattr(near, "is_here", lambda entry: False)
     open_source(str(tmp_path), say=said.append)
     assert "bursts and copies that were resized or compressed anew are not looked for in object storage" in said
+
+
+@pytest.mark.parametrize("parts", [("",), ("train/", "val/")], ids=["drawn", "both parts"])
+def test_images_that_are_not_compared_are_counted_and_the_first_is_named(tmp_path, parts):
+    files = {
+        f"{part}{name}/{i}.jpg": copied(photograph(100 * p + 10 * n + i), "")
+        for p, part in enumerate(parts)
+        for n, name in enumerate(("cat", "dog"))
+        for i in range(6)
+    }
+    what_can = "only what can be read, is 64 pixels a side or more and of more than one colour can be"
+    said: list[str] = []
+    open_source(str(write(tmp_path / "all", files)), say=said.append)
+    assert not any("not compared" in line for line in said)
+    files[f"{parts[0]}dog/2.jpg"] = b"no image"
+    open_source(str(write(tmp_path / "one", files)), say=said.append)
+    assert f"1 image is not compared with others, {parts[0]}dog/2.jpg: {what_can}" in said
+    files[f"{parts[-1]}dog/4.jpg"] = copied(PIL.Image.new("RGB", (80, 80), "red"), "png")
+    open_source(str(write(tmp_path / "two", files)), say=said.append)
+    assert f"2 images are not compared with others, the first of them {parts[0]}dog/2.jpg: {what_can}" in said
 
 
 def test_a_class_that_is_one_burst_is_drawn_one_by_one_and_that_is_said(tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -15,9 +16,11 @@ import pytest
 from conftest import picture
 
 from alexnet.images import NotAnImage
+from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources import Options, open_source, read
 from orchestrator.data.sources.imagefolder import near_equal
-from orchestrator.data.sources.tree import Tree
+from orchestrator.data.sources.listing import read_range
+from orchestrator.data.sources.tree import Tree, tree_of
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -210,7 +213,7 @@ def test_nothing_looks_wrong_with_folders_as_they_should_be(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.txt": "x"}, r"has no images: 1 files \(1 .txt\); expected folders CLASS/IMAGE"),
+        ({"a.txt": "x"}, r"has no images: 1 file \(1 .txt\); expected folders CLASS/IMAGE"),
         ({"0.jpg": b"", "1.jpg": b""}, r"it has 0 class folders of images; .* there are 2 files \(2 .jpg\)"),
         ({f"{c}.{i}.jpg": b"" for c in ("cat", "dog") for i in range(5)}, r"is read with --label-pattern '\^\("),
         ({"0.jpg": b"", "notes.csv": "a,b\n1,2\n"}, "labels in a table are read with --labels notes.csv"),
@@ -399,6 +402,32 @@ def test_a_zip_of_folders_is_read_in_place(tmp_path, packing):
     assert os.listdir(tmp_path) == ["photos.zip"]
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_member_of_a_zip_is_held_against_its_checksum(tmp_path, packing):
+    files = folders("train/", "val/") | {"notes.csv": b"file,label\n"}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", packing) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    entries = [e for split in open_source(str(tmp_path / "x.zip")).splits.values() for e in split]
+    tree = tree_of(StoragePath.of(tmp_path / "x.zip"))
+    whole = bytearray((tmp_path / "x.zip").read_bytes())
+    first, notes = entries[0], tree.files["notes.csv"].start
+    for at in (first.start + (first.packed or first.length) // 2, notes + (packing == zipfile.ZIP_DEFLATED)):
+        whole[at] ^= 1
+    (tmp_path / "x.zip").write_bytes(whole)
+    with pytest.raises(NotAnImage, match=r"^damaged in the archive: ") as error:
+        read(first)
+    if packing == zipfile.ZIP_STORED:
+        changed = zlib.crc32(whole[first.start : first.start + first.length])
+        right = zlib.crc32(files[first.name])
+        assert str(error.value) == f"damaged in the archive: its CRC-32 is {changed:08x} instead of {right:08x}"
+    together = read_range(entries)
+    assert str(together[0]) == str(error.value)
+    assert together[1:] == [files[entry.name] for entry in entries[1:]]
+    with pytest.raises(ValueError, match=r"x\.zip: notes\.csv: damaged in the archive: "):
+        tree.read("notes.csv")
+
+
 def test_archives_of_each_part_and_a_tar(tmp_path):
     files = folders("", None)
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
@@ -417,17 +446,30 @@ def bad_zip(kind: str) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../evil/0.jpg" if kind == "parent" else "cat/0.jpg", b"x" * 1000)
         archive.writestr("dog/0.jpg", b"y" * 1000)
+    if kind == "empty":
+        return b""
     data = bytearray(buffer.getvalue())
     if kind == "encrypted":
         data[data.index(b"PK\x01\x02") + 8] |= 1
     if kind == "cut":
         del data[len(data) // 2 :]
+    if kind == "text":
+        data[:] = b"no zip at all" * 100
+    if kind == "version":
+        data[data.index(b"PK\x01\x02") + 6] = 99
     return bytes(data)
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("parent", "has an absolute or parent path"), ("encrypted", "is encrypted"), ("cut", "cannot be read as a zip")],
+    [
+        ("parent", "has an absolute or parent path"),
+        ("encrypted", "is encrypted"),
+        ("cut", "cannot be read as a zip: File is not a zip file; download it again$"),
+        ("empty", "; download it again$"),
+        ("text", "cannot be read as a zip: File is not a zip file$"),
+        ("version", r"zip file version 9\.9$"),
+    ],
 )
 def test_bad_zips_are_refused_in_one_line(tmp_path, kind, words):
     (tmp_path / "x.zip").write_bytes(bad_zip(kind))
@@ -820,7 +862,7 @@ def test_of_a_webdataset_s_sample_the_first_image_counts_and_null_is_no_label(tm
     [
         ({"image_column": "image.nosuch"}, "--image-column image.nosuch: is not bytes in"),
         ({"label_column": "annotation.label"}, "--label-column annotation.label: is not a column of"),
-        ({"format": "caffe"}, "has no train.txt"),
+        ({"format": "caffe"}, "--format caffe: needs train.txt and val.txt with lines PATH LABEL; "),
     ],
 )
 def test_what_is_stated_wrongly_is_one_line(tmp_path, options, words):

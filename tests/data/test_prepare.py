@@ -21,7 +21,7 @@ from orchestrator.data import prepare as preparation
 from orchestrator.data import shards
 from orchestrator.data.feed import Feed
 from orchestrator.data.prepare import DRAWN, Progress, check_rejected, earlier_draw, prepare
-from orchestrator.data.sources import Drawn, Entry, Source, open_source, versions
+from orchestrator.data.sources import Drawn, Entry, Source, near, open_source, versions
 from orchestrator.data.view import PrepareView
 from orchestrator.train.model import describe
 
@@ -422,6 +422,26 @@ def test_files_without_a_class_that_are_too_many_are_listed_in_the_output(tmp_pa
     assert (output / "rejected.jsonl").read() == b"of the data set that is there"
     with pytest.raises(ValueError, match=r"such as lost/9.jpg: is in no class$"):
         check_rejected(misplaced(2), 0.2)
+
+
+def test_a_preparation_that_is_resumed_has_the_split_that_was_drawn_at_first(ray_here, many, tmp_path, monkeypatch):
+    place, output = str(many / "train"), StoragePath.of(tmp_path / "out")
+    options = {"image_size": 48, "rows_per_shard": 8, "parallelism": 1}
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    first = open_source(place)
+    unbroken = prepare(first, StoragePath.of(tmp_path / "unbroken"), **options)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(first, output, **options, on_progress=stop)
+    assert (output / "_unfinished" / DRAWN).size()
+    monkeypatch.setattr(near, "look", lambda data: pytest.fail("looked at again"))
+    again = open_source(place, earlier=earlier_draw(output))
+    assert again.splits == first.splits
+    assert sorted(again.drawn.val) == sorted(first.drawn.val)
+    assert prepare(again, output, **options) == unbroken
+    assert (output / "_unfinished" / DRAWN).size() is None
 
 
 def test_what_was_drawn_is_read_again_unless_it_is_damaged(tmp_path):

@@ -161,7 +161,9 @@ def test_damaged_and_unsafe_archives_are_refused_in_one_line(ilsvrc):
     with_train(whole[archives.TRAIN][: len(train) // 2])
     refused(ilsvrc, f"{archives.TRAIN}: truncated")
     with_train(b"not a tar at all" * 100)
-    refused(ilsvrc, f"{archives.TRAIN}: damaged")
+    assert refused(ilsvrc, f"{archives.TRAIN}: is not a tar: ").endswith("header")
+    with_train(b"")
+    refused(ilsvrc, f"{archives.TRAIN}: damaged: empty file; download it again$")
     for name in ("../n01440764.tar", "/etc/n01440764.tar", "a/../../b.tar"):
         with_train(tar_of({name: b""}))
         refused(ilsvrc, f"member '{name}' has an absolute or parent path")
@@ -174,21 +176,25 @@ def test_damaged_and_unsafe_archives_are_refused_in_one_line(ilsvrc):
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
     with_train(link.getvalue())
-    refused(ilsvrc, "is a link or device")
+    refused(ilsvrc, "is a link or device, not a file$")
     with_train(whole[archives.TRAIN])
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_of({"../meta.mat": meta_mat()}, "w:gz"))
-    refused(ilsvrc, r"member '\.\./meta.mat' has an absolute or parent path")
+    refused(ilsvrc, r"member '\.\./meta.mat' has an absolute or parent path$")
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(whole["ILSVRC2012_devkit_t12.tar.gz"][:300])
     refused(ilsvrc, r"ILSVRC2012_devkit_t12.tar.gz: damaged: .*; download it again")
+    (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"<html>")
+    refused(ilsvrc, r"ILSVRC2012_devkit_t12.tar.gz: is not a gzipped tar: Not a gzipped file \(b'<h'\)$")
+    (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_of({"a": b""}, "w:gz"))
+    refused(ilsvrc, r"ILSVRC2012_devkit_t12.tar.gz: has no meta.mat, which the published one has$")
     flipped = bytearray(whole["ILSVRC2012_devkit_t12.tar.gz"])
     flipped[-6] ^= 1  # the checksum at the very end
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(flipped)
     refused(ilsvrc, r"ILSVRC2012_devkit_t12.tar.gz: damaged: .*; download it again")
     with_train(tar_of({"a/n01440764.tar": tar_of({}), "n01440764.tar": tar_of({})}))
-    refused(ilsvrc, "has two members named 'n01440764.tar'")
+    refused(ilsvrc, "has two members named 'n01440764.tar', the published one has each once$")
     with_train(whole[archives.TRAIN])
     (ilsvrc / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar_of(devkit([9]), "w:gz"))
-    refused(ilsvrc, "9 is not the number of a class in meta.mat")
+    refused(ilsvrc, "9 is not the number of a class in meta.mat: they are of two devkits$")
     (ilsvrc / archives.VAL).unlink()
     refused(ilsvrc, f"has no {archives.VAL}")
 
@@ -325,10 +331,27 @@ def test_a_pickle_that_would_run_something_is_not_run(tmp_path, monkeypatch):
     files = cifar_batches() | {"data_batch_3": pickle.dumps({b"data": Evil()})}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: names .*mkdir, which no CIFAR batch does")
+    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: names .*mkdir, which no CIFAR batch does$")
+    (tmp_path / "data_batch_3").write_bytes(files["data_batch_2"][:1000])
+    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: pickle data was truncated; download it again$")
+    (tmp_path / "data_batch_3").write_bytes(b"")
+    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: EOFError.*; download it again$")
+    (tmp_path / "data_batch_3").write_bytes(files["batches.meta"])
+    refused(tmp_path, "data_batch_3: is not a batch of CIFAR-10: it has no data$")
     assert not (tmp_path / "owned").exists()
     (tmp_path / "data_batch_3").unlink()
     refused(tmp_path, "has no data_batch_3")
+
+
+@pytest.mark.parametrize("form", ["auto", "cifar10"])
+@pytest.mark.parametrize("name", ["pipe", "pipe.zip", "pipe.tar", "pipe.parquet"])
+def test_a_pipe_is_no_source_and_is_not_waited_for(tmp_path, name, form):
+    os.mkfifo(tmp_path / name)
+    text = refused(tmp_path / name, "is a pipe, neither a folder nor a file that can be read; give", format=form)
+    assert text.startswith(f"--source {tmp_path / name}: ")
+    if name != "pipe":
+        refused(tmp_path, r"pipe\.\w+.*: (cannot be read.*)?is a pipe, not a file")
+    assert "is a device, neither a folder nor a file" in refused("/dev/null", "/dev/null: ", format=form)
 
 
 def test_shards_are_no_source(tmp_path):
@@ -338,6 +361,38 @@ def test_shards_are_no_source(tmp_path):
 
 def test_a_format_that_is_given_is_not_detected(ilsvrc):
     refused(ilsvrc, r"has no images: 3 files \(2 .tar, 1 .gz\); expected folders CLASS/IMAGE", format="imagefolder")
+
+
+@pytest.mark.parametrize(
+    ("form", "needs"),
+    [
+        ("ilsvrc", f"{archives.TRAIN}, {archives.VAL} and ILSVRC2012_devkit_t12.tar.gz in a folder"),
+        ("cifar10", "cifar-10-python.tar.gz, or its folder cifar-10-batches-py"),
+        ("webdataset", "tars of KEY.jpg and KEY.cls"),
+        ("parquet", "Parquet or Arrow files, which are not in an archive"),
+        ("caffe", "train.txt and val.txt with lines PATH LABEL"),
+        ("table", "a table of labels (.csv, .tsv, .jsonl, .txt)"),
+    ],
+)
+def test_a_format_that_is_given_says_what_it_needs_and_what_is_there(tmp_path, form, needs):
+    for name in ("cat/0.jpg", "dog/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    text = refused(tmp_path, "needs", format=form)
+    assert text == f"--format {form}: needs {needs}; --source {tmp_path} has 2 files (2 .jpg) in cat/, dog/"
+    if form in ("ilsvrc", "cifar10"):
+        assert refused(tmp_path / "cat/0.jpg", "needs", format=form).endswith("cat/0.jpg is a file")
+
+
+def test_a_part_of_a_stated_format_is_not_taken_for_all_of_it(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    text = refused(tmp_path, "has no", format="cifar10")
+    assert text.endswith(
+        "cifar-10-batches-py has no data_batch_1; expected cifar-10-batches-py/ or cifar-10-python.tar.gz"
+    )
+    (tmp_path / "a.tar").write_bytes(tar_of({"0.jpg": b"x", "1.jpg": b"x"}))
+    text = refused(tmp_path / "a.tar", "label", format="webdataset")
+    assert text.endswith("its tars have no image with a label beside it, KEY.jpg and KEY.cls; a.tar/0 has no label")
 
 
 def test_a_class_may_be_a_link_to_a_folder(tmp_path, photographs):

@@ -204,6 +204,25 @@ def test_a_look_from_a_run_to_the_page_and_to_mlflow(compiled, run, tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), torch.OutOfMemoryError("no room"), RuntimeError("x: can't allocate memory: no room")],
+)
+def test_too_little_memory_is_one_line_with_what_takes_less(run, tmp_path, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(Look, "images", fail)
+    monkeypatch.setattr(sys, "argv", ["look.py", "mine", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / "look.py"), run_name="__main__")
+    line = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert re.fullmatch(
+        r"error: not enough memory \(.*no room\); fewer --image, or a machine with more memory, may do\n", line
+    )
+
+
 def test_without_data_only_what_needs_none_and_a_line_about_it(run, tmp_path, monkeypatch, capsys, data):
     """A run whose data and whose store are gone, and a copied checkpoint, which has neither."""
     run.change(digits().changed(data=str(tmp_path / "gone")))
@@ -280,6 +299,8 @@ def test_a_film_has_a_frame_for_each_epoch_on_one_scale(run):
 WRONG = [
     (["mine", "--data", "nowhere"], r"look.py: error: --data .*nowhere: no such folder; make one with: python jobs"),
     (["mine", "--image", "none.jpg"], r"look.py: error: --image none.jpg: cannot be read \(No such file"),
+    (["mine", "--image", "x" * 5000], r"look.py: error: --image x{600,} \.\.\. \(\d+ more characters\) \.\.\. "
+     r"x{200,}: cannot be read \(File name too long\)$"),
     (["mine", "--image", "text.jpg"], r"look.py: error: --image text.jpg: not an image in a format that is read"),
     (["mine", "--max-images", "0"], r"look.py: error: argument --max-images: 0: must be at least 1"),
     (["copy", "--output", "text.jpg"], r"look.py: error: --output .*text.jpg: cannot be written \(.*\); choose"),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import refused
 
 import alexnet
 from alexnet import images
@@ -113,13 +115,29 @@ def test_an_image_a_pattern_a_zip_and_parquet_give_the_same(net, tree, tmp_path)
     assert numbered[1] == classes
 
 
+def test_a_flipped_byte_in_a_zip_is_rejected_by_its_name(net, tree, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("folder-0/0.jpg", "folder-1/1.png"):
+            archive.write(tree / name, name)
+        middle = archive.getinfo("folder-0/0.jpg").compress_size // 2
+    data = bytearray((tmp_path / "all.zip").read_bytes())
+    data[data.index(b"\xff\xd8\xff") + middle] ^= 1
+    (tmp_path / "all.zip").write_bytes(data)
+    names, _, _, [(rejected, why)] = predictions(net, tmp_path / "all.zip")
+    assert (names, rejected) == (["folder-1/1.png"], "folder-0/0.jpg")
+    assert why.startswith("damaged in the archive: its CRC-32 is ")
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("/dev/null", "^--source /dev/null: is a device, neither a folder nor a file that can be read; give an image"),
+        ("pipe.zip", "is a pipe, neither a folder nor a file"),
+        ("pipes", r"pipes/b\.zip: cannot be read as a zip: is a pipe, not a file$"),
         ("nowhere", "no such file or folder; give an image"),
         ("*.jpg", "no image matches it"),
         ("empty", "has no image: 0 files"),
-        ("texts", "has no image: 1 files"),
+        ("texts", "has no image: 1 file "),
         ("plain.parquet", "has no column of image bytes; it has number"),
         ("broken.parquet", "cannot be read as a table"),
     ],
@@ -129,11 +147,23 @@ def test_a_source_without_images_is_one_line(tmp_path, monkeypatch, source, word
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("")
+    (tmp_path / "pipes").mkdir()
+    for name in ("pipe.zip", "pipes/b.zip"):
+        os.mkfifo(tmp_path / name)
     pq.write_table(pa.table({"number": [1]}), tmp_path / "plain.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=words) as error:
         find_images(source)
     assert "\n" not in str(error.value)
+
+
+def test_a_source_of_an_endless_name_is_one_line_of_bounded_length(net, tmp_path, monkeypatch, capsys):
+    net.save(tmp_path / "net")
+    line = refused("predict", [str(tmp_path / "net"), "--source", "x" * 5000], tmp_path, monkeypatch, capsys)
+    assert re.match(
+        r"predict.py: error: --source x{600,} \.\.\. \(\d+ more characters\) \.\.\. .*: no such file or ", line
+    )
+    assert len(line) < 1100
 
 
 def test_a_table_without_images_stops_no_folder(net, tree):
@@ -182,6 +212,13 @@ def test_a_file_that_was_not_finished_leaves_the_one_before(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
     with pytest.raises(ValueError, match=r"ends in none of \.parquet, \.csv, \.jsonl"):
         check_form(StoragePath.of("rows.txt"))
+
+
+def test_an_output_that_cannot_be_written_is_named_as_it_was_given(net, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = StoragePath.of(tmp_path / "file" / "x.csv")
+    with pytest.raises(JobError, match=f"^--output {output}: cannot be written "):
+        command.write(net, None, None, output, None)
 
 
 def test_rows_go_to_object_storage_whole(s3):

@@ -15,6 +15,7 @@ from conftest import picture
 
 import alexnet
 from alexnet import images
+from alexnet.images_apart import ApartDecoder
 from orchestrator.tracking.training_run import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its own dependencies warn about each other
@@ -260,6 +261,19 @@ def test_a_broken_jpeg_is_status_400_and_one_line(post):
     assert "stack_trace" not in answer
     assert post({"inputs": texts[2:]})[0] == 400
     assert post({"inputs": texts[:1], "params": {"views": 3}})[0] == 400
+
+
+def test_strangers_images_are_decoded_in_a_process_of_limits(post, model, monkeypatch):
+    small, large = io.BytesIO(), io.BytesIO()
+    PIL.Image.new("RGB", (80, 80), "red").save(small, "PNG")
+    PIL.Image.new("RGBA", (8600, 8600), (1, 2, 3, 4)).save(large, "PNG", compress_level=1)
+    small, large = (base64.b64encode(file.getvalue()).decode() for file in (small, large))
+    classifier = model.unwrap_python_model()
+    monkeypatch.setattr(images, "_decode_with_pillow", lambda *args: pytest.fail("decoded in the server"))
+    monkeypatch.setattr(classifier, "decoder", ApartDecoder(seconds=0))
+    status, answer = post({"inputs": [small, large]})
+    assert (status, answer["message"]) == (400, "image 2 of 2: takes more than 0 seconds to decode")
+    assert post({"inputs": [small]})[0] == 200
 
 
 def test_a_client_cannot_have_the_server_read_a_file(post, tmp_path):

@@ -159,6 +159,44 @@ def test_waiting_for_room_ends_when_the_run_is_cancelled(nodes):
         planner.wait_for_room(cancelled, print)
 
 
+ROOM = (
+    "the room for 2 workers is reserved, and the processes are still starting, which takes long on a busy machine or "
+)
+PLACED = (
+    "the cluster has free what 2 workers take together (CPU 2 of CPU 2), but not where they can be placed (PACK), or "
+)
+
+
+@pytest.mark.parametrize(
+    ("group", "free", "why"),
+    [
+        ("ab", 0, ROOM + "from a slow disk"),
+        ("cd", 2, PLACED + "Ray has yet to place them"),
+        ("cd", 1, "they wait for room; 2 workers take CPU 2, and the cluster has free: CPU 1"),
+        (None, 0, "they wait for room; 2 workers take CPU 2, and the cluster has free: CPU 0"),
+    ],
+)
+def test_workers_that_have_not_started_wait_for_what_is_said(nodes, monkeypatch, group, free, why):
+    nodes.nodes = [Node("a", 4, 0)]
+    planner = planner_of(workers=2, layout="data")
+    plan = planner.plan()
+    assert plan.resources.per_worker() == {"CPU": 1}
+    nodes.free = {"CPU": free} if free else {}
+    monkeypatch.setattr(elastic, "_is_reserved", lambda group: group == "ab")
+    assert planner.why_waiting(plan, group) == f"the workers have not started in 90 s: {why}"
+
+
+@pytest.mark.ray
+def test_a_placement_group_is_reserved_when_it_has_its_resources(ray_here):
+    small, large = (ray.util.placement_group([{"CPU": cpus}]) for cpus in (0.1, 10_000))
+    try:
+        ray.get(small.ready())
+        assert [elastic._is_reserved(group.id.hex()) for group in (small, large)] == [True, False]
+    finally:
+        for group in (small, large):
+            ray.util.remove_placement_group(group)
+
+
 # on a cluster
 
 

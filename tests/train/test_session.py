@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine
 from orchestrator.cli import train
 from orchestrator.config.recipes import digits
+from orchestrator.train import session as session_module
 from orchestrator.train import view
 from orchestrator.train.classes import ClassErrors
 from orchestrator.train.messages import EpochEnded, Finished, Logged, Started, Stopped
@@ -49,6 +51,36 @@ def test_what_does_not_fit_the_data_is_refused(digit_shards, tmp_path, monkeypat
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_cannot_keep_what_it_starts_from_leaves_no_folder(tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(session_module, "Dataset", lambda config, output: SimpleNamespace(to_prepare=True))
+    monkeypatch.setattr(session_module, "join", lambda output: None)
+
+    def store(place):
+        (place / "start" / "model.safetensors").write(b"a part of it")
+        if fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = []
+
+    def begin_from():
+        run = RunFolder(tmp_path / "runs", "tuned")
+        made.append(Session(run, digits(), resume=False, recipe="digits", start=SimpleNamespace(store=store)))
+
+    if fails:
+        with pytest.raises(OSError, match="No space left on device"):
+            begin_from()
+        assert not (tmp_path / "runs" / "tuned").exists()
+        return
+    begin_from()
+    logs.close_run_log()
+    made[0].lock.release()
+    assert (tmp_path / "runs" / "tuned" / "start" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "tuned" / "config.yaml").exists()
 
 
 @pytest.mark.ray

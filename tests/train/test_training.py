@@ -334,6 +334,26 @@ def test_a_run_that_is_interrupted_says_that_work_is_lost_where_it_is(run, monke
     assert [event.text for event in run.events if isinstance(event, Warned)] == ([warning] if warning else [])
 
 
+@pytest.mark.parametrize(("looks", "said"), [(1, 0), (2, 1)])
+def test_a_stop_that_takes_a_while_is_said_once_and_a_quick_one_is_not(run, looks, said):
+    """looks: how often the fit is waited for until its workers have ended."""
+    run.begin([[STARTED]])
+    run.training._worker_nodes = ["a"]
+    waited: list[float] = []
+
+    def wait(timeout_s):
+        waited.append(timeout_s)
+        run.fits[0].over = sum(each > 0 for each in waited) >= looks
+        return run.fits[0].over
+
+    run.fits[0].wait = wait
+    run.training._stop(run.events.append, SAVE)
+    assert [each for each in waited if each] == [2.0, 60.0][:looks]
+    assert run.notes == ["stopping: the workers end their step and save a checkpoint"] * said
+    run.training._stop(run.events.append, DROP)
+    assert len(run.notes) == said
+
+
 # attempts of a fit
 
 

@@ -13,6 +13,7 @@ from orchestrator.data.shards import MANIFEST
 from orchestrator.data.sources import cifar, ilsvrc, parquet, same, tables, webdataset
 from orchestrator.data.sources.arrow import SUFFIX as ARROW
 from orchestrator.data.sources.cifar import open_cifar10
+from orchestrator.data.sources.devkit import DEVKIT
 from orchestrator.data.sources.digits import DIGITS, open_digits
 from orchestrator.data.sources.draw import Draw, Drawn
 from orchestrator.data.sources.ilsvrc import open_ilsvrc, verify_md5
@@ -26,7 +27,16 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("imagefolder", "ilsvrc", "parquet", "cifar10", "table", "caffe", "webdataset")
+TABLED = (parquet.SUFFIX, ARROW)
 SHOWN = 3
+NEEDS = {  # of a format that is stated: what has to be there
+    "ilsvrc": f"{ilsvrc.TRAIN}, {ilsvrc.VAL} and {DEVKIT} in a folder",
+    "cifar10": f"{cifar.ARCHIVE}, or its folder {cifar.FOLDER}",
+    "webdataset": "tars of KEY.jpg and KEY.cls",
+    "parquet": "Parquet or Arrow files, which are not in an archive",
+    "caffe": f"{' and '.join(tables.CAFFE)} with lines PATH LABEL",
+    "table": f"a table of labels (.{', .'.join(tables.TABLES)})",
+}
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,17 @@ def open_source(
         return open_digits()
     root = StoragePath.of(source)
     if not root.is_folder() and root.size() is None:
-        raise ValueError(
-            f"--source {root}: no such folder or file; give a folder, archive or URI of images, or {DIGITS}"
-        )
+        kind = root.special()
+        what = f"is {kind}, neither a folder nor a file that can be read" if kind else "no such folder or file"
+        raise ValueError(f"--source {root}: {what}; give a folder, archive or URI of images, or {DIGITS}")
     if (root / MANIFEST).size() is not None:
         training = f"{command('train')} --data {shlex.quote(str(root))}"
         raise ValueError(f"--source {root}: holds shards already; train with: {training}")
     lines: list[str] = []
     draw = Draw(options.val_fraction, options.seed, blind, earlier, progress=say)
     name, why, tree = detect(root, options)
+    if options.format != "auto":
+        _refuse_other_form(name, root, tree, options)
     say = _kept(say, lines)
     say(f"format {name}: {why}")
     if options.verify:
@@ -109,7 +121,7 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
         known = next((name for name in names if name in (cifar.ARCHIVE, cifar.FOLDER, cifar.TRAIN[0])), None)
         if known:
             return "cifar10", f"it has {known}", None
-    elif root.name.endswith((parquet.SUFFIX, ARROW)):
+    elif root.name.endswith(TABLED):
         return "parquet", f"it is {root.name}", _tree(root)
     elif root.name.lower().endswith(TARS) and not listed and webdataset.is_webdataset(root):
         return "webdataset", "its members are images and their labels", None
@@ -125,7 +137,7 @@ def detect(root: StoragePath, options: Options) -> tuple[str, str, Tree | None]:
     if options.label_pattern is not None:
         return "imagefolder", "labels come from the names of its files", tree
     folders = has_classes(tree)
-    tabled = next((name for name in tree.files if name.endswith((parquet.SUFFIX, ARROW))), None)
+    tabled = next((name for name in tree.files if name.endswith(TABLED)), None)
     if tabled is not None and tree.root is not None and not folders:
         return "parquet", f"it has {tabled}", tree
     if set(tables.CAFFE) <= tree.files.keys() and not folders:
@@ -181,6 +193,26 @@ def _open(name: str, root: StoragePath, tree: Tree | None, options: Options, dra
     return open_imagefolder(tree, say, draw=draw)
 
 
+def _refuse_other_form(name: str, root: StoragePath, tree: Tree | None, options: Options) -> None:
+    """Raises ValueError of one line for a format that was stated and has no part here."""
+    beside = {*root.children()} if root.is_folder() else {root.name} if name == "cifar10" else set()
+    files = [*tree.files] if tree is not None else []
+    fits = {
+        "ilsvrc": bool(beside & {ilsvrc.TRAIN, ilsvrc.VAL}),
+        "cifar10": bool(beside & {cifar.ARCHIVE, cifar.FOLDER, cifar.TRAIN[0]}),
+        "webdataset": any(each.lower().endswith(TARS) for each in (root.name, *files)),
+        "parquet": tree is not None and tree.root is not None and any(each.endswith(TABLED) for each in files),
+        "caffe": any(each in files for each in tables.CAFFE),
+        "table": options.labels is not None or any(extension(each) in tables.TABLES for each in files),
+    }
+    if fits.get(name, True):
+        return
+    if tree is None and (root.is_folder() or root.name.lower().endswith((*ZIP, *TARS))):
+        tree = tree_of(root)
+    there = f"has {tree.summary()}" if tree is not None else "is a file"
+    raise ValueError(f"--format {name}: needs {NEEDS[name]}; --source {root} {there}")
+
+
 def _refuse_options(form: str, options: Options) -> None:
     """Raises ValueError for what a form of fixed parts and labels has no use for."""
     for name in ("labels", "image_column", "label_column", "label_pattern", "config", "val_fraction"):
@@ -191,6 +223,6 @@ def _refuse_options(form: str, options: Options) -> None:
 def _tree(root: StoragePath) -> Tree:
     if root.is_folder() or root.name.lower().endswith((*ZIP, *TARS, *PACKED_TARS)):
         return tree_of(root)
-    if root.name.endswith((parquet.SUFFIX, ARROW)):
+    if root.name.endswith(TABLED):
         return parquet.single(root)
     raise ValueError(f"--source {root}: is neither a folder nor a zip, tar, Parquet or Arrow file")

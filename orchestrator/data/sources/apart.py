@@ -26,7 +26,7 @@ SECONDS = 1800  # of CPU; a million images take a few minutes
 MAX_IMAGE_SIZE = 2**12  # pixels, at which a source says that its images are best stored
 HEAD = struct.Struct("<Q")
 TEXTS = ("name", "path", "column")  # of an Entry; some are no UTF-8, as names of files may be
-NUMBERS = ("start", "length", "row_group", "row", "packed")
+NUMBERS = ("start", "length", "row_group", "row", "packed", "crc")
 SCHEMA = pa.schema(
     [("split", pa.int8()), ("id", pa.int64()), ("label", pa.int32())]
     + [(name, pa.large_binary()) for name in (*TEXTS, "data")]
@@ -217,7 +217,7 @@ def _is_placed(entry: Entry) -> bool:
         in_table = (
             entry.row_group is not None and max(entry.row, entry.row_group) < 2**31
         )  # what Parquet's readers take
-        return in_table and (entry.start, entry.length, entry.packed, entry.data) == (None,) * 4
+        return in_table and (entry.start, entry.length, entry.packed, entry.crc, entry.data) == (None,) * 5
     if entry.column is not None or entry.row_group is not None:
         return False
     if entry.start is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestrator.base.storage import StoragePath
 from orchestrator.data import sandbox
-from orchestrator.data.sources.devkit import read_small_archive
+from orchestrator.data.sources.devkit import AGAIN, read_small_archive
 from orchestrator.data.sources.listing import STORED_SMALL, Entry, Say, Source, small_images
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -17,6 +17,7 @@ FOLDER = "cifar-10-batches-py"
 META = "batches.meta"
 TRAIN, VAL = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 SIDE = 32  # pixels
+CUT_OFF = ("pickle data was truncated", "EOFError")  # errors of a pickle that ends too soon
 
 # all that the real files name: an array of bytes and its type. A pickle that names anything else is refused.
 ALLOWED = {
@@ -37,8 +38,11 @@ def open_cifar10(root: StoragePath, say: Say = lambda line: None) -> Source:
         where = folder
     else:
         where = root if root.name == ARCHIVE else root / ARCHIVE
-        files = read_small_archive(where, names) if where.size() else {}
-    missing = sorted(names - files.keys())
+        if where.size() is None:
+            where, files = root / FOLDER if (root / FOLDER).is_folder() else root, {}
+        else:
+            files = read_small_archive(where, names)
+    missing = sorted(names - files.keys(), key=lambda name: (name != TRAIN[0], name))
     if missing:
         raise ValueError(f"--source {root}: {where} has no {missing[0]}; expected {FOLDER}/ or {ARCHIVE}")
     meta = _read(files[META], where / META, "label_names")
@@ -86,7 +90,8 @@ def _read(data: bytes, where: StoragePath, *wanted: str) -> dict[str, Any]:
         return content
     except ValueError as error:
         what = str(error).removeprefix("UnpicklingError: ")
-        raise ValueError(f"{where}: is not a batch of CIFAR-10: {what}; download it again") from None
+        again = AGAIN if what.startswith(CUT_OFF) else ""
+        raise ValueError(f"{where}: is not a batch of CIFAR-10: {what}{again}") from None
 
 
 def _content(data: bytes) -> bytes:

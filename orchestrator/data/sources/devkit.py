@@ -28,6 +28,8 @@ MAX_ARCHIVE_BYTES = 2**29  # of a small archive, unpacked
 MAX_META_BYTES = 2**24  # the real one has less than a megabyte
 META_SECONDS = 30  # the real one takes less than one
 MAX_MEMBER_BYTES = 2**60  # beyond it are numbers that no seek takes
+AGAIN = "; download it again"  # where a file may have been cut off or damaged on its way
+BEGINS = {"gzip": b"\x1f\x8b", "mat": b"MATLAB"}
 MAX_HEADER_BYTES = 2**16  # of a member's long name or extended header
 
 
@@ -96,7 +98,7 @@ def find_truth(root: StoragePath, label_of_class: dict[str, int], synsets: Synse
         numbers = [int(line) for line in data.decode().split()]
         named = {f"ILSVRC2012_val_{i:08d}": synsets.ids[number] for i, number in enumerate(numbers, start=1)}
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{where}: {error} is not the number of a class in {META}; download both again") from None
+        raise ValueError(f"{where}: {error} is not the number of a class in {META}: they are of two devkits") from None
     return _truth(where, named, label_of_class)
 
 
@@ -107,7 +109,8 @@ def read_meta(data: bytes, where: object) -> Synsets:
     try:
         rows = json.loads(sandbox.run(_meta_rows, data, seconds=META_SECONDS))
     except sandbox.Refused as reason:
-        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({reason}); download it again") from None
+        again = AGAIN if data.startswith(BEGINS["mat"]) or not data else ""
+        raise ValueError(f"{where}: cannot be read as the devkit's {META} ({reason}){again}") from None
     leaves = [row for row in rows if row[3] == 0]
     return Synsets({wnid: words for _, wnid, words, _ in leaves}, {number: wnid for number, wnid, _, _ in leaves})
 
@@ -140,9 +143,9 @@ def refuse_unsafe(member: tarfile.TarInfo, archive: object) -> None:
     """Raises ValueError for a member outside its archive. Nothing is unpacked, but no genuine archive has one."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{archive}: member {quoted(member.name)} has an absolute or parent path; download it again")
+        raise ValueError(f"{archive}: member {quoted(member.name)} has an absolute or parent path")
     if not (member.isreg() or member.isdir()):
-        raise ValueError(f"{archive}: member {quoted(member.name)} is a link or device, not a file; download it again")
+        raise ValueError(f"{archive}: member {quoted(member.name)} is a link or device, not a file")
 
 
 def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, bytes]:
@@ -151,8 +154,12 @@ def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, byte
     if (archive.size() or 0) > MAX_ARCHIVE_BYTES:
         raise ValueError(f"{archive}: has more than {MAX_ARCHIVE_BYTES} bytes: not genuine")
     try:
+        data = archive.read()
+    except OSError as error:
+        raise ValueError(f"{archive}: cannot be read: {error.strerror or error}") from None
+    try:
         # whole, because tarfile would not read on to the checksum at the end
-        with gzip.GzipFile(fileobj=io.BytesIO(archive.read())) as packed:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
             unpacked = packed.read(MAX_ARCHIVE_BYTES + 1)
         if len(unpacked) > MAX_ARCHIVE_BYTES:
             raise ValueError(f"{archive}: unpacks to more than {MAX_ARCHIVE_BYTES} bytes: not genuine")
@@ -169,7 +176,10 @@ def read_small_archive(archive: StoragePath, wanted: set[str]) -> dict[str, byte
                     assert file is not None
                     found[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{archive}: damaged: {error}; download it again") from None
+        if data and not data.startswith(BEGINS["gzip"]):
+            raise ValueError(f"{archive}: is not a gzipped tar: {error}") from None
+        again = AGAIN if not data or not isinstance(error, tarfile.TarError | RecursionError) else ""
+        raise ValueError(f"{archive}: damaged: {error}{again}") from None
     return found
 
 
@@ -179,7 +189,7 @@ def _devkit_file(root: StoragePath, name: str) -> tuple[StoragePath, bytes] | No
     if archive.size():
         data = read_small_archive(archive, {name}).get(name)
         if data is None:
-            raise ValueError(f"{archive}: has no {name}; download it again")
+            raise ValueError(f"{archive}: has no {name}, which the published one has")
         return archive / name, data
     for folder in DEVKIT_FOLDERS:
         place = (root / folder / name) if folder else root / name

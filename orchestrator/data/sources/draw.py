@@ -13,7 +13,7 @@ import numpy as np
 
 from orchestrator.base.shown import count_of
 from orchestrator.data.sources import near, same
-from orchestrator.data.sources.listing import SMALL, Entry, Say, versions
+from orchestrator.data.sources.listing import Entry, Say, versions
 
 VAL_FRACTION = 0.2
 VERSION = 1  # of what is kept, and of the rules by which it was drawn
@@ -194,7 +194,6 @@ def _near_duplicates(entries: list[Entry], looks: list[near.Look | None], say: S
     if too_many:
         classes = count_of(too_many, "class", "classes")
         say(f"the images of {classes} are too much alike for near-duplicates to be told, and are drawn one by one")
-    if unseen := looks.count(None):
-        images = count_of(unseen, "image is", "images are")
-        say(f"{images} not compared with others: only what can be read and is {SMALL} pixels a side or more can be")
+    if line := near.unseen(entries, looks):
+        say(line)
     return names

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from orchestrator.base.shown import quoted
 from orchestrator.base.storage import StoragePath
-from orchestrator.data.sources.devkit import DEVKIT, BoundedTarInfo, find_synsets, find_truth, refuse_unsafe
+from orchestrator.data.sources.devkit import AGAIN, DEVKIT, BoundedTarInfo, find_synsets, find_truth, refuse_unsafe
 from orchestrator.data.sources.listing import Entry, Say, Source
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -26,6 +26,7 @@ WINDOW_BYTES = 2**16  # read at a time from a remote archive: the next header ma
 READERS = 16  # threads that list the inner archives of a remote one
 SAY_EVERY = 100  # inner archives
 BLOCK = tarfile.BLOCKSIZE
+OTHER_FILES = ("invalid header", "bad checksum")  # in tarfile's errors, of what does not begin as a tar does
 
 
 def open_ilsvrc(root: StoragePath, say: Say = lambda line: None) -> Source:
@@ -84,7 +85,7 @@ def _listings(
 def _refuse_twice(archive: StoragePath, names: list[str]) -> None:
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{archive}: has two members named {quoted(twice)}; download it again")
+        raise ValueError(f"{archive}: has two members named {quoted(twice)}, the published one has each once")
 
 
 def members(
@@ -96,23 +97,31 @@ def members(
     for one that is damaged, truncated or unsafe.
     """
     shown = shown or str(archive)
-    window = _Window(archive, start, (archive.size() or 0) - start if length is None else length)
+    if length is None:
+        size = archive.size()
+        if size is None:
+            raise ValueError(f"{shown}: is {archive.special() or 'not there'}, not a file that can be read")
+        length = size - start
+    window = _Window(archive, start, length)
     try:
         with tarfile.open(fileobj=window, mode="r:", tarinfo=BoundedTarInfo) as tar:  # type: ignore[call-overload]
             for member in tar:
                 refuse_unsafe(member, shown)
                 if member.offset_data + member.size > window.length:
-                    raise ValueError(f"{shown}: truncated in member {quoted(member.name)}; download it again")
+                    raise ValueError(f"{shown}: truncated in member {quoted(member.name)}{AGAIN}")
                 if member.isreg() and not PurePosixPath(member.name).name.startswith("._"):  # macOS's own
                     yield member, start + member.offset_data
             # tarfile takes a damaged header for the end; the true end is a block of zeros
             window.seek(tar.offset)  # type: ignore[attr-defined]
             end = window.read(BLOCK)
     except (tarfile.TarError, RecursionError) as error:  # long names of long names, each a call deeper
-        raise ValueError(f"{shown}: damaged: {error}; download it again") from None
+        if not start and str(error) in OTHER_FILES:
+            raise ValueError(f"{shown}: is not a tar: {error}") from None
+        again = AGAIN if isinstance(error, tarfile.ReadError) else ""
+        raise ValueError(f"{shown}: damaged: {error}{again}") from None
     if len(end) < BLOCK or end.strip(b"\0"):
         what = "truncated" if len(end) < BLOCK else "damaged: no member's header"
-        raise ValueError(f"{shown}: {what} at byte {tar.offset}; download it again")  # type: ignore[attr-defined]
+        raise ValueError(f"{shown}: {what} at byte {tar.offset}{AGAIN}")  # type: ignore[attr-defined]
 
 
 def verify_md5(root: StoragePath, say: Say) -> None:
@@ -128,7 +137,7 @@ def verify_md5(root: StoragePath, say: Say) -> None:
         for data in place.chunks():
             digest.update(data)
         if digest.hexdigest() != MD5[name]:
-            raise ValueError(f"{place}: its MD5 is {digest.hexdigest()}, not {MD5[name]}; download it again")
+            raise ValueError(f"{place}: its MD5 is {digest.hexdigest()}, not {MD5[name]}{AGAIN}")
 
 
 class _Window:

@@ -54,6 +54,7 @@ class Entry:
     data: bytes | None = None
     packed: int | None = None  # in a zip: deflated to so many bytes from `start`
     column: str | None = None  # of the Parquet file; None: the one that image_column finds
+    crc: int | None = None  # in a zip: the CRC-32 of its bytes
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def read(entry: Entry, before: Callable[[int], None] = lambda size: None) -> byt
         if max(entry.packed or 0, entry.length or 0) > MAX_FILE_BYTES:
             raise NotAnImage(f"{max(entry.packed or 0, entry.length or 0)} bytes are more than any photograph has")
         if entry.packed is not None and entry.start is not None:
-            return _inflated(place.read_at(entry.start, entry.packed), entry.length or 0)
+            return _member(entry, place.read_at(entry.start, entry.packed))
         if entry.start is not None and entry.length is not None:
-            return place.read_at(entry.start, entry.length)
+            return _member(entry, place.read_at(entry.start, entry.length))
         if place.local is not None:
             found = place.local.stat()
             if not stat.S_ISREG(found.st_mode):
@@ -152,7 +153,7 @@ def read_range(entries: list[Entry]) -> list[bytes | NotAnImage]:
     for entry in entries:
         part = data[slice(*(at - first for at in extent(entry)))]
         try:
-            found.append(part if entry.packed is None else _inflated(part, entry.length or 0))
+            found.append(_member(entry, part))
         except NotAnImage as reason:
             found.append(reason)
     return found
@@ -213,6 +214,14 @@ def _read_column(place: StoragePath, row_group: int | None, name: str | None = N
     except (pa.ArrowException, OSError, UnicodeDecodeError, LookupError, TypeError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise StorageError(f"{place}, row group {row_group}: cannot be read: {text}") from None
+
+
+def _member(entry: Entry, part: bytes) -> bytes:
+    """The bytes of an entry that are these in its archive. Raises NotAnImage for others than a zip states."""
+    data = part if entry.packed is None else _inflated(part, entry.length or 0)
+    if entry.crc is not None and (found := zlib.crc32(data)) != entry.crc:
+        raise NotAnImage(f"damaged in the archive: its CRC-32 is {found:08x} instead of {entry.crc:08x}")
+    return data
 
 
 def _inflated(data: bytes, length: int) -> bytes:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alexnet.images import NotAnImage, decode_gray
 from orchestrator.base.environment import num_cpus
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.sources.listing import SMALL, Entry, Say, read
 
@@ -111,6 +112,16 @@ def looks(
                 said = time.monotonic()
                 progress(f"near-duplicates: {len(found):,} of {len(entries):,} images are looked at")
     return found, digests
+
+
+def unseen(entries: Sequence[Entry], all_looks: Sequence[Look | None]) -> str:
+    """A line about those that were not compared; empty if all were."""
+    names = [entry.name for entry, one in zip(entries, all_looks, strict=True) if one is None]
+    if not names:
+        return ""
+    images = f"{count_of(len(names), 'image is', 'images are')} not compared with others"
+    named = f"{images}, the first of them {names[0]}" if len(names) > 1 else f"{images}, {names[0]}"
+    return f"{named}: only what can be read, is {SMALL} pixels a side or more and of more than one colour can be"
 
 
 def _seen(entry: Entry, hashed: bool) -> tuple[Look | None, str | None]:

@@ -31,6 +31,8 @@ def inspected(splits: Mapping[str, list[Entry]], say: Say, progress: Say, blind:
     twins: dict[int, str] | None
     if len(every) <= ACROSS and not blind and not near.refusal(every):
         looks, digests = near.looks(every, rows | {entry.id for group in groups for entry in group}, progress)
+        if line := near.unseen(every, looks):
+            say(line)
         nearly, twins = near.pairs(looks[: len(train)], looks[len(train) :]), named(digests)
         rows = set()
     else:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from orchestrator.base.shown import quoted, shown
+from alexnet.images import NotAnImage
+from orchestrator.base.shown import count_of, quoted, shown
 from orchestrator.base.storage import StoragePath
 from orchestrator.data.shards import MANIFEST, SHEETS, UNFINISHED
-from orchestrator.data.sources.devkit import MAX_BYTES
+from orchestrator.data.sources.devkit import AGAIN, MAX_BYTES
 from orchestrator.data.sources.ilsvrc import members
 from orchestrator.data.sources.listing import Entry, read
 
@@ -44,6 +45,7 @@ LINKS_DOWN_TO = 5  # folders deep: a split, or a class, may be a link
 LOCAL_HEADER = 30  # bytes of a zip's local header before the name
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 ENCRYPTED = 0x1  # flag of a zip's member
+ZIP_BEGINS = b"PK"  # a file that does not is no zip, however often it is downloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,13 @@ class Where:
     start: int | None = None
     length: int | None = None  # bytes of the file itself
     packed: int | None = None  # bytes that it takes in the archive
+    crc: int | None = None  # of a zip's member
 
     def at(self) -> dict[str, Any]:
         """The fields of an Entry that say so."""
-        return {"path": self.path, "start": self.start, "length": self.length, "packed": self.packed}
+        return {
+            "path": self.path, "start": self.start, "length": self.length, "packed": self.packed, "crc": self.crc,
+        }  # fmt: skip
 
 
 @dataclass
@@ -89,7 +94,10 @@ class Tree:
         size = (at.length if at.length is not None else StoragePath(at.path).size()) or 0
         if size > MAX_BYTES:
             raise ValueError(f"--source {self.shown}: {name}: {size} bytes are too many for a list of labels")
-        return read(Entry(0, 0, name, **at.at()))
+        try:
+            return read(Entry(0, 0, name, **at.at()))
+        except NotAnImage as reason:
+            raise ValueError(f"--source {self.shown}: {name}: {reason}") from None
 
     def summary(self) -> str:
         """What is there: files by the ends of their names, and the folders at the top."""
@@ -97,7 +105,7 @@ class Tree:
         kinds = ", ".join(f"{count} {'.' * (kind in IMAGES | OTHERS)}{kind}" for kind, count in counts.most_common(5))
         folders = self.folders()
         named = ", ".join(f"{name}/" for name in folders[:8]) + (", ..." if len(folders) > 8 else "")
-        return shown(f"{len(self.files)} files ({kinds or 'none'})" + (f" in {named}" if folders else ""))
+        return shown(f"{count_of(len(self.files), 'file')} ({kinds or 'none'})" + (f" in {named}" if folders else ""))
 
 
 def extension(name: str) -> str:
@@ -170,7 +178,7 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
         with archive.open() as file, zipfile.ZipFile(file) as found:
             for info in found.infolist():
                 if not info.filename:
-                    raise ValueError(f"{archive}: has a member without a name; download it again")
+                    raise ValueError(f"{archive}: is damaged: it has a member without a name{AGAIN}")
                 if info.is_dir():
                     continue
                 path = PurePosixPath(info.filename)
@@ -189,7 +197,7 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
                 lengths = struct.unpack("<HH", header[26:30]) if len(header) == LOCAL_HEADER else (0, 0)
                 start = info.header_offset + LOCAL_HEADER + sum(lengths)
                 packed = info.compress_size if info.compress_type == DEFLATED else None
-                yield info.filename, Where(archive.text, start, info.file_size, packed)
+                yield info.filename, Where(archive.text, start, info.file_size, packed, info.CRC)
     except (
         zipfile.BadZipFile,
         OSError,
@@ -199,7 +207,12 @@ def zip_members(archive: StoragePath) -> Iterable[tuple[str, Where]]:
         UnicodeError,
         pa.ArrowException,
     ) as error:  # Arrow's: of a place outside the file
-        raise ValueError(f"{archive}: cannot be read as a zip: {error}; download it again") from None
+        why: object = error
+        if isinstance(error, OSError) and error.errno is not None:  # the system's
+            why = error.strerror
+        elif not isinstance(error, NotImplementedError) and ZIP_BEGINS.startswith(archive.read_at(0, len(ZIP_BEGINS))):
+            why = f"{error}{AGAIN}"
+        raise ValueError(f"{archive}: cannot be read as a zip: {why}") from None
 
 
 def _sort_out(tree: Tree, found: Iterable[tuple[str, Where]]) -> None:

@@ -47,6 +47,11 @@ def open_webdataset(tree: Tree, say: Say, *, draw: Draw) -> Source:
                 misplaced.append((ascii(f"{path}/{key}")[1:-1], "the name is not UTF-8"))
                 continue
             found.append((split, label, f"{path}/{key}", archive, *image))
+    if not found:
+        raise ValueError(
+            f"--source {tree.shown}: its tars have no image with a label beside it, KEY.jpg and KEY.cls"
+            + (f"; {misplaced[0][0]} {misplaced[0][1]}" if misplaced else "")
+        )
     classes = class_order(label for _, label, *_ in found)
     label_of = {text: label for label, text in enumerate(classes)}
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": [], "": []}
