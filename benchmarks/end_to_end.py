@@ -138,11 +138,11 @@ def main() -> None:
         bf16 = args.precision == ["bf16"]
         memory_format = torch.channels_last if args.only == "channels_last" else torch.contiguous_format
         classes = len(list((args.source / "train").iterdir()))
-        found = (
+        rates = (
             step(bf16, classes) if args.only == "step"
             else plain(args.source, args.epochs, bf16, args.threads, memory_format)
         )  # fmt: skip
-        print(json.dumps(found))
+        print(json.dumps(rates))
         return
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
