@@ -85,6 +85,13 @@ def install_with_pip() -> bool:
     return not any(subprocess.call([*PIP, "install", *QUIET, *what]) for what in (LOCKED, PROJECT))
 
 
+def compile_kernels() -> None:
+    """Compile now what the first training step would compile otherwise, on every node again."""
+    start = time.monotonic()
+    if not subprocess.call([sys.executable, "-m", "alexnet.kernels"]):  # else they are compiled when they are used
+        print(f"compiled the kernels in {time.monotonic() - start:.0f} s", flush=True)
+
+
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["uv"], ["pip"]):
         print(f"install.py: {' '.join(arguments)}: expected uv or pip", file=sys.stderr)
@@ -98,6 +105,7 @@ def main(arguments: list[str]) -> int:
         installed = install_with_pip()
     if installed:
         print(f"installed {LOCK} in {time.monotonic() - start:.0f} s", flush=True)
+        compile_kernels()
     return 0 if installed else 1
 
 

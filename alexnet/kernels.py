@@ -1,0 +1,20 @@
+"""Compiles what numba compiles, so that the first training step does not: `make setup` runs it, on every node."""
+
+import numpy as np
+import torch
+
+from . import augment, lrn_cpu
+
+
+def compile_kernels() -> None:
+    """Compile for the types that trainings use; the result stays beside the source, or in numba's own cache."""
+    for dtype in (torch.float32, torch.bfloat16):
+        maps = torch.zeros(1, 8, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for kernel, inputs in ((lrn_cpu.forward, (maps,)), (lrn_cpu.backward, (maps, maps))):
+            kernel(*inputs, columns=1, k=2.0, n=5, alpha=1e-4, beta=0.75, relu=True)
+    pixels = np.zeros((1, 2, 2, 3), np.uint8)
+    augment.crop_flip_shift(pixels, augment.center(1, margin=1), np.zeros((1, 3), np.float32), 1)
+
+
+if __name__ == "__main__":
+    compile_kernels()
