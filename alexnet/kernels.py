@@ -10,8 +10,9 @@ def compile_kernels() -> None:
     """Compile for the types that trainings use; the result stays beside the source, or in numba's own cache."""
     for dtype in (torch.float32, torch.bfloat16):
         maps = torch.zeros(1, 8, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        for kernel, inputs in ((lrn_cpu.forward, (maps,)), (lrn_cpu.backward, (maps, maps))):
-            kernel(*inputs, columns=1, k=2.0, n=5, alpha=1e-4, beta=0.75, relu=True)
+        papers = (1, 2.0, 5, 1e-4, 0.75, True)  # columns, k, n, alpha, beta, ReLU; others have the same types
+        lrn_cpu.forward(maps, *papers)
+        lrn_cpu.backward(maps, maps, *papers)
     pixels = np.zeros((1, 2, 2, 3), np.uint8)
     augment.crop_flip_shift(pixels, augment.center(1, margin=1), np.zeros((1, 3), np.float32), 1)
 
