@@ -15,6 +15,7 @@ from orchestrator.train.step import WorkerStep
 
 CLASSES, BATCH, ROWS, STEPS = 10, 24, 55, 5  # every third batch is of 7 images, which not all parts of all workers have
 KINDS = ("data", "columns", "hybrid")
+LARS = {"optimizer": "lars", "lr": 2.0, "warmup_epochs": 0.7, "ema": 0.4}
 
 
 def make_step(rank, kind, workers, **changes):
@@ -76,7 +77,7 @@ def assert_same(found, wanted, tolerance):
             assert ((tensor - wanted[name]).abs().max() / scale).item() < tolerance, name
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "lars", "lr": 2.0, "warmup_epochs": 0.7, "ema": 0.4}])
+@pytest.mark.parametrize("settings", [{}, LARS])
 @pytest.mark.parametrize("accumulate", [2, 3, 24])
 def test_parts_give_the_losses_and_weights_of_the_whole_batch(accumulate, settings):
     """Dropout among them: what is zeroed of an image does not depend on its part."""
@@ -87,19 +88,15 @@ def test_parts_give_the_losses_and_weights_of_the_whole_batch(accumulate, settin
 
 
 def everything(rank, workers):
-    return {
-        (kind, optimizer): train(rank, kind, workers, accumulate=3, optimizer=optimizer, lr=lr, ema=0.4)
-        for kind in KINDS
-        for optimizer, lr in (("sgd", 0.01), ("lars", 2.0))
-    }
+    return {kind: train(rank, kind, workers, accumulate=3, **LARS) for kind in KINDS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_every_layout_computes_parts_as_one_process_does_the_whole_batch(workers):
-    for (kind, optimizer), found in run_gloo(workers, everything, workers)[0].items():
-        lr = 0.01 if optimizer == "sgd" else 2.0
-        assert_same(found, train(0, "single", 1, optimizer=optimizer, lr=lr, ema=0.4), 1e-10)
+    wanted = train(0, "single", 1, **LARS)
+    for kind, found in run_gloo(workers, everything, workers)[0].items():
+        assert_same(found, wanted, 1e-10)
         assert found["largest"] == BATCH // 3 // (workers // 2 if kind == "columns" else workers)
 
 
