@@ -13,27 +13,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .allocator import keep_freed_memory, release_freed_memory, use_one_arena
     from .augment import MeanSubtraction
+    from .ema import WeightAverage
     from .evaluate import count_errors, errors_by_class, topk_wrong
+    from .lars import LARS
     from .lrn import LocalResponseNorm, local_response_norm
     from .net import PRESETS, AlexNet, build, num_parameters
     from .optim import PaperSGD, plateau_schedule
     from .presets import LRN, Preset
     from .trained import Description, TrainedNet, load
+    from .warmup import Warmup
 
 __version__ = "0.2.0"  # of the whole distribution: pyproject.toml and orchestrator read it here
 
 _HOMES = {
     "allocator": ("keep_freed_memory", "release_freed_memory", "use_one_arena"),
     "augment": ("MeanSubtraction",),
+    "ema": ("WeightAverage",),
     "evaluate": ("count_errors", "errors_by_class", "topk_wrong"),
+    "lars": ("LARS",),
     "lrn": ("LocalResponseNorm", "local_response_norm"),
     "net": ("PRESETS", "AlexNet", "build", "num_parameters"),
     "optim": ("PaperSGD", "plateau_schedule"),
     "presets": ("LRN", "Preset"),
     "trained": ("Description", "TrainedNet", "load"),
+    "warmup": ("Warmup",),
 }
 
 __all__ = [
+    "LARS",
     "LRN",
     "PRESETS",
     "AlexNet",
@@ -43,6 +50,8 @@ __all__ = [
     "PaperSGD",
     "Preset",
     "TrainedNet",
+    "Warmup",
+    "WeightAverage",
     "__version__",
     "build",
     "count_errors",

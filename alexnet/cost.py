@@ -16,12 +16,12 @@ POOLS = nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step on one worker, in float32."""
+    """Of one training step on one worker, in float32; of a part of the batch where it is computed in parts."""
 
     num_parameters: int  # of the whole net
     training_flops: float  # per image, forward and backward, over all workers; a multiply-add counts as two
     part_parameters: int  # that this worker holds
-    memory_bytes: float  # weights, gradients, velocities and the activations kept for the backward pass
+    memory_bytes: float  # weights, gradients, velocities, an average and the activations kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,12 @@ def estimate(
     global_batch_size: int,
     preset: str = "paper",
     layout: Layout | None = None,
+    averaged: bool = False,
 ) -> Cost:
-    """Of a net under a layout; on a single worker if none is given. Raises ValueError where it cannot be split."""
+    """Of a net under a layout; on a single worker if none is given. averaged: an average of the weights is kept.
+
+    Raises ValueError where the net cannot be split.
+    """
     layout = layout or Layout("single", 1)
     partition = Partition(preset_of(preset), layout)
     partition.check(_shapes(preset, num_classes, input_size, width))
@@ -110,7 +114,7 @@ def estimate(
     numbers += images * 3 * input_size**2
     total = sum(layer.parameters for layer in layers)
     flops = 3 * 2 * sum(layer.multiply_adds for layer in layers)
-    return Cost(total, flops, part, 4.0 * (3 * part + numbers))
+    return Cost(total, flops, part, 4.0 * ((4 if averaged else 3) * part + numbers))
 
 
 def communication(

@@ -7,6 +7,7 @@ N images, C maps or units, P workers of a group.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,26 @@ class ShardedNet(nn.Module):
                 param.grad = None
             elif param.grad is not None:
                 param.grad.zero_()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Backward passes within add to this worker's own gradients; the first one after it exchanges their sum."""
+        with ExitStack() as stack:
+            for trained in self._trained:
+                if isinstance(trained, DistributedDataParallel):
+                    stack.enter_context(trained.no_sync())
+            yield
+
+    def whole_sums(self, params: Sequence[Tensor], sums: Tensor) -> Tensor:
+        """From sums over what this worker holds of parameters, (parameters, S), those over the whole parameters. Parts
+        are added up over the group, what each of its workers holds whole is counted once; LARS takes norms so."""
+        if self.layout.group_size == 1:
+            return sums
+        names: dict[Tensor, str] = {param: name for name, param in self.part.named_parameters()}
+        sharded = torch.tensor([[self.partition.is_sharded(names[param])] for param in params], device=sums.device)
+        total = sums.clone()
+        dist.all_reduce(total, group=self.group)
+        return torch.where(sharded, total, sums)
 
     @property
     def is_group_leader(self) -> bool:

@@ -83,13 +83,13 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 pretrained, config = start_from(args, config, Path(temporary))
             if not resume:
                 check_frozen(config, pretrained)
+            recipe = args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
             if args.dry_run:
-                print(describe(config, StoragePath.of(args.output), args.images_per_s))
+                print(describe(config, StoragePath.of(args.output), args.images_per_s, recipe))
                 return 0
             if resume and not args.register and (lines := session.nothing_left(folder, config)):
                 LiveLine().print(*lines)
                 return 0
-            recipe = args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
             prepared = session.Session(
                 folder, config, resume=resume, recipe=recipe, start=pretrained, register=args.register
             )

@@ -38,7 +38,8 @@ def worker_counts(config: TrainConfig) -> list[int]:
                     f"global_batch_size = {config.global_batch_size}: not divisible by {workers} workers; "
                     f"{lower or workers} or {lower + workers} would be"
                 )
-            _cost(config, layout, config.num_classes or 2)  # raises if the net cannot be built or partitioned so
+            _check_parts(config, workers)
+            cost_of(config, layout, config.num_classes or 2)  # raises if the net cannot be built or partitioned so
         except ValueError as error:
             wrong = wrong or error
             continue
@@ -59,7 +60,7 @@ def choose_layout(
     """
     if config.layout != "auto":
         layout = Layout(config.layout, workers)
-        _cost(config, layout, num_classes)
+        cost_of(config, layout, num_classes)
         return layout, f"layout {layout.kind} over {count_of(workers, 'worker')}, as asked"
     if workers == 1:
         return Layout("single", 1), "layout single: one worker"
@@ -68,7 +69,7 @@ def choose_layout(
     for kind in KINDS[1:]:
         try:
             layout = Layout(kind, workers)
-            cost = _cost(config, layout, num_classes)
+            cost = cost_of(config, layout, num_classes)
         except ValueError:  # not a number of workers for this layout
             continue
         pairs = sum(worker_slots(node, use_gpu) // layout.group_size for node in nodes)
@@ -102,7 +103,7 @@ def ledger(config: TrainConfig, workers: int, num_classes: int) -> list[tuple[st
     for kind in KINDS:
         try:
             layout = Layout(kind, workers)
-            cost = _cost(config, layout, num_classes)
+            cost = cost_of(config, layout, num_classes)
         except ValueError:
             continue
         exchanges = _exchanges(config, layout, num_classes)
@@ -119,7 +120,7 @@ def _overhead_s(config: TrainConfig, layout: Layout, num_classes: int, nodes: li
     flops, moved = (GPU_FLOPS, GPU_MEMORY_BYTES_PER_S) if use_gpu else (CPU_FLOPS, CPU_MEMORY_BYTES_PER_S)
     inside = LINKS["PCIe 3.0 x16" if use_gpu else "loopback"]
     between = min(inside, LINKS["10 GbE"]) if len(nodes) > 1 else inside
-    cost = _cost(config, layout, num_classes)
+    cost = cost_of(config, layout, num_classes)
     arithmetic = cost.training_flops * config.global_batch_size / layout.workers / flops
     total = UPDATE_PASSES * 4 * cost.part_parameters / moved
     for exchange in _exchanges(config, layout, num_classes):
@@ -139,10 +140,23 @@ def _exchanges(config: TrainConfig, layout: Layout, num_classes: int) -> list[Ex
     )  # fmt: skip
 
 
-def _cost(config: TrainConfig, layout: Layout, num_classes: int) -> Cost:
+def _check_parts(config: TrainConfig, workers: int) -> None:
+    """Raises ValueError of one line where a worker's images of a global batch cannot be divided as config says."""
+    images = config.global_batch_size // workers
+    if images % config.accumulate:
+        near = [parts for parts in range(1, images + 1) if images % parts == 0]
+        near.sort(key=lambda parts: abs(parts - config.accumulate))
+        raise ValueError(
+            f"accumulate = {config.accumulate}: the {count_of(images, 'image')} of each worker cannot be divided into "
+            f"so many equal parts; {' or '.join(map(str, sorted(near[:2])))} would do"
+        )
+
+
+def cost_of(config: TrainConfig, layout: Layout, num_classes: int) -> Cost:
+    """What a run costs a worker under a layout. Raises ValueError for a net that cannot be built or partitioned so."""
     return estimate(
-        num_classes=num_classes, input_size=config.crop_size, width=config.width,
-        preset=config.preset, global_batch_size=config.global_batch_size, layout=layout,
+        num_classes=num_classes, input_size=config.crop_size, width=config.width, preset=config.preset,
+        global_batch_size=config.images_at_once, layout=layout, averaged=config.ema > 0,
     )  # fmt: skip
 
 

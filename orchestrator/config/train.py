@@ -20,6 +20,7 @@ _NETS = "; ".join(f"{preset.name}: {preset.title}" for preset in PRESETS.values(
 _LRN = {name: preset.lrn for name, preset in PRESETS.items() if preset.lrn}
 
 
+TRUST_COEFFICIENT = 0.001  # You et al. 2017, and the solvers that its authors published
 LRN_SETTINGS = ("lrn_k", "lrn_n", "lrn_alpha", "lrn_beta")
 
 
@@ -84,10 +85,35 @@ class OptimizerSettings(BaseModel):
 
     epochs: int = Field(90, ge=1, description="passes over the training set")
     global_batch_size: int = Field(128, ge=1, description="images per update, over all workers")
+    optimizer: Literal["sgd", "lars"] = Field(
+        "sgd",
+        description="update rule; sgd: the paper's, with momentum; lars: for large batches, with rates of its own for "
+        "every layer (You et al. 2017), whose --lr is around 10",
+    )
+    trust_coefficient: float = Field(
+        TRUST_COEFFICIENT,
+        gt=0,
+        description="lars: a layer's rate is lr times this, times the norm of its weights over that of its gradient; "
+        "of biases it is lr times this",
+    )
     lr: float = Field(0.01, gt=0, description="initial learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the update")
     weight_decay: float = Field(
-        0.0005, ge=0, description="weight decay of all weights and biases, multiplied by the learning rate"
+        0.0005,
+        ge=0,
+        description="weight decay of all weights and, but for lars, biases, multiplied by the learning rate",
+    )
+    warmup_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="epochs, such as 2.5, over whose steps the learning rate rises linearly to lr (Goyal et al. 2017)",
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay, such as 0.999, of an exponential moving average of the weights, which then takes their "
+        "place in validation and in the saved model; 0: none",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none",
@@ -146,6 +172,12 @@ class WorkerSettings(BaseModel):
         description="floating-point format; auto: bf16 where the hardware accelerates it, else fp32; "
         "fp64: slow, for comparing layouts to many digits",
     )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which a worker computes its images of an update, one after the other, adding up their "
+        "gradients: less memory, the same result",
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads per worker; automatic: an equal share of the node's CPUs"
     )
@@ -197,6 +229,15 @@ class TrainConfig(CheckpointSettings, WorkerSettings, LayerSettings, OptimizerSe
         return self
 
     @model_validator(mode="after")
+    def _check_trust(self) -> Self:
+        if self.optimizer != "lars" and self.trust_coefficient != TRUST_COEFFICIENT:
+            raise ValueError(
+                f"trust_coefficient = {self.trust_coefficient}: optimizer {self.optimizer} has none; leave it out, or "
+                "choose optimizer lars"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lrn(self) -> Self:
         given = {name: getattr(self, name) for name in LRN_SETTINGS if getattr(self, name) is not None}
         if given and not self.net.has_lrn:
@@ -229,6 +270,11 @@ class TrainConfig(CheckpointSettings, WorkerSettings, LayerSettings, OptimizerSe
         """All settings, with the preset's own values in the place of those that are automatic by it."""
         lrn = {} if self.lrn is None else {f"lrn_{name}": value for name, value in asdict(self.lrn).items()}
         return self.model_dump() | {"input_size": self.crop_size} | lrn
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a global batch that all workers together compute at a time."""
+        return self.global_batch_size // self.accumulate
 
     @property
     def worker_range(self) -> tuple[int, int]:

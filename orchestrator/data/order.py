@@ -31,6 +31,22 @@ def rank_slice(step: int, num_rows: int, global_batch_size: int, rank: int, worl
     return first + size * rank // world_size, first + size * (rank + 1) // world_size
 
 
+def batch_parts(
+    step: int, num_rows: int, global_batch_size: int, world_size: int, accumulate: int
+) -> list[list[tuple[int, int]]]:
+    """The parts in which a global batch is computed: of each, where every worker's images begin and end in the order.
+
+    Every worker cuts its own images into as many parts, as equal as may be. Of a small last batch some can be empty;
+    those in which no worker has an image are left out.
+    """
+    slices = [rank_slice(step, num_rows, global_batch_size, rank, world_size) for rank in range(world_size)]
+    parts = [
+        [(lo + (hi - lo) * part // accumulate, lo + (hi - lo) * (part + 1) // accumulate) for lo, hi in slices]
+        for part in range(accumulate)
+    ]
+    return [part for part in parts if any(lo < hi for lo, hi in part)]
+
+
 def rows_of_pass(kind: str, rows: Mapping[str, int]) -> int:
     """Rows of a pass, from those of each split.
 

@@ -2,11 +2,11 @@
 
 import contextlib
 
-from alexnet.cost import estimate
+from alexnet.layouts import Layout
 from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import table
-from orchestrator.cluster.layout_choice import worker_counts
+from orchestrator.cluster.layout_choice import cost_of, worker_counts
 from orchestrator.cluster.nodes import Node
 from orchestrator.cluster.placement import make_plan, room_for
 from orchestrator.data.dataset import Dataset
@@ -29,10 +29,7 @@ def describe(config: SearchConfig, output: StoragePath, images_per_s: float | No
     machines = Machines.of(config.most_workers, config.max_concurrent or config.num_trials)
     workers = config.most_workers.worker_range[1]
     at_once = room_for(config.most_workers, machines.nodes, config.num_trials, config.max_concurrent)
-    cost = estimate(
-        num_classes=data.num_classes(config.train), input_size=config.train.crop_size, width=config.train.width,
-        preset=config.train.preset, global_batch_size=config.train.global_batch_size,
-    )  # fmt: skip
+    cost = cost_of(config.train, Layout("single", 1), data.num_classes(config.train))
     facts = [
         ("data", f"{config.train.data}: {data}"),
         (

@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from alexnet import PaperSGD
+from alexnet import PaperSGD, WeightAverage
 from alexnet.layouts import ShardedNet
 from alexnet.trained import WEIGHTS
 from orchestrator.base.schema import KEY, check_version, load_json
 from orchestrator.base.shown import LONGEST_VALUE, count_of, quoted, shown
 from orchestrator.train.run_folder import CHECKPOINT_PREFIX
 
+LAST_WEIGHTS = "last.safetensors"  # of a run with an average of its weights, which then is in WEIGHTS
 VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
 LONGEST_REASON = 200  # characters
@@ -46,8 +47,15 @@ class State(BaseModel):
     history: list[dict[str, int | float]] = []  # one entry per epoch
 
 
-def save(folder: Path | None, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau, state: State) -> None:
-    """Write a checkpoint into an empty folder.
+def save(
+    folder: Path | None,
+    net: ShardedNet,
+    optimizer: PaperSGD,
+    schedule: ReduceLROnPlateau,
+    state: State,
+    average: WeightAverage | None = None,
+) -> None:
+    """Write a checkpoint into an empty folder: as its weights the average, if there is one, for whoever uses them.
 
     All workers of a group call this together. Its first has a folder and writes, one tensor at a time; the others have
     None.
@@ -57,6 +65,9 @@ def save(folder: Path | None, net: ShardedNet, optimizer: PaperSGD, schedule: Re
     velocities = {
         name: optimizer.state[param]["velocity"] for name, param in part.named_parameters() if param in optimizer.state
     }
+    if average is not None:
+        _write(folder and folder / LAST_WEIGHTS, net, weights)
+        weights = average.weights
     _write(folder and folder / WEIGHTS, net, weights)
     _write(folder and folder / VELOCITIES, net, velocities)
     if folder:
@@ -69,29 +80,28 @@ def save(folder: Path | None, net: ShardedNet, optimizer: PaperSGD, schedule: Re
         (folder / STATE).write_text(json.dumps(rest, indent=1))
 
 
-def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLROnPlateau) -> State:
-    """Restore a worker's part of the net, its optimizer and its schedule to what `save` found.
+def load(
+    folder: Path,
+    net: ShardedNet,
+    optimizer: PaperSGD,
+    schedule: ReduceLROnPlateau,
+    average: WeightAverage | None = None,
+) -> State:
+    """Restore a worker's part of the net, its optimizer, its schedule and its average to what `save` found.
 
-    Raises ValueError for a checkpoint of another net, and for one that a newer version wrote.
+    An average that the checkpoint lacks begins with its weights. Raises ValueError for a checkpoint of another net, and
+    for one that a newer version wrote.
     """
     rest, state = _read_state(folder / STATE, len(optimizer.param_groups), schedule.state_dict())
     params = dict(net.part.named_parameters())
-    weights = dict(parts_of(folder / WEIGHTS, net))
-    if weights.keys() != params.keys():
-        wrong = sorted(weights.keys() ^ params.keys())[0]
-        raise ValueError(
-            f"{folder / WEIGHTS}: {shown(wrong, LONGEST_VALUE)} is in the checkpoint or in the net, but not in both"
-        )
-    for name, weight in weights.items():
-        if weight.shape != params[name].shape:
-            has, wants = (" x ".join(map(str, tensor.shape)) for tensor in (weight, params[name]))
-            raise ValueError(
-                f"{folder / WEIGHTS}: {name} is {has} there, and {wants} in this net: use data with the same classes, "
-                "and the settings of the net it was saved from"
-            )
+    saved = _weights(folder / WEIGHTS, net)
+    last = _weights(folder / LAST_WEIGHTS, net) if (folder / LAST_WEIGHTS).exists() else saved
     with torch.no_grad():
-        for name, weight in weights.items():
+        for name, weight in last.items():
             params[name].copy_(weight)
+        if average is not None:
+            for name, weight in average.weights.items():
+                weight.copy_(saved[name])
         for name, velocity in parts_of(folder / VELOCITIES, net):
             if name not in params or velocity.shape != params[name].shape:
                 raise ValueError(f"{folder / VELOCITIES}: damaged: {quoted(name)} is the velocity of no weight")
@@ -100,6 +110,23 @@ def load(folder: Path, net: ShardedNet, optimizer: PaperSGD, schedule: ReduceLRO
         group["lr"] = lr
     schedule.load_state_dict(rest["schedule"])
     return state
+
+
+def _weights(path: Path, net: ShardedNet) -> dict[str, Tensor]:
+    """This worker's part of the weights in a file. Raises ValueError of one line for those of another net."""
+    params = dict(net.part.named_parameters())
+    weights = dict(parts_of(path, net))
+    if weights.keys() != params.keys():
+        wrong = sorted(weights.keys() ^ params.keys())[0]
+        raise ValueError(f"{path}: {shown(wrong, LONGEST_VALUE)} is in the checkpoint or in the net, but not in both")
+    for name, weight in weights.items():
+        if weight.shape != params[name].shape:
+            has, wants = (" x ".join(map(str, tensor.shape)) for tensor in (weight, params[name]))
+            raise ValueError(
+                f"{path}: {name} is {has} there, and {wants} in this net: use data with the same classes, and the "
+                "settings of the net it was saved from"
+            )
+    return weights
 
 
 def _read_state(path: Path, num_rates: int, schedule: dict[str, Any]) -> tuple[dict[str, Any], State]:

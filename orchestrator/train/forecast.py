@@ -10,27 +10,28 @@ from typing import Any
 
 import torch
 
-from alexnet.cost import Cost, estimate
+from alexnet.cost import Cost
 from orchestrator.base.environment import on_cluster
 from orchestrator.base.exits import JobError, last_line
 from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import duration, table
 from orchestrator.cluster.connection import connect
-from orchestrator.cluster.layout_choice import CPU_FLOPS, GPU_FLOPS, choose_layout, ledger, worker_counts
+from orchestrator.cluster.layout_choice import CPU_FLOPS, GPU_FLOPS, choose_layout, cost_of, ledger, worker_counts
 from orchestrator.cluster.nodes import Node, alive, uses_gpu
 from orchestrator.cluster.placement import make_plan
 from orchestrator.cluster.prices import NodeType, node_types, usd_per_hour, would_start
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.dataset import Dataset
 from orchestrator.train.run_folder import RESULT, RunFolder
+from orchestrator.train.scaling import linear_scaling
 
 log = logging.getLogger(__name__)
 
 # The settings that a run's speed depends on: an earlier run in which they are equal gives the forecast.
 SPEED_SETTINGS = (
     "data", "preset", "width", "input_size", "global_batch_size", "freeze", "workers", "layout", "device", "precision",
-    "threads",
+    "threads", "accumulate",
 )  # fmt: skip
 
 
@@ -66,8 +67,9 @@ class Machines:
         return Machines(nodes, (kind, count), text, price)
 
 
-def describe(config: TrainConfig, output: StoragePath, images_per_s: float | None) -> str:
-    """Describe one training run. images_per_s: the speed, if the user states it. Raises ValueError of one line."""
+def describe(config: TrainConfig, output: StoragePath, images_per_s: float | None, recipe: str | None = None) -> str:
+    """Describe one training run. images_per_s: the speed, if the user states it. recipe: that the settings began with,
+    if that is known. Raises ValueError of one line."""
     data = Dataset(config, output, verify=False)
     worker_counts(config)  # raises if no number of workers will do
     num_classes, machines = data.num_classes(config), Machines.of(config)
@@ -81,16 +83,16 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
     layout = plan.layout if plan else choose_layout(
         config, worker_counts(config)[0], num_classes, machines.nodes, use_gpu
     )[0]  # fmt: skip
-    cost = estimate(
-        num_classes=num_classes, input_size=config.crop_size, width=config.width,
-        preset=config.preset, global_batch_size=config.global_batch_size, layout=layout,
-    )  # fmt: skip
+    cost = cost_of(config, layout, num_classes)
+    copies, average = (3, ", their average") if config.ema else (2, "")
+    parts = f" of {config.images_at_once // layout.workers} images at a time" if config.accumulate > 1 else ""
     steps = -(-data.rows["train"] // config.global_batch_size)
     facts = [
         ("data", f"{config.data}: {data}"),
         ("net", _net(config)),
         ("parameters", f"{cost.num_parameters:,}"),
         ("steps", f"{steps} per epoch, {steps * config.epochs} in total"),
+        *([("rate", text)] if (text := linear_scaling(config, recipe)) else []),
         (
             "arithmetic",
             f"{cost.training_flops * data.rows['train'] / 1e9:,.0f} GFLOP per epoch, "
@@ -98,14 +100,14 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
         ),
         (
             "memory",
-            f"{cost.memory_bytes / 1e9:.2f} GB per worker: weights, gradients and velocities of "
-            f"{cost.part_parameters:,} parameters, and activations",
+            f"{cost.memory_bytes / 1e9:.2f} GB per worker: weights{average}, gradients and velocities of "
+            f"{cost.part_parameters:,} parameters, and activations{parts}",
         ),
         ("nodes", machines.text),
         *([("would start", f"{machines.started[1]} of {machines.started[0]}")] if machines.started else []),
         ("layout", reason),
         *ledger(config, layout.workers, num_classes),
-        ("checkpoint", f"{2 * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
+        ("checkpoint", f"{copies * 4 * cost.num_parameters / 1e6:.0f} MB; the best and the last are kept"),
         *(
             [("kept weights", f"{config.epochs // config.keep_every} times {4 * cost.num_parameters / 1e6:.0f} MB")]
             if config.keep_every

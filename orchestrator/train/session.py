@@ -56,6 +56,7 @@ MUTABLE_ON_RESUME = (
     "data",
     "max_failures",
     "keep_every",
+    "accumulate",
 )
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ class Session:
             f"run {self.run.name}: {shown(manifest.source, LONGEST_VALUE)}, {len(manifest.classes)} classes, "
             f"{manifest.rows['train']} train and {manifest.rows['val']} val images; "
             f"{workers}, global batch {self.config.global_batch_size}"
+            + (f" in {self.config.accumulate} parts" if self.config.accumulate > 1 else "")
         )
         if text := warn_if_unequal(self.config, manifest):
             say(text)

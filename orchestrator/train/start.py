@@ -5,7 +5,7 @@ from pathlib import Path
 import ray.train
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from alexnet import PaperSGD
+from alexnet import PaperSGD, WeightAverage
 from alexnet.layouts import ShardedNet
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
@@ -23,6 +23,7 @@ def load_start(
     net: ShardedNet,
     optimizer: PaperSGD,
     schedule: ReduceLROnPlateau,
+    average: WeightAverage | None = None,
 ) -> checkpoints.State:
     """Load the run's last checkpoint; else another run's, under this run's settings; else return a new state, with the
     weights of the trained net that the run starts from, if there is one.
@@ -32,12 +33,14 @@ def load_start(
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as path:
-            return checkpoints.load(Path(path), net, optimizer, schedule)
+            return checkpoints.load(Path(path), net, optimizer, schedule, average)
     if start is None:
         if pretrained is not None:
             pretrained.load_weights(net, manifest.classes, config.num_classes or len(manifest.classes))
+            if average is not None:
+                average.restart()
         return checkpoints.State()
     with StoragePath(start.checkpoint).as_local_dir() as path:
-        state = checkpoints.load(path, net, optimizer, schedule)
+        state = checkpoints.load(path, net, optimizer, schedule, average)
     checkpoints.scale_rate(config.lr / start.lr, optimizer, schedule)
     return state

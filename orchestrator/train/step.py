@@ -3,6 +3,7 @@
 N images, C maps, H rows, W columns of pixels.
 """
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import alexnet
-from alexnet import augment
+from alexnet import Warmup, WeightAverage, augment
 from alexnet.dropout import BatchPosition
 from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.order import rank_slice, rows_of_pass
+from orchestrator.data.order import batch_parts, rows_of_pass
 from orchestrator.data.reader import Batch
 
 CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
 
+Part = list[tuple[int, int]]  # of a global batch: where each worker's images begin and end in the pass
 Pending = tuple[Tensor, int, float]  # a step's loss sum, number of images and stop code, not yet summed over workers
 
 
@@ -40,11 +42,13 @@ class WorkerStep:
         *,
         bf16: bool,
         class_weights: Tensor | None = None,
+        warmup: Warmup | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         """mean_HWC: the mean image, on the net's device. rows: images of each split. class_weights: of the training
-        loss, (num_classes,), on the net's device in its type."""
+        loss, (num_classes,), on the net's device in its type. warmup: of the rate. average: takes in every update."""
         self.net, self.optimizer, self.config, self.rows, self.bf16 = net, optimizer, config, rows, bf16
-        self.class_weights = class_weights
+        self.class_weights, self.warmup, self.average = class_weights, warmup or Warmup(), average
         weight = next(net.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.crop_size, config.pixel_scale)
@@ -58,21 +62,33 @@ class WorkerStep:
         of images all the same, and not by the sum of their weights, which is another in every batch: every image then
         counts alike in every batch, and no layout has anything to exchange for it.
 
+        With `accumulate` the batch is computed in parts, whose gradients are summed, and exchanged with the last. What
+        dropout zeroes of an image does not depend on its part.
+
         Returns the loss summed over the images of this worker's group, a float64 scalar on the device, and their
         number; zeros from all workers of a group but its leader, so that the sums over all workers are right.
         """
-        scores, labels = self.scores("train", step, batch, total_step)
-        loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
-        torch.autograd.backward(loss_sum / self.size_of("train", step))
-        self.optimizer.step()
+        total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        parts = self.parts("train", step)
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else self.net.accumulating():
+                scores, labels = self.scores("train", step, batch, total_step, part)
+                loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
+                torch.autograd.backward(loss_sum / self.size_of("train", step))
+            total, images = total + loss_sum.detach().double(), images + len(labels)
+        with self.warmup.applied(self.optimizer, total_step):
+            self.optimizer.step()
         self.net.zero_grad()
-        return loss_sum.detach().double() * self.net.is_group_leader, len(labels) * self.net.is_group_leader
+        if self.average is not None:
+            self.average.update(total_step + 1)
+        return total * self.net.is_group_leader, images * self.net.is_group_leader
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, step: int, split: str = "val") -> Tensor:
         """(4 + num_classes,) on the device, of a batch of val or probe: loss sum, without class_weights, wrong at
         top 1, wrong at top 5, images, and of each class those wrong at top 1; zeros but from a group's leader."""
-        scores, labels = self.scores(split, step, batch, 0)
+        found = [self.scores(split, step, batch, 0, part) for part in self.parts(split, step)]
+        scores, labels = (torch.cat(each) for each in zip(*found, strict=True))
         if not self.net.is_group_leader:
             return torch.zeros(4 + scores.shape[1], dtype=torch.float64, device=self.device)
         loss_sum = F.cross_entropy(scores, labels, reduction="sum")
@@ -80,23 +96,34 @@ class WorkerStep:
         wrong = alexnet.count_errors(scores, labels), images, alexnet.errors_by_class(scores, labels)
         return torch.cat([loss_sum[None], *wrong])
 
-    def scores(self, split: str, step: int, batch: Batch, total_step: int) -> tuple[Tensor, Tensor]:
-        """Class scores and labels of the images of this worker's group, in the order of the global batch.
+    def parts(self, split: str, step: int) -> list[Part]:
+        """The parts of a global batch, the same on all workers."""
+        config = self.config
+        return batch_parts(
+            step, rows_of_pass(split, self.rows), config.global_batch_size, self.net.layout.workers, config.accumulate
+        )
 
-        batch: this worker's part of the step: uint8 `image` (N, H, W, 3) and the columns of CUT.
+    def scores(
+        self, split: str, step: int, batch: Batch, total_step: int, part: Part | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Class scores and labels of a part's images of this worker's group: the images of each of its workers, in the
+        order of the global batch. Of all images if no part is given.
+
+        batch: this worker's images of the step: uint8 `image` (N, H, W, 3) and the columns of CUT.
         """
-        config, layout = self.config, self.net.layout
-        slices = [
-            rank_slice(step, rows_of_pass(split, self.rows), config.global_batch_size, rank, layout.workers)
-            for rank in layout.group_of(self.net.rank)
-        ]
-        sizes = [last - first for first, last in slices]
+        config, layout, num_rows = self.config, self.net.layout, rows_of_pass(split, self.rows)
+        [whole] = batch_parts(step, num_rows, config.global_batch_size, layout.workers, 1)
+        part = part or whole
+        slices, first = [part[rank] for rank in layout.group_of(self.net.rank)], whole[self.net.rank][0]
+        lo, hi = part[self.net.rank]
+        batch = {name: column[lo - first : hi - first] for name, column in batch.items()}
+        sizes = [hi - lo for lo, hi in slices]
         info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
         image, info = self.to_device(batch["image"]), info.to(self.device)
         top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
         labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
         begin = step * config.global_batch_size
-        position = torch.arange(slices[0][0] - begin, slices[-1][1] - begin, device=self.device)
+        position = torch.cat([torch.arange(lo - begin, hi - begin, device=self.device) for lo, hi in slices])
         where = BatchPosition(config.seed, total_step, position)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.net.share_images(image, sizes)

@@ -1,5 +1,6 @@
 """The training loop on one Ray Train worker."""
 
+import contextlib
 import logging
 import math
 import os
@@ -29,7 +30,7 @@ from orchestrator.train.driver_link import STOP_CODES, DriverLink
 from orchestrator.train.keep import is_kept, keep_weights
 from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import EpochEnded, Failed, Started, Step, Stopped, Warned, WorkerPayload
-from orchestrator.train.model import build_net, describe, make_optimizer
+from orchestrator.train.model import build_net, describe, make_optimizer, make_warmup
 from orchestrator.train.pretrained import Pretrained
 from orchestrator.train.rendezvous import rendezvous
 from orchestrator.train.start import load_start
@@ -66,7 +67,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     except BaseException as error:
         log.exception("worker failed")
         if lacks_memory(error):
-            link.report_failure(why_no_memory(error, payload.config["global_batch_size"]))
+            link.report_failure(why_no_memory(error, payload.config["global_batch_size"], payload.config["accumulate"]))
             return
         if isinstance(error, Exception):
             link.report_error(error)
@@ -75,9 +76,10 @@ def train_worker(loop: dict[str, Any]) -> None:
         link.flush_log()
 
 
-def why_no_memory(error: BaseException, global_batch_size: int) -> str:
+def why_no_memory(error: BaseException, global_batch_size: int, accumulate: int = 1) -> str:
     """One line for the user."""
-    return no_memory(error, f"a --global-batch-size below {global_batch_size}, or more workers, takes less")
+    less = f"a --global-batch-size below {global_batch_size}, more workers, or an --accumulate above {accumulate}"
+    return no_memory(error, f"{less}, takes less")
 
 
 def _train(payload: WorkerPayload, link: DriverLink) -> None:
@@ -124,21 +126,24 @@ class Worker:
         self.precision = "bf16" if self.agreed.bf16 else {torch.float32: "fp32", torch.float64: "fp64"}[dtype]
         num_classes = config.num_classes or len(self.manifest.classes)
         self.net = ShardedNet(build_net(config, num_classes).to(self.device, dtype), self.layout, link.rank)
-        self.optimizer = make_optimizer(config, self.net.part)
+        self.optimizer = make_optimizer(config, self.net.part, self.net.whole_sums)
         self.schedule = alexnet.plateau_schedule(self.optimizer, num_drops=config.lr_drops, patience=config.lr_patience)
         pretrained, mean_image = Pretrained.of_run(self.run_folder), read_mean_image(folder, self.manifest)
         self.mean_image = mean_image if pretrained is None else pretrained.mean_image(mean_image)
         mean = torch.from_numpy(self.mean_image).to(self.device)
         weights = loss_weights(config, self.manifest, num_classes)
+        self.warmup = make_warmup(config, self.feed.num_steps("train"))
+        self.average = alexnet.WeightAverage(self.net.part, config.ema) if config.ema else None
         self.step = WorkerStep(
             self.net, self.optimizer, mean, config, self.manifest.rows, bf16=self.agreed.bf16,
             class_weights=None if weights is None else torch.tensor(weights, dtype=dtype, device=self.device),
+            warmup=self.warmup, average=self.average,
         )  # fmt: skip
         self.num_classes = num_classes
         self.wrong_by_class: list[int] = []  # at top 1, in the last validation
         self.stuck = StuckWatch(num_classes, config.init)
         self.state = load_start(
-            payload.start, pretrained, config, self.manifest, self.net, self.optimizer, self.schedule
+            payload.start, pretrained, config, self.manifest, self.net, self.optimizer, self.schedule, self.average
         )
         if self.state.losses and self.state.digest != self.manifest.digest:
             raise ValueError(
@@ -160,7 +165,8 @@ class Worker:
         log.info("rank %d of %d on %s in %s", self.link.rank, self.layout.workers, self.device, self.precision)
         for epoch in range(state.epoch, self.config.epochs):
             metrics = self.train_epoch(epoch) | self.validate(epoch) | self.probe(epoch)
-            self.schedule.step(metrics["val/top1_error"])
+            if state.step > self.warmup.steps:  # low rates explain why the error stands still
+                self.schedule.step(metrics["val/top1_error"])
             state.epoch, state.losses = epoch + 1, []
             metrics = {"epoch": epoch + 1, "step": state.step} | metrics
             state.history.append(metrics)
@@ -188,7 +194,8 @@ class Worker:
             if not (self.device.type == "cpu" or is_point or is_last):
                 continue
             stop = self.sync_losses(pending, epoch=epoch)
-            if self.stuck.is_due(self.state.step, len(pending), last=is_last):
+            is_warm = self.state.step > self.warmup.steps
+            if is_warm and self.stuck.is_due(self.state.step, len(pending), last=is_last):
                 self._warn_if_stuck()
             pending = []
             if is_point or time.monotonic() - shown > SHOW_EVERY_S:
@@ -227,13 +234,19 @@ class Worker:
 
     @torch.no_grad()
     def _evaluate(self, split: str, epoch: int) -> list[float]:
-        """What `WorkerStep.evaluate` counts, over every row of a pass exactly once. Raises StopRequested."""
+        """What `WorkerStep.evaluate` counts, over every row of a pass exactly once, with the average of the weights if
+        there is one. Raises StopRequested."""
         self.net.eval()
         total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)
-        for step, batch in enumerate(self.feed.batches(split, epoch)):
-            if step % LOG_EVERY_STEPS == 0:
-                self.stop_if(self.link.all_reduce_stop(self.device, self.layout.workers))
-            total += self.step.evaluate(batch, step, split)
+        stop = 0.0
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            for step, batch in enumerate(self.feed.batches(split, epoch)):
+                if step % LOG_EVERY_STEPS == 0:
+                    stop = self.link.all_reduce_stop(self.device, self.layout.workers)
+                    if stop:
+                        break
+                total += self.step.evaluate(batch, step, split)
+        self.stop_if(stop)  # here, where the net has its own weights: it may save them
         found = self.step.all_reduce_total(total)
         wanted = rows_of_pass(split, self.manifest.rows)
         if found[3] != wanted:
@@ -246,7 +259,7 @@ class Worker:
             ray.train.report(metrics)
             return
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-")) if self.link.rank == 0 else None
-        checkpoints.save(folder, self.net, self.optimizer, self.schedule, self.state)
+        checkpoints.save(folder, self.net, self.optimizer, self.schedule, self.state, self.average)
         if folder is None:
             ray.train.report(metrics)
             return
@@ -289,7 +302,7 @@ class Worker:
     def lr(self) -> float:
         """The learning rate of the next update."""
         rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+        return rate * self.warmup.factor(self.state.step)
 
     def _report_step(self, epoch: int, step: int, images_per_s: float, *, is_point: bool) -> None:
         recent = self.state.losses[-LOG_EVERY_STEPS:]

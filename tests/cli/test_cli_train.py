@@ -270,7 +270,7 @@ def test_a_dry_run_starts_nothing(job, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["alexnett"], "recipe 'alexnett': unknown; the recipes are digits, imagenette, imagenet"),
+        (["alexnett"], "recipe 'alexnett': unknown; the recipes are digits, imagenette, imagenet, "),
         (["--lrr", "1"], "unknown argument --lrr; did you mean --lr?"),
         (["--lr", "0"], "lr = 0.0: input should be greater than 0"),
         (["--global-batch-size", "65"], "global_batch_size = 65: not divisible by 2 workers; 64 or 66 would be"),

@@ -187,7 +187,7 @@ def test_errors_of_the_last_and_the_best_epoch_are_known_after_a_resumed_run_too
 def test_validation_tells_the_errors_of_each_class_and_a_top_5_error_only_where_it_means_something(num_classes):
     worker = loop.Worker.__new__(loop.Worker)
     worker.net, worker.device = SimpleNamespace(eval=lambda: None), torch.device("cpu")
-    worker.layout, worker.num_classes = Layout("single", 1), num_classes
+    worker.layout, worker.num_classes, worker.average = Layout("single", 1), num_classes, None
     worker.link = SimpleNamespace(all_reduce_stop=lambda device, workers: 0.0)
     worker.feed = SimpleNamespace(batches=lambda split, epoch: range(2))
     worker.manifest, worker.state = SimpleNamespace(rows={"train": 160, "val": 8}), State()

@@ -66,14 +66,14 @@ class Losses:
         return WorkerStep.size_of(self, split, step)
 
 
-def make_worker(device, first, *, epoch=0, of=float, stop_at=math.inf, monkeypatch):
+def make_worker(device, first, *, epoch=0, of=float, stop_at=math.inf, warmup=0, monkeypatch):
     """A worker that resumes `first` steps into an epoch."""
     monkeypatch.setattr(loop, "SHOW_EVERY_S", math.inf)  # no lines that depend on the clock
     worker = loop.Worker.__new__(loop.Worker)
     total = epoch * STEPS + first
     worker.config, worker.link, worker.device = digits(), Link(stop_at), SimpleNamespace(type=device)
     worker.net = SimpleNamespace(train=lambda: None)
-    worker.optimizer = SimpleNamespace(param_groups=[{"lr": 0.01}])
+    worker.optimizer, worker.warmup = SimpleNamespace(param_groups=[{"lr": 0.01}]), alexnet.Warmup(warmup)
     worker.step, worker.stuck = Losses(torch.device("cpu"), of), StuckWatch(10, "he")
     losses = [of(step) for step in range(epoch * STEPS, total)]
     worker.state = checkpoints.State(epoch=epoch, step=total, losses=losses)
