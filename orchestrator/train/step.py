@@ -21,6 +21,7 @@ from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.order import rank_slice, rows_of_pass
 from orchestrator.data.reader import Batch
+from orchestrator.train.profile import Spans, no_span
 
 CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
 
@@ -45,6 +46,7 @@ class WorkerStep:
         loss, (num_classes,), on the net's device in its type."""
         self.net, self.optimizer, self.config, self.rows, self.bf16 = net, optimizer, config, rows, bf16
         self.class_weights = class_weights
+        self.span: Spans = no_span
         weight = next(net.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.crop_size, config.pixel_scale)
@@ -62,10 +64,12 @@ class WorkerStep:
         number; zeros from all workers of a group but its leader, so that the sums over all workers are right.
         """
         scores, labels = self.scores("train", step, batch, total_step)
-        loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
-        torch.autograd.backward(loss_sum / self.size_of("train", step))
-        self.optimizer.step()
-        self.net.zero_grad()
+        with self.span("backward"):
+            loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
+            torch.autograd.backward(loss_sum / self.size_of("train", step))
+        with self.span("update"):
+            self.optimizer.step()
+            self.net.zero_grad()
         return loss_sum.detach().double() * self.net.is_group_leader, len(labels) * self.net.is_group_leader
 
     @torch.no_grad()
@@ -92,13 +96,15 @@ class WorkerStep:
         ]
         sizes = [last - first for first, last in slices]
         info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
-        image, info = self.to_device(batch["image"]), info.to(self.device)
-        top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
-        labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
+        with self.span("copy"):
+            image, info = self.to_device(batch["image"]), info.to(self.device)
+        with self.span("exchange"):
+            top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
+            labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
         begin = step * config.global_batch_size
         position = torch.arange(slices[0][0] - begin, slices[-1][1] - begin, device=self.device)
         where = BatchPosition(config.seed, total_step, position)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.span("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.net.share_images(image, sizes)
             x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors.get(split, 1.0))
             scores = self.net(x.to(self.dtype), where, sizes)
