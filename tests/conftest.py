@@ -138,6 +138,18 @@ def assert_same_history(history, recorded):
             assert a[name] == pytest.approx(b[name], rel=1e-7), (a["epoch"], name)
 
 
+def assert_nested(events: list[dict[str, Any]]) -> None:
+    """In a trace, slices of a thread lie within each other or apart, or Perfetto drops some."""
+    by_thread: dict[int, list[dict[str, Any]]] = {}
+    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: (e["ts"], -e["dur"])):
+        stack = by_thread.setdefault(event["tid"], [])
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"] + 1e-3:
+            stack.pop()
+        if stack:
+            assert event["ts"] + event["dur"] <= stack[-1]["ts"] + stack[-1]["dur"] + 1e-3, (event, stack[-1])
+        stack.append(event)
+
+
 @pytest.fixture
 def s3() -> Iterator[tuple[StoragePath, Callable[[], None], Callable[[], None]]]:
     """A folder of a bucket, and functions that stop its server and start it again."""

@@ -40,6 +40,7 @@ from orchestrator.models.find import WHAT, find_model
 from orchestrator.train import session
 from orchestrator.train.forecast import describe
 from orchestrator.train.pretrained import Pretrained, check_frozen
+from orchestrator.train.profile_trace import MOST_STEPS, WARM_UP_STEPS
 from orchestrator.train.run_folder import RunFolder, locate
 
 
@@ -69,6 +70,14 @@ def parser() -> Parser:
     place.add_argument(
         "--dry-run", action="store_true", help="print the settings, the data, the size and the cost, and exit"
     )
+    place.add_argument(
+        "--profile",
+        type=num_profiled,
+        default=0,
+        metavar="N",
+        help=f"record N steps of every worker, at most {MOST_STEPS}, after the first {WARM_UP_STEPS} of this session: "
+        "prints where their time goes, and writes a trace for Perfetto to the run's folder",
+    )
     place.add_argument("--images-per-s", type=positive, metavar="X", help="training speed that --dry-run assumes")
     add_fields(flags, TrainConfig, RECIPES[shown_recipe(RECIPES)]())
     return flags
@@ -91,12 +100,19 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
                 LiveLine().print(*lines)
                 return 0
             prepared = session.Session(
-                folder, config, resume=resume, recipe=recipe, start=pretrained, register=args.register
-            )
+                folder, config, resume=resume, recipe=recipe, start=pretrained, register=args.register,
+                profile=args.profile,
+            )  # fmt: skip
     except ValueError as error:
         flags.error(str(error))
     prepared.train()
     return 0
+
+
+def num_profiled(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of steps from 1 to {MOST_STEPS}")
+    return int(text)
 
 
 def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:

@@ -1,9 +1,10 @@
 """One MLflow run, written by the driver alone."""
 
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ class Run:
     def log_text(self, text: str, name: str) -> None:
         """A small file as an artifact."""
         self._attach(name, lambda: self.client.log_text(self.run_id, text, name))
+
+    def log_files(self, files: Mapping[str, bytes], folder: str) -> None:
+        """Files as artifacts in a folder, while the run goes on: a server that does not answer is not waited for."""
+        patience, given_up = self.patience_s, self.is_given_up
+        self.patience_s = 0.0
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, data in files.items():
+                Path(temporary, name).write_bytes(data)
+            self._attach(folder, lambda: self.client.log_artifacts(self.run_id, temporary, folder))
+        self.patience_s, self.is_given_up = patience, given_up
 
     def _attach(self, what: str, call: Callable[[], Any]) -> None:
         """Nothing is tried of a server that was given up: each call could wait for it for a minute."""

@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.base.exits import name_and_line
 from orchestrator.train.mailbox import DROP, SAVE
-from orchestrator.train.messages import Event, Failed, Logged, Raised
+from orchestrator.train.messages import Event, Failed, Logged, Profiled, Raised
 from orchestrator.train.step import all_reduce_sum
 
 STOP_CODES = {SAVE: 1.0, DROP: 2.0}  # a stop request as a number, to be summed with the losses; 0: none
@@ -21,7 +21,7 @@ class DriverLink:
     def __init__(self, mailbox: Any, topic: str, rank: int) -> None:
         self.mailbox, self.topic, self.rank = mailbox, topic, rank
         self._sent: Any = None  # the reply to the last event, which holds the stop request
-        self._logged: Any = None  # the reply to the last log line
+        self._logged: Any = None  # the reply to the last log line, or to a part of a profile
         self._stop_code = 0.0
 
     def report_event(self, event: Event) -> None:
@@ -49,13 +49,17 @@ class DriverLink:
         with contextlib.suppress(Exception):  # a line that cannot be sent must not break training
             self._logged = self.mailbox.put.remote(self.topic, line)
 
+    def send_profile(self, part: Profiled) -> None:
+        """Send it, from any rank, without waiting."""
+        self._logged = self.mailbox.put.remote(self.topic, part)
+
     def flush(self) -> None:
         """Wait until the last event has arrived."""
         if self._sent is not None:
             ray.get(self._sent)
 
     def flush_log(self) -> None:
-        """Wait for the last log line, within FLUSH_S; never raises."""
+        """Wait for the last log line or part of a profile, within FLUSH_S; never raises."""
         if self._logged is not None:
             with contextlib.suppress(Exception):
                 ray.wait([self._logged], timeout=FLUSH_S)

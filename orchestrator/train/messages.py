@@ -126,7 +126,31 @@ class Logged:
     kind: Literal["log"] = "log"
 
 
-Event = Started | Step | EpochEnded | Stopped | Failed | Raised | Note | Warned | PlacementGroupMade | Finished | Logged
+@dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """What a worker recorded for --profile: its steps; then, in a second one, the end of the epoch."""
+
+    rank: int
+    workers: int
+    start: int  # the same of all workers that started together, and of no others
+    part: bytes  # of orchestrator/train/profile_trace.py
+    kind: Literal["profile"] = "profile"
+
+
+Event = (
+    Started
+    | Step
+    | EpochEnded
+    | Stopped
+    | Failed
+    | Raised
+    | Note
+    | Warned
+    | PlacementGroupMade
+    | Finished
+    | Logged
+    | Profiled
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +195,7 @@ class WorkerPayload:
     feed_cpus: float  # of each Ray Data task
     feed_tasks: int  # of this worker, at a time
     num_concurrent: int  # runs that share the cluster
+    profile: int = 0  # steps to record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A training job from its settings to its result: the data checked, the run tracked and shown, the result written."""
 
+import json
 import logging
 import sys
 import time
@@ -22,7 +23,7 @@ from orchestrator.config.train import TrainConfig
 from orchestrator.data.dataset import Dataset
 from orchestrator.tracking.store import tracking_uri_of
 from orchestrator.tracking.training_run import Tracker
-from orchestrator.train import checkpoints
+from orchestrator.train import checkpoints, profile_trace
 from orchestrator.train.classes import ClassErrors, warn_if_unequal
 from orchestrator.train.messages import (
     EpochEnded,
@@ -31,6 +32,7 @@ from orchestrator.train.messages import (
     Logged,
     Metrics,
     Note,
+    Profiled,
     Started,
     Step,
     Stopped,
@@ -98,11 +100,12 @@ def nothing_left(run: RunFolder, config: TrainConfig) -> list[str]:
 class Session:
     """One run of jobs/train.py. What the user can get wrong is checked when it is made.
 
-    register: the name under which its best model is registered in MLflow. Raises ValueError of one line for wrong
-    settings, DamagedData for shards that do not match their manifest.
+    register: the name under which its best model is registered in MLflow. profile: steps to record; 0: none. Raises
+    ValueError of one line for wrong settings, DamagedData for shards that do not match their manifest.
     """
 
     register: str | None = None
+    profile: int = 0
 
     def __init__(
         self,
@@ -113,8 +116,10 @@ class Session:
         recipe: str | None,
         start: Pretrained | None = None,
         register: str | None = None,
+        profile: int = 0,
     ) -> None:
         self.run, self.config, self.resume, self.recipe, self.register = run, config, resume, recipe, register
+        self.profile, self.profiles = profile, profile_trace.Collector()
         self.view = TrainView()
         join(run.output)
         self.data = Dataset(config, run.output)
@@ -160,6 +165,11 @@ class Session:
     def _train(self) -> None:
         try:
             self._begin().follow(self.on_event)
+            if self.profile and not self.profiles.is_done:
+                few = count_of(profile_trace.WARM_UP_STEPS, "step")
+                self._warn(
+                    f"--profile {self.profile}: no profile, since this session made no more than its first {few}"
+                )
             self._log_outcome()
         except Interrupted as stop:
             log.info("stopped by %s", stop)
@@ -203,7 +213,8 @@ class Session:
             say(new_data)
         # the workers start while MLflow does; if that fails, they end with Ray
         with signals_deferred():
-            training = Training(self.config, self.data.folder, self.run, self.data.num_classes(self.config))
+            classes = self.data.num_classes(self.config)
+            training = Training(self.config, self.data.folder, self.run, classes, profile=self.profile)
         self.tracker.start(
             self.run.name,
             self.config,
@@ -247,6 +258,8 @@ class Session:
             case Stopped():
                 where = f"{count_of(event.epoch, 'epoch')} and {count_of(event.step, 'step')}"
                 self.view.event(Note(text=f"a checkpoint was saved after {where}"))
+            case Profiled():
+                self._on_profile(event)
             case Finished():
                 self._on_finish(event)
         self.view.event(event)
@@ -311,6 +324,28 @@ class Session:
             if event.best_checkpoint == str(self.run.path / checkpoints.checkpoint_name(entry["epoch"])):
                 self.result["best"] = entry
                 self._keep_classes()
+
+    def _on_profile(self, event: Profiled) -> None:
+        """Write the trace and its summary once all workers' parts are there; show it the first time."""
+        parts = self.profiles.add(event)
+        if parts is None:
+            return
+        found = profile_trace.summary(parts)
+        files = {
+            profile_trace.TRACE: profile_trace.trace(parts),
+            profile_trace.SUMMARY: (json.dumps(found, indent=1) + "\n").encode(),
+        }
+        folder = self.run.path / profile_trace.FOLDER
+        try:
+            for name, data in files.items():
+                (folder / name).write(data)
+        except (OSError, StorageError) as error:  # a full disk, say: the training goes on
+            self._warn(f"the profile could not be stored: {last_line(error)}")
+            return
+        self.tracker.run.log_files(files, profile_trace.FOLDER)
+        if not self.profiles.is_whole:
+            lines = profile_trace.lines(found)
+            self.view.line.print(*lines, f"the trace, for ui.perfetto.dev: {folder / profile_trace.TRACE}")
 
     def _log_outcome(self) -> None:
         """The learning curves, and the best model, to the run's folder and MLflow."""

@@ -22,6 +22,7 @@ from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.order import batch_parts, rows_of_pass
 from orchestrator.data.reader import Batch
+from orchestrator.train.profile import Spans, no_span
 
 CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
 
@@ -49,6 +50,7 @@ class WorkerStep:
         loss, (num_classes,), on the net's device in its type. warmup: of the rate. average: takes in every update."""
         self.net, self.optimizer, self.config, self.rows, self.bf16 = net, optimizer, config, rows, bf16
         self.class_weights, self.warmup, self.average = class_weights, warmup or Warmup(), average
+        self.span: Spans = no_span
         weight = next(net.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.subtract_mean = alexnet.MeanSubtraction(mean_HWC, config.crop_size, config.pixel_scale)
@@ -73,14 +75,16 @@ class WorkerStep:
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else self.net.accumulating():
                 scores, labels = self.scores("train", step, batch, total_step, part)
-                loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
-                torch.autograd.backward(loss_sum / self.size_of("train", step))
+                with self.span("backward"):
+                    loss_sum = F.cross_entropy(scores, labels, self.class_weights, reduction="sum")
+                    torch.autograd.backward(loss_sum / self.size_of("train", step))
             total, images = total + loss_sum.detach().double(), images + len(labels)
-        with self.warmup.applied(self.optimizer, total_step):
-            self.optimizer.step()
-        self.net.zero_grad()
-        if self.average is not None:
-            self.average.update(total_step + 1)
+        with self.span("update"):
+            with self.warmup.applied(self.optimizer, total_step):
+                self.optimizer.step()
+            self.net.zero_grad()
+            if self.average is not None:
+                self.average.update(total_step + 1)
         return total * self.net.is_group_leader, images * self.net.is_group_leader
 
     @torch.no_grad()
@@ -119,13 +123,15 @@ class WorkerStep:
         batch = {name: column[lo - first : hi - first] for name, column in batch.items()}
         sizes = [hi - lo for lo, hi in slices]
         info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
-        image, info = self.to_device(batch["image"]), info.to(self.device)
-        top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
-        labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
+        with self.span("copy"):
+            image, info = self.to_device(batch["image"]), info.to(self.device)
+        with self.span("exchange"):
+            top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
+            labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
         begin = step * config.global_batch_size
         position = torch.cat([torch.arange(lo - begin, hi - begin, device=self.device) for lo, hi in slices])
         where = BatchPosition(config.seed, total_step, position)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.span("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.net.share_images(image, sizes)
             x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors.get(split, 1.0))
             scores = self.net(x.to(self.dtype), where, sizes)

@@ -64,14 +64,16 @@ class Training:
         start: StartFrom | None = None,
         pool: Any = None,
         keep_pool: bool = False,
+        profile: int = 0,
     ) -> None:
         """Start the workers. Raises JobError if the cluster has no room for them.
 
         num_concurrent: of make_plan. mailbox: an actor to use; None: a new one. start: another run's checkpoint, for a
         run that has none of its own. pool: an earlier run's workers, to be used if they suit this run. keep_pool:
-        leave such a pool at the end, if the workers come to theirs.
+        leave such a pool at the end, if the workers come to theirs. profile: steps to record after each start.
         """
         self.data, self.run, self.start, self.pool, self._keep_pool = data, run, start, pool, keep_pool
+        self._profile = profile
         self.planner = ElasticPlanner(config, num_classes, num_concurrent)
         self._fit: Any = None  # ray_train.RayTrainRun
         self._mailbox = mailbox or make_mailbox()
@@ -145,6 +147,7 @@ class Training:
             feed_cpus=plan.resources.feed_cpus,
             feed_tasks=plan.resources.feed_tasks,
             num_concurrent=max(1, self.planner.num_concurrent),
+            profile=self._profile,
         )
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 

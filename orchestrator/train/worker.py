@@ -32,6 +32,7 @@ from orchestrator.train.mailbox import SAVE
 from orchestrator.train.messages import EpochEnded, Failed, Started, Step, Stopped, Warned, WorkerPayload
 from orchestrator.train.model import build_net, describe, make_optimizer, make_warmup
 from orchestrator.train.pretrained import Pretrained
+from orchestrator.train.profile import NoProfile, Profile, profile_of
 from orchestrator.train.rendezvous import rendezvous
 from orchestrator.train.start import load_start
 from orchestrator.train.step import Pending, WorkerStep
@@ -106,6 +107,8 @@ def _train(payload: WorkerPayload, link: DriverLink) -> None:
 class Worker:
     """One rank: its part of the net, its part of every batch."""
 
+    profile: Profile | NoProfile = NoProfile()
+
     def __init__(self, config: TrainConfig, folder: StoragePath, payload: WorkerPayload, link: DriverLink) -> None:
         context = ray.train.get_context()
         self.config, self.link, self.run_folder = config, link, StoragePath(payload.run)
@@ -139,6 +142,8 @@ class Worker:
             class_weights=None if weights is None else torch.tensor(weights, dtype=dtype, device=self.device),
             warmup=self.warmup, average=self.average,
         )  # fmt: skip
+        self.profile = profile_of(payload.profile, self.net, self.device, self.link.send_profile)
+        self.step.span = self.profile.span
         self.num_classes = num_classes
         self.wrong_by_class: list[int] = []  # at top 1, in the last validation
         self.stuck = StuckWatch(num_classes, config.init)
@@ -164,7 +169,9 @@ class Worker:
         )  # fmt: skip
         log.info("rank %d of %d on %s in %s", self.link.rank, self.layout.workers, self.device, self.precision)
         for epoch in range(state.epoch, self.config.epochs):
-            metrics = self.train_epoch(epoch) | self.validate(epoch) | self.probe(epoch)
+            metrics = self.train_epoch(epoch)
+            with self.profile.span("validation"):
+                metrics |= self.validate(epoch) | self.probe(epoch)
             if state.step > self.warmup.steps:  # low rates explain why the error stands still
                 self.schedule.step(metrics["val/top1_error"])
             state.epoch, state.losses = epoch + 1, []
@@ -175,7 +182,9 @@ class Worker:
                     epochs=self.config.epochs, metrics=metrics, history=state.history, wrong=self.wrong_by_class
                 )
             )  # fmt: skip
-            self.save(metrics)
+            with self.profile.span("checkpoint"):
+                self.save(metrics)
+            self.profile.epoch_ended(is_last=epoch + 1 == self.config.epochs)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set, or the rest of it; returns train/loss (mean over its images), train/lr,
@@ -185,7 +194,8 @@ class Worker:
         first = len(losses)
         pending: list[Pending] = []  # steps whose losses are still on the device
         start, shown = time.monotonic(), 0.0
-        for step, batch in enumerate(self.feed.batches("train", epoch, first), start=first):
+        batches = self.profile.steps(self.feed.batches("train", epoch, first), self.state.step)
+        for step, batch in enumerate(batches, start=first):
             loss_sum, images = self.step.update(batch, step, self.state.step)
             pending.append((loss_sum, images, self.link.poll_stop_request()))
             self.state.step += 1
@@ -240,7 +250,7 @@ class Worker:
         total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)
         stop = 0.0
         with contextlib.nullcontext() if self.average is None else self.average.applied():
-            for step, batch in enumerate(self.feed.batches(split, epoch)):
+            for step, batch in enumerate(self.profile.batches(self.feed.batches(split, epoch))):
                 if step % LOG_EVERY_STEPS == 0:
                     stop = self.link.all_reduce_stop(self.device, self.layout.workers)
                     if stop:
@@ -281,7 +291,8 @@ class Worker:
 
         Returns the stop request, the same on all workers. Raises Diverged on all of them alike.
         """
-        sums = self.step.all_reduce(pending)
+        with self.profile.span("exchange"):
+            sums = self.step.all_reduce(pending)
         first = self.state.step - len(pending) + 1
         for number, (loss_sum, count, _) in enumerate(sums, start=first):
             wanted = self.step.size_of("train", len(self.state.losses))

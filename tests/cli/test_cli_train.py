@@ -1,6 +1,7 @@
 """Whole training runs, started as a user starts them."""
 
 import contextlib
+import gzip
 import importlib
 import json
 import os
@@ -14,12 +15,13 @@ import mlflow
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_same_history, only_line, refused, started
+from conftest import ROOT, assert_nested, assert_same_history, only_line, refused, started
 from safetensors.torch import load_file
 
 import alexnet
 from orchestrator.config.recipes import digits
 from orchestrator.models.find import find_model
+from orchestrator.train.profile_trace import PARTS
 from orchestrator.train.run_folder import RunFolder
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -244,6 +246,46 @@ def test_a_flipped_byte_in_a_shard_ends_the_run_and_names_the_shard(finished, pl
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_profile_shows_whole_steps_of_all_workers_and_changes_no_loss(finished, place, here, monkeypatch, capsys):
+    """25 of the 46 steps of two epochs, from the fourth on: over the end of the first epoch."""
+    args = ["--epochs", "2", "--precision", "fp64", "--name", "profiled", "--profile", "25"]
+    status, out, err = started("train", args, place, monkeypatch, capsys, **here)
+    assert status == 0, err
+    assert "profile of 25 steps from step 4, 2 workers; ms per step\nworker  step " in out
+    result = result_of(place, "profiled")
+    for profiled, plain in zip(result["history"], result_of(place, "first")["history"][:2], strict=True):
+        assert profiled | {"train/images_per_s": 0} == plain | {"train/images_per_s": 0}
+
+    folder = place / "runs" / "profiled" / "profile"
+    found = json.loads((folder / "summary.json").read_text())
+    events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"worker 0", "worker 1"}
+    assert_nested(events)
+    for worker in found["workers"]:
+        spans = worker["spans_ms"]
+        assert set(spans) == {"data", "copy", "exchange", "forward", "backward", "update"}
+        assert 0.9 < sum(spans.values()) / worker["step_ms"] <= 1, "the rest is the loop's own"
+        parts = [worker[f"{part}_ms"] for part in PARTS]
+        assert sum(parts) == pytest.approx(worker["step_ms"], rel=0.01)
+        assert set(worker["outside_ms"]) == {"validation", "checkpoint"}
+        steps = [e for e in events if e["pid"] == worker["rank"] + 1 and e.get("cat") == "step"]
+        assert [e["name"] for e in steps] == [f"step {number}" for number in range(4, 29)]
+        assert sum(e["dur"] for e in steps) / 25_000 == pytest.approx(worker["step_ms"], abs=0.01)
+    exchanged = {(row["for"], row["pass"], row["collective"]): row["calls"] for row in found["exchange"]}
+    assert exchanged == {  # docs/layouts.md
+        ("conv1", "forward", "allgather"): 3.0,  # images, their crops, their labels
+        ("conv3", "forward", "allgather"): 1.0, ("conv3", "backward", "alltoall"): 1.0,
+        ("fc6", "forward", "allgather"): 1.0, ("fc6", "backward", "alltoall"): 1.0,
+        ("fc7", "forward", "allgather"): 1.0, ("fc7", "backward", "alltoall"): 1.0,
+        ("fc8", "forward", "allreduce"): 1.0, ("losses", "forward", "allreduce"): 1.0,
+    }  # fmt: skip
+    client = mlflow.MlflowClient(result["mlflow_tracking_uri"])
+    stored = {file.path for file in client.list_artifacts(result["mlflow_run_id"], "profile")}
+    assert stored == {"profile/trace.json.gz", "profile/summary.json"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_config_of_an_earlier_run_gives_its_settings(finished, place, monkeypatch, capsys):
     config = place / "runs" / "first" / "config.yaml"
     args = ["imagenet", "--config", config, "--dry-run"]
@@ -293,6 +335,9 @@ def test_a_dry_run_starts_nothing(job, tmp_path, monkeypatch, capsys):
         (["--freeze", "conv9"], "freeze = 'conv9': no layer 'conv9'; there are conv1, conv2"),
         (["--lr-factor", "conv1=0"], "lr_factor = 'conv1=0': conv1=0: a factor is above 0; to keep a layer as it is"),
         (["imagenette"], "no such folder"),
+        (["--profile", "0"], "argument --profile: 0: must be a number of steps from 1 to 100"),
+        (["--profile", "101"], "argument --profile: 101: must be a number of steps from 1 to 100"),
+        (["--profile", "two"], "argument --profile: two: must be a number of steps from 1 to 100"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, words):
