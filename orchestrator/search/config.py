@@ -17,7 +17,8 @@ GRID = "grid"
 REDRAWS = 100  # of values that do not go together
 # what a trial may change on its way
 MUTABLE_BY_PBT = (
-    "lr", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta", "flip", "color_noise",
+    "lr", "trust_coefficient", "momentum", "weight_decay", "dropout", "lrn_k", "lrn_n", "lrn_alpha", "lrn_beta", "flip",
+    "color_noise",
 )  # fmt: skip
 
 

@@ -93,7 +93,10 @@ def model_card(
     )
     parts = [
         f"# {escaped(place.name)}",
-        f"{net_line_of(config)} for {len(manifest.classes)} classes, as it was after epoch {entry['epoch']}.",
+        f"{net_line_of(config)} for {len(manifest.classes)} classes, as it was after epoch {entry['epoch']}."
+        + (
+            f" Its weights are a moving average over the updates, with a decay of {config.ema:g}." if config.ema else ""
+        ),
         "## Errors",
         table(("error", "of the validation images", "95 % interval"), errors),
         f"Of {num_val} images, one crop from the centre of each. The intervals say how much chance there is in that "

@@ -65,6 +65,28 @@ def test_the_description_of_a_run_has_its_net_its_size_and_the_layouts_it_can_ha
     )
 
 
+def test_memory_follows_the_parts_of_a_batch_and_an_average_is_one_more_copy_of_the_weights(output):
+    def facts(**changes):
+        text = describe(
+            digits().changed(workers=1, layout="single", global_batch_size=1024, **changes), output, None, "digits"
+        )
+        return dict(re.findall(r"^  (\S+(?: \w+)?)\s{2,}(.*)$", text, re.M))
+
+    plain, parts, averaged = facts(), facts(accumulate=8), facts(accumulate=8, ema=0.9)
+    small = estimate(num_classes=10, input_size=64, width=0.25, global_batch_size=128)
+    assert plain["memory"].endswith("parameters, and activations")
+    assert parts["memory"].startswith(
+        f"{small.memory_bytes / 1e9:.2f} GB per worker: weights, gradients and velocities"
+    )
+    assert parts["memory"].endswith("and activations of 128 images at a time")
+    more = f"{(small.memory_bytes + 4 * 1_279_082) / 1e9:.2f} GB per worker: weights, their average, gradients"
+    assert averaged["memory"].startswith(more)
+    assert (parts["checkpoint"][:5], averaged["checkpoint"][:5]) == ("10 MB", "15 MB")
+    assert plain["steps"] == parts["steps"] == "2 per epoch, 60 in total"
+    assert plain["rate"].startswith("linear scaling (Goyal et al. 2017) suggests --lr 0.16 for a batch of 1024 where")
+    assert plain["layout single"].split()[0] > parts["layout single"].split()[0]
+
+
 @pytest.mark.parametrize("workers", ["2", " 2 ", "2..2", 2, 2.0])
 def test_a_run_with_the_same_workers_counts_however_they_were_written(output, workers):
     earlier(output, "before", 123.0, written=1000, workers=workers)
