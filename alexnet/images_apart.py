@@ -1,7 +1,8 @@
 """Decodes strangers' images in a child process that may take so much CPU time and memory: for a net that is served.
 
 The child is an interpreter with images.py alone, which starts in a fraction of a second and serves one image after the
-other. It knows nothing, writes no file, and what it answers is taken for pixels or a text.
+other. It gets nothing of the environment but where Python and its packages are, writes no file, and what it answers is
+taken for pixels or a text.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -23,6 +25,9 @@ from . import images
 SECONDS = 60  # of CPU for an image; the largest that are read take about ten
 MEMORY_BYTES = 2**32  # for an image; the largest that are read take about two GB
 DEADLINE_FACTOR = 10  # by the clock, on a machine that is busy
+IMAGES_PER_CHILD = 1000  # memory that hostile images have fragmented ends with a child
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL")  # that a child gets
+READY = b"R"  # is its first byte
 QUESTION, ANSWER = struct.Struct("<?Q"), struct.Struct("<cIIQ")  # exif, length; kind, H, W, length
 PIXELS, NO_IMAGE, NO_MEMORY = b"P", b"N", b"M"
 MAX_REASON_BYTES = 2**12
@@ -48,11 +53,13 @@ class ApartDecoder:
         self.seconds, self.memory_bytes = seconds, memory_bytes
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._num_decoded = 0  # by this child
         self._pid = 0  # of the process that started it: a fork of that has to start its own
         self._end: Any = lambda: None
 
     def decode(self, data: bytes, *, exif: bool = False) -> images.Image:
-        """As images.decode. Raises NotAnImage, also for an image that takes more than it may, or crashes its decoder.
+        """As images.decode. Raises NotAnImage, also for an image that takes more than it may, or crashes its decoder;
+        RuntimeError if no decoder can be started, which is no image's fault.
 
         JPEG that libjpeg reads by itself is decoded here, in a time and a memory that its headers bound. So are all
         images on systems that cannot limit a process.
@@ -64,6 +71,7 @@ class ApartDecoder:
             return images.decode(data, exif=exif)
         with self._lock:
             child = self._started()
+            self._num_decoded += 1
             try:
                 kind, shape, answer = self._exchange(child, QUESTION.pack(exif, len(data)) + data)
             except Unsound:
@@ -71,6 +79,8 @@ class ApartDecoder:
             except BaseException:
                 self._end()
                 raise
+            if kind == NO_MEMORY or self._num_decoded >= IMAGES_PER_CHILD:
+                self._end()
         if kind == NO_MEMORY:
             raise images.NotAnImage(f"takes more than {self.memory_bytes // 2**20} MB to decode")
         if kind == NO_IMAGE:
@@ -81,13 +91,21 @@ class ApartDecoder:
         if self._child is None or self._pid != os.getpid() or self._child.poll() is not None:
             self._end()
             command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(self.seconds)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._child = subprocess.Popen(
-                [*command, str(self.memory_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=environment, bufsize=0,
-            )  # fmt: skip
-            self._pid = os.getpid()
-            self._end = weakref.finalize(self, _ended, self._child, self._pid)
+            environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+            environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+            with tempfile.TemporaryFile() as errors:  # of its start; from then on it cannot write
+                self._child = subprocess.Popen(
+                    [*command, str(self.memory_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=errors, env=environment, bufsize=0,
+                )  # fmt: skip
+                self._pid, self._num_decoded = os.getpid(), 0
+                self._end = weakref.finalize(self, _ended, self._child, self._pid)
+                assert self._child.stdout is not None
+                if self._child.stdout.read(1) != READY:
+                    self._end()
+                    errors.seek(0)
+                    lines = errors.read().decode("utf-8", "replace").splitlines() or ["it ended without a word"]
+                    raise RuntimeError(f"the process that decodes images could not be started: {lines[-1][:500]}")
         return self._child
 
     def _exchange(self, child: "subprocess.Popen[bytes]", question: bytes) -> tuple[bytes, tuple[int, ...], bytes]:
@@ -111,8 +129,13 @@ class ApartDecoder:
                     raise Unsound
                 if len(heard) >= ANSWER.size + size:
                     return kind, (height, width, 3), bytes(memoryview(heard)[ANSWER.size : ANSWER.size + size])
-            ready, free, _ = select.select([hear], [ask] if unsent else [], [], max(0.0, until - time.monotonic()))
-            if not ready and not free:
+            poll = select.poll()  # select.select knows no descriptors above 1023
+            poll.register(hear, select.POLLIN)
+            if unsent:
+                poll.register(ask, select.POLLOUT)
+            events = dict(poll.poll(max(0, int(1000 * (until - time.monotonic())))))
+            ready, free = hear in events, ask in events
+            if not events:
                 raise Unsound
             try:
                 if free:
@@ -166,6 +189,8 @@ def serve(seconds: int, memory_bytes: int) -> None:
     ):
         with contextlib.suppress(ValueError, OSError):  # some systems have limits that cannot be set
             resource.setrlimit(limit, (most, most))
+    answers.write(READY)
+    answers.flush()
     while len(head := questions.read(QUESTION.size)) == QUESTION.size:
         exif, size = QUESTION.unpack(head)
         data = questions.read(size)

@@ -1,4 +1,4 @@
-"""Compiles what numba compiles, so that the first training step does not: `make setup` runs it, on every node."""
+"""Compiles what numba compiles for training, so that its first step does not: `make setup` runs it, on every node."""
 
 import numpy as np
 import torch

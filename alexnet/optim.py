@@ -47,7 +47,7 @@ class PaperSGD(torch.optim.Optimizer):
             if not params:
                 continue
             for update, fused in ((_update_in_one_pass, True), (_update, False)):
-                chosen = [p for p in params if _can_be_fused(p, self._velocity(p)) == fused]
+                chosen = [p for p in params if _can_be_fused(p, self._velocity(p), group) == fused]
                 if chosen:
                     velocities = [self._velocity(p) for p in chosen]
                     update(
@@ -89,8 +89,11 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _can_be_fused(param: Tensor, velocity: Tensor) -> bool:
-    """Whether the fused kernel does it right: it takes numbers in the order of memory, and scales float32 alone."""
+def _can_be_fused(param: Tensor, velocity: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the fused kernel does it right: it takes numbers in the order of memory, scales float32 alone, divides by
+    the rate, and has no velocity without momentum."""
+    if not isinstance(group["lr"], float) or not group["lr"] or not group["momentum"]:
+        return False
     gradient = _gradient(param)
     alike = param.stride() == velocity.stride() == gradient.stride() and param.dtype == gradient.dtype
     dense = param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)

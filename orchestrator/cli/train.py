@@ -93,6 +93,8 @@ def main(flags: Parser, args: argparse.Namespace) -> int:
             if not resume:
                 check_frozen(config, pretrained)
             recipe = args.recipe or (None if args.config or resume else DEFAULT_RECIPE)
+            if args.dry_run and args.profile:
+                raise ValueError("--profile: --dry-run makes no step; leave one of them out")
             if args.dry_run:
                 print(describe(config, StoragePath.of(args.output), args.images_per_s, recipe))
                 return 0

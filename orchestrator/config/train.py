@@ -96,7 +96,7 @@ class OptimizerSettings(BaseModel):
         description="lars: a layer's rate is lr times this, times the norm of its weights over that of its gradient; "
         "of biases it is lr times this",
     )
-    lr: float = Field(0.01, gt=0, description="initial learning rate")
+    lr: float = Field(0.01, gt=0, description="initial learning rate; with warmup_epochs, that after the warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the update")
     weight_decay: float = Field(
         0.0005,
@@ -234,6 +234,15 @@ class TrainConfig(CheckpointSettings, WorkerSettings, LayerSettings, OptimizerSe
             raise ValueError(
                 f"trust_coefficient = {self.trust_coefficient}: optimizer {self.optimizer} has none; leave it out, or "
                 "choose optimizer lars"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs = {self.warmup_epochs:g}: the run has epochs = {self.epochs}, so its rate would never "
+                "be lr; warm up for fewer epochs"
             )
         return self
 

@@ -85,7 +85,9 @@ def describe(config: TrainConfig, output: StoragePath, images_per_s: float | Non
     )[0]  # fmt: skip
     cost = cost_of(config, layout, num_classes)
     copies, average = (3, ", their average") if config.ema else (2, "")
-    parts = f" of {config.images_at_once // layout.workers} images at a time" if config.accumulate > 1 else ""
+    together = layout.group_size if layout.kind == "columns" else 1  # whose images a worker of columns computes
+    at_once = config.images_at_once * together // layout.workers
+    parts = f" of {at_once} images at a time" if config.accumulate > 1 else ""
     steps = -(-data.rows["train"] // config.global_batch_size)
     facts = [
         ("data", f"{config.data}: {data}"),

@@ -80,28 +80,30 @@ class Profile:
 
         total_step: updates made before the first.
         """
-        while True:
-            if self._torch is None and self._seen >= WARM_UP_STEPS and not self._is_sent:
-                self._begin()
-            start = self._now()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            if self._torch is not None:
-                self._add("data", start)
-            yield batch
-            self._seen += 1
-            total_step += 1
-            if self._torch is not None:
-                done = len(self._part.steps) + 1 == self.num_steps
-                if done:
-                    self._sync()
-                self._part.steps.append(Span(str(total_step), *self._shared(start, self._now())))
-                if done:
-                    self._end()
-                    self._send()
-        self._end()
+        try:
+            while True:
+                if self._torch is None and self._seen >= WARM_UP_STEPS and not self._is_sent:
+                    self._begin()
+                start = self._now()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                if self._torch is not None:
+                    self._add("data", start)
+                yield batch
+                self._seen += 1
+                total_step += 1
+                if self._torch is not None:
+                    done = len(self._part.steps) + 1 == self.num_steps
+                    if done:
+                        self._sync()
+                    self._part.steps.append(Span(str(total_step), *self._shared(start, self._now())))
+                    if done:
+                        self._end()
+                        self._send()
+        finally:  # also of a run that is stopped here
+            self._end()
         self._spanning = bool(self._part.steps or self._is_sent) and not self._is_over
 
     def batches(self, batches: Iterator[T]) -> Iterator[T]:

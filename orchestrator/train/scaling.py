@@ -14,7 +14,7 @@ def linear_scaling(config: TrainConfig, recipe: str | None) -> str | None:
     usual = RECIPES[recipe]() if recipe else paper
     size, usual_size = config.global_batch_size, usual.global_batch_size
     whose = "the paper" if (usual_size, usual.lr) == (paper.global_batch_size, paper.lr) else f"recipe {recipe}"
-    if config.optimizer != "sgd" or size == usual_size or config.lr != usual.lr:
+    if "lars" in (config.optimizer, usual.optimizer) or size == usual_size or config.lr != usual.lr:
         return None
     known = [(each.global_batch_size, each.lr) for each in (make() for make in RECIPES.values())]
     if recipe is None and (size, config.lr) in known:

@@ -165,14 +165,13 @@ class Session:
     def _train(self) -> None:
         try:
             self._begin().follow(self.on_event)
-            if self.profile and not self.profiles.is_done:
-                few = count_of(profile_trace.WARM_UP_STEPS, "step")
-                self._warn(
-                    f"--profile {self.profile}: no profile, since this session made no more than its first {few}"
-                )
+            self._warn_if_not_profiled(
+                f"this session made no more than its first {count_of(profile_trace.WARM_UP_STEPS, 'step')}"
+            )
             self._log_outcome()
         except Interrupted as stop:
             log.info("stopped by %s", stop)
+            self._warn_if_not_profiled("this session was stopped before its steps were made")
             self._end("KILLED", f"stopped by {stop}")
             self.view.line.print(f"stopped; resume with: {self._command()}")
             stop.said = True
@@ -324,6 +323,10 @@ class Session:
             if event.best_checkpoint == str(self.run.path / checkpoints.checkpoint_name(entry["epoch"])):
                 self.result["best"] = entry
                 self._keep_classes()
+
+    def _warn_if_not_profiled(self, why: str) -> None:
+        if self.profile and not self.profiles.is_done:
+            self._warn(f"--profile {self.profile}: no profile, since {why}")
 
     def _on_profile(self, event: Profiled) -> None:
         """Write the trace and its summary once all workers' parts are there; show it the first time."""

@@ -2,15 +2,17 @@
 
 import io
 import os
+import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from alexnet import images
+from alexnet import images, images_apart
 from alexnet.images_apart import ApartDecoder
 
 SMALL = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -115,3 +117,44 @@ def test_the_child_imports_no_torch(decoder):
     decoder.decode(encoded("PNG"))
     with open(f"/proc/{decoder._child.pid}/maps") as maps:
         assert "torch" not in maps.read()
+
+
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_image(monkeypatch):
+    monkeypatch.setattr(images_apart, "CHILD", "raise SystemExit('no package here')")
+    with pytest.raises(RuntimeError, match=r"could not be started: no package here$"):
+        ApartDecoder().decode(encoded("PNG"))
+
+
+def test_it_decodes_where_many_files_are_open(decoder):
+    decoder._end()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(1200, limits[0]), limits[1]))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1050)]
+    try:
+        assert decoder.decode(encoded("PNG")).shape == (30, 40, 3)
+    finally:
+        for each in opened:
+            os.close(each)
+        decoder._end()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_child_knows_no_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    decoder = ApartDecoder()
+    decoder.decode(encoded("PNG"))
+    environment = Path(f"/proc/{decoder._child.pid}/environ")
+    if not environment.exists():
+        pytest.skip("no /proc")
+    assert b"hidden" not in environment.read_bytes()
+    decoder._end()
+
+
+def test_a_child_ends_after_many_images(monkeypatch):
+    monkeypatch.setattr(images_apart, "IMAGES_PER_CHILD", 2)
+    decoder, children = ApartDecoder(), []
+    for _ in range(3):
+        assert decoder.decode(encoded("PNG")).shape == (30, 40, 3)
+        children.append(decoder._child.pid)
+    assert children[0] == children[1] != children[2]
+    decoder._end()

@@ -82,6 +82,17 @@ def test_the_fused_update_equals_the_plain_one(layout, monkeypatch):
     assert len(fused) == (0 if layout == "gradient in another order" else 4)
 
 
+@pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.0), (0.0, 0.9), (torch.tensor(0.1), 0.9)])
+def test_rates_and_momenta_that_the_fused_kernel_has_not(lr, momentum):
+    w = torch.ones(4, requires_grad=True)
+    optimizer = PaperSGD([w], lr=0.1, momentum=momentum, weight_decay=0.01)
+    optimizer.param_groups[0]["lr"] = lr
+    w.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    rate = float(lr)
+    torch.testing.assert_close(w.detach(), torch.full((4,), 1 - rate * 2 - 0.01 * rate))
+
+
 def test_a_parameter_without_gradient_stays_and_a_closure_is_called():
     used, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
     optimizer = PaperSGD([used, unused], lr=0.1)

@@ -66,6 +66,7 @@ def test_every_recipe_says_source_command_cost_and_result(name):
         ({"lr": float("inf")}, ["lr = inf"]),
         ({"lrn_n": 4}, ["lrn_n = 4", "odd"]),
         ({"optimizer": "adam"}, ["optimizer = 'adam'", "'sgd' or 'lars'"]),
+        ({"epochs": 5, "warmup_epochs": 5}, ["warmup_epochs = 5: the run has epochs = 5", "fewer epochs"]),
         ({"trust_coefficient": 0.01}, ["trust_coefficient = 0.01: optimizer sgd has none", "choose optimizer lars"]),
         ({"warmup_epochs": -1}, ["warmup_epochs = -1"]),
         ({"ema": 1.0}, ["ema = 1.0", "less than 1"]),
@@ -253,7 +254,7 @@ def test_every_field_has_a_flag_with_its_meaning_and_default():
     for name, field in TrainConfig.model_fields.items():
         assert "--" + name.replace("_", "-") in text
         assert " ".join(field.description.split())[:30] in text
-    assert "initial learning rate (default: 0.01)" in text
+    assert "that after the warm-up (default: 0.01)" in text
 
 
 def test_only_the_flags_that_were_given_override():

@@ -30,6 +30,7 @@ def test_a_rate_that_was_not_scaled_gets_one_line(config, recipe, rate, meant_fo
         (imagenet().changed(global_batch_size=1024, lr=0.08), "imagenet"),
         (imagenet().changed(global_batch_size=1024, lr=0.02), "imagenet"),
         (imagenet().changed(global_batch_size=4096, optimizer="lars"), "imagenet"),
+        (RECIPES["imagenet-lars-4096"]().changed(optimizer="sgd", global_batch_size=512), "imagenet-lars-4096"),
         (digits(), None),  # its config.yaml
         *((make(), name) for name, make in RECIPES.items()),
     ],
