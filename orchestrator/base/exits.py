@@ -1,4 +1,4 @@
-"""How a job ends: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM."""
+"""How a job ends: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 output closed, 143 stopped by SIGTERM."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from orchestrator.base.redaction import redact_all
 from orchestrator.base.shown import shown
 
 FAILED, USAGE = 1, 2
+OUTPUT_CLOSED = 141  # as of a program that SIGPIPE ends
 
 
 class JobError(RuntimeError):
@@ -44,7 +45,10 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         if not stop.said:
             print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_status
-    except Exception as error:  # a bug or an unforeseen fault: one line for the user, the rest for a report
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            return OUTPUT_CLOSED
+        # a bug or an unforeseen fault: one line for the user, the rest for a report
         if path := log():
             _say_error(name_and_line(error), f"log: {path}")
             return FAILED
@@ -55,6 +59,18 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
             traceback.print_exception(error, file=file)
         _say_error(name_and_line(error), f"traceback in {file.name}")
         return FAILED
+
+
+def _is_output_closed() -> bool:
+    """Whether whoever read this process's output reads no more, as in `... | head`; then nothing more is written."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+    return True
 
 
 def one_line(error: str) -> str:

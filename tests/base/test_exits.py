@@ -102,3 +102,16 @@ def test_after_such_a_block_signals_interrupt_again():
     with pytest.raises(Interrupted, match="SIGINT"):
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_closed_output_ends_a_job_in_silence(tmp_path):
+    program = "from orchestrator.base.exits import run_job\nimport sys\ndef main():\n"
+    program += "    for _ in range(100000):\n        print('a line')\n    return 0\nsys.exit(run_job(main))"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+    assert list(tmp_path.iterdir()) == []
