@@ -88,7 +88,7 @@ def prepare(
     write = ShardWriter(output, size, quality, len(source.classes), exif=turn, background=background)
     kinds: collections.Counter[str] = collections.Counter()
     shards: list[Shard] = []
-    rejected = [{"name": name, "reason": reason} for name, reason in source.misplaced]
+    rejected = [{"name": shown(name, None), "reason": shown(reason, None)} for name, reason in source.misplaced]
     guessed, first_guessed = 0, ""
     total = sum(len(entries) for entries in source.splits.values())
     sums = np.zeros((size, size, 3), np.int64)
@@ -161,7 +161,9 @@ def earlier_draw(output: StoragePath) -> Drawn | None:
 
 def _rejected_list(source: Source, rejected: list[dict[str, str]]) -> bytes:
     """The content of REJECTED: what could not be read, by name, then what was left out."""
-    left_out = [{"name": name, "reason": rule, "kind": "left out"} for name, rule in source.left_out]
+    left_out = [
+        {"name": shown(name, None), "reason": shown(rule, None), "kind": "left out"} for name, rule in source.left_out
+    ]
     rows = [*sorted(rejected, key=lambda row: row["name"]), *left_out]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -176,7 +178,7 @@ def check_rejected(source: Source, max_rejected: float, output: StoragePath | No
         if output is not None:
             # a data set that is still there has a list of its own
             place = output / (REJECTED if (output / MANIFEST).size() is None else f"{UNFINISHED}/{REJECTED}")
-            rows = [{"name": name, "reason": reason} for name, reason in source.misplaced]
+            rows = [{"name": shown(name, None), "reason": shown(reason, None)} for name, reason in source.misplaced]
             place.write(_rejected_list(source, rows))
             where = f"; they are listed in {place}"
         raise ValueError(
@@ -321,7 +323,7 @@ def _describe(
     return Manifest(
         source=shown(source.name),
         found=tuple(map(shown, source.found)),  # names of files may be no text
-        left_out=dict(sorted(collections.Counter(rule for _, rule in source.left_out).items())),
+        left_out=dict(sorted(collections.Counter(shown(rule) for _, rule in source.left_out).items())),
         warnings=tuple(map(shown, source.warnings)),
         classes=source.classes,
         class_names=source.class_names,

@@ -131,15 +131,18 @@ def test_broken_files_are_listed_with_their_reasons_and_the_rest_is_kept(ray_her
 
     source = open_source(str(root))
     source.found.append("names such as caf\udce9.JPEG")
+    source.left_out.append(("caf.\udce9", "not an image by its name: .\udce9"))
     manifest = prepare(source, StoragePath.of(tmp_path / "out"), image_size=32, max_rejected=0.5)
     assert manifest.found[-1] == r"names such as caf\udce9.JPEG"
+    assert manifest.left_out == {"in no class folder": 1, r"not an image by its name: .\udce9": 1}
+    assert shards.read_manifest(StoragePath.of(tmp_path / "out")) == manifest
     rejected = [json.loads(line) for line in (tmp_path / "out" / shards.REJECTED).read_text().splitlines()]
     assert {row["name"].split("/")[-1] for row in rejected} == {
         "truncated.JPEG", "text.JPEG", "zero.JPEG", "bomb.png", "dangling.JPEG", "README",
-        "pipe.JPEG", "caf\\udce9.JPEG",
+        "pipe.JPEG", "caf\\udce9.JPEG", "caf.\\udce9",
     }  # fmt: skip
     assert all(row["reason"] for row in rejected)
-    assert [row["name"] for row in rejected if row.get("kind") == "left out"] == ["train/README"]
+    assert [row["name"] for row in rejected if row.get("kind") == "left out"] == ["train/README", "caf.\\udce9"]
     assert manifest.rejected == 7
     assert manifest.rows == {"train": 26, "val": 8}  # the GIF and the grayscale picture among them
 
