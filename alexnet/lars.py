@@ -43,13 +43,7 @@ class LARS(PaperSGD):
             group.setdefault("trust", trust)
         self.whole_sums = whole_sums
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         adapted = [(p, grad, group) for p, grad, group in given if p.dim() > 1]
         local = dict(zip((p for p, _, _ in adapted), self._local_rates(adapted), strict=True))
@@ -61,7 +55,6 @@ class LARS(PaperSGD):
             else:
                 velocity.add_(grad, alpha=-group["lr"] * group["trust"])
             p.add_(velocity)
-        return loss
 
     def _local_rates(self, adapted: Sequence[tuple[Tensor, Tensor, dict[str, Any]]]) -> list[Tensor]:
         """The factor on lr of each parameter, float64 scalars on its device: nothing waits for the device."""

@@ -5,6 +5,7 @@ Input `images`: float32 (N, 3, S, S), red, green and blue from 0 to 255, any N. 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,7 @@ def write(trained: "TrainedNet", file: Path, *, softmax: bool) -> list[str]:
 def compare(file: Path, trained: "TrainedNet", *, softmax: bool) -> float | None:
     """The largest difference between onnxruntime's answers and the net's, for batches of 1 and 3 random images, as a
     part of the largest answer if that is above 1; None without onnxruntime."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it keeps an id of this device in the home directory
     try:
         import onnxruntime
     except ImportError:

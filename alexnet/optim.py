@@ -42,19 +42,21 @@ class PaperSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for update, fused in ((_update_in_one_pass, True), (_update, False)):
-                chosen = [p for p in params if _can_be_fused(p, self._velocity(p), group) == fused]
-                if chosen:
-                    velocities = [self._velocity(p) for p in chosen]
-                    update(
-                        chosen, velocities,
+            chosen: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the fused kernel takes them
+            for p in group["params"]:
+                if p.grad is not None:
+                    chosen[_can_be_fused(p, self._velocity(p), group)].append(p)
+            for fused, params in chosen.items():
+                if params:
+                    (_update_in_one_pass if fused else _update_in_turns)(
+                        params, [self._velocity(p) for p in params],
                         lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"],
                     )  # fmt: skip
-        return loss
 
     def _velocity(self, param: Tensor) -> Tensor:
         state: dict[str, Any] = self.state[param]
@@ -64,7 +66,9 @@ class PaperSGD(torch.optim.Optimizer):
         return velocity
 
 
-def _update(params: list[Tensor], velocities: list[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
+def _update_in_turns(
+    params: list[Tensor], velocities: list[Tensor], *, lr: float, momentum: float, weight_decay: float
+) -> None:
     torch._foreach_mul_(velocities, momentum)
     torch._foreach_add_(velocities, params, alpha=-weight_decay * lr)
     torch._foreach_add_(velocities, [_gradient(p) for p in params], alpha=-lr)

@@ -17,7 +17,6 @@ validation, and ours with its checkpoints and its errors on training images, too
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import measure
 
 # isort: split
+import runs
 import torch
 import torchvision
 from torch.nn import functional as F
@@ -37,7 +37,6 @@ from torchvision.transforms import v2
 
 import alexnet
 
-ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 128
 CONTENDERS = ("ours", "plain", "channels_last", "step")
 STEPS = 12  # of the step alone
@@ -100,11 +99,10 @@ def step(bf16: bool, classes: int) -> dict[str, float]:
 def ours(shards: Path, epochs: int, precision: str, folder: Path) -> dict[str, float]:
     """A run of jobs/train.py, whose epochs end when it says so."""
     name = f"{precision}-{time.time_ns()}"
-    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "imagenette", "--data", str(shards), "--name", name]
-    command += ["--epochs", str(epochs), "--precision", precision, "--global-batch-size", str(BATCH_SIZE)]
-    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    command = runs.command("train", "imagenette", "--data", str(shards), "--name", name, "--epochs", str(epochs))
+    command += ["--precision", precision, "--global-batch-size", str(BATCH_SIZE)]
     ends = []
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, env=runs.environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("epoch ") and "top-1 error" in line:
@@ -147,9 +145,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare = [sys.executable, str(ROOT / "jobs" / "prepare.py"), "--source", str(args.source.absolute())]
         begun = time.perf_counter()
-        subprocess.run([*prepare, "--output", "shards"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        runs.job("prepare", "--source", str(args.source.absolute()), "--output", "shards", folder=folder)
         prepare_s = time.perf_counter() - begun
         for precision in args.precision:
             turns: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}

@@ -10,29 +10,17 @@ of the last epoch, on all validation images of these five classes.
 
 import functools
 import json
-import os
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import measure
-from scipy import stats
+from runs import interval, job, run
 
-ROOT = Path(__file__).parent.parent
 CLASSES = 5
 CONTENDERS = {"scratch": ["--lr", "0.01", "--epochs", "30"], "started": ["--lr", "0.003", "--epochs", "15"]}
 BATCH = ["--global-batch-size", "40", "--lr-patience", "8"]
-
-
-def job(name: str, *arguments: str, folder: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
-    subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments], cwd=folder, check=True, env=environment
-    )
 
 
 def link(source: Path, place: Path, classes: list[str], images: int | None = None, seed: int = 0) -> None:
@@ -52,16 +40,6 @@ def shards(folder: Path, name: str, make: Any) -> str:
         make(folder / f"{name}-images")
         job("prepare", "--source", f"{name}-images", "--output", name, folder=folder)
     return name
-
-
-def run(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
-    """The result of a run; one that is there already is not repeated, an interrupted one is resumed."""
-    result = folder / "runs" / name / "result.json"
-    if not result.exists() or json.loads(result.read_text())["status"] != "FINISHED":
-        resumed = (folder / "runs" / name / "config.yaml").exists()
-        job("train", *(["--resume", name] if resumed else ["imagenette", *arguments, "--name", name]), folder=folder)
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
 
 
 def main() -> None:
@@ -110,12 +88,6 @@ def main() -> None:
         )
     found = {"net": net["metrics"], "errors": errors, "summary": summary}
     measure.write(args.json, {"settings": used} | found)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t."""
-    spread = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread
 
 
 if __name__ == "__main__":

@@ -8,34 +8,18 @@ that no run needs more memory than another. The error is that of the last epoch,
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import measure
-from fine_tuning import interval
+from runs import interval, run
 
-ROOT = Path(__file__).parent.parent
 SMALL, LARGE = 128, 1024
 CONTENDERS = {
     "sgd": ["--global-batch-size", str(SMALL)],
     "lars": ["--global-batch-size", str(LARGE), "--accumulate", str(LARGE // SMALL), "--optimizer", "lars"],
 }
-
-
-def run(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
-    """The result of a run; one that is there already is not repeated, an interrupted one is resumed."""
-    place = folder / "runs" / name
-    result = place / "result.json"
-    if not result.exists() or json.loads(result.read_text())["status"] != "FINISHED":
-        how = ["--resume", name] if (place / "config.yaml").exists() else ["imagenette", *arguments, "--name", name]
-        environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
-        subprocess.run([sys.executable, str(ROOT / "jobs/train.py"), *how], cwd=folder, check=True, env=environment)
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import pytest
 # Ray reads these when it is imported; left unset, it would write a token into the home directory
 os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests that use onnxruntime themselves leave nothing in the home directory
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
 from orchestrator.base.storage import StoragePath  # noqa: E402

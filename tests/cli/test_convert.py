@@ -1,5 +1,6 @@
 """jobs/convert.py: a run to one file, a file to another, and what is refused in one line."""
 
+import os
 import runpy
 import sys
 
@@ -51,7 +52,9 @@ def test_a_checkpoint_becomes_one_file_and_that_becomes_others(model, monkeypatc
 
 def test_onnx_is_compared_with_the_net(model, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
     lines = convert(model, monkeypatch, capsys, "model", "--to", "net.onnx", "--softmax")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     assert lines[3].startswith("  it gives the net's probabilities in onnxruntime: those of 4 images differ by at")
 
 

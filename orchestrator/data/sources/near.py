@@ -121,7 +121,7 @@ def unseen(entries: Sequence[Entry], all_looks: Sequence[Look | None]) -> str:
         return ""
     images = f"{count_of(len(names), 'image is', 'images are')} not compared with others"
     named = f"{images}, the first of them {names[0]}" if len(names) > 1 else f"{images}, {names[0]}"
-    return f"{named}: only what can be read, is {SMALL} pixels a side or more and of more than one colour can be"
+    return f"{named}: unreadable, smaller than {SMALL} pixels a side, or of one colour"
 
 
 def _seen(entry: Entry, hashed: bool) -> tuple[Look | None, str | None]:
