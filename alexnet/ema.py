@@ -25,6 +25,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take in the weights after an update; updates: made so far, with this one."""
+        if not self._averages:
+            return
         decay = min(self.decay, (1 + updates) / (10 + updates))
         params: list[Tensor] = [self._params[name] for name in self._averages]
         torch._foreach_lerp_(list(self._averages.values()), params, 1 - decay)

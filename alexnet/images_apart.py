@@ -46,6 +46,10 @@ class Unsound(Exception):
     """A child that has ended, or has answered what none does."""
 
 
+class Killed(Exception):
+    """A child that somebody else has ended; the text is a reason to refuse an image."""
+
+
 class ApartDecoder:
     """Decodes images one at a time, whichever threads ask. Nothing is started before the first."""
 
@@ -56,6 +60,11 @@ class ApartDecoder:
         self._num_decoded = 0  # by this child
         self._pid = 0  # of the process that started it: a fork of that has to start its own
         self._end: Any = lambda: None
+        _decoders.add(self)
+
+    def _forked(self) -> None:
+        """In a new fork, in which no thread is left to release the lock."""
+        self._lock = threading.Lock()
 
     def decode(self, data: bytes, *, exif: bool = False) -> images.Image:
         """As images.decode. Raises NotAnImage, also for an image that takes more than it may, or crashes its decoder;
@@ -70,15 +79,13 @@ class ApartDecoder:
         if os.name != "posix":
             return images.decode(data, exif=exif)
         with self._lock:
-            child = self._started()
-            self._num_decoded += 1
             try:
-                kind, shape, answer = self._exchange(child, QUESTION.pack(exif, len(data)) + data)
-            except Unsound:
-                raise images.NotAnImage(self._why(child)) from None
-            except BaseException:
-                self._end()
-                raise
+                kind, shape, answer = self._ask(data, exif)
+            except Killed:  # by the system when memory is short, perhaps, whatever the image is
+                try:
+                    kind, shape, answer = self._ask(data, exif)
+                except Killed as again:
+                    raise images.NotAnImage(str(again)) from None
             if kind == NO_MEMORY or self._num_decoded >= IMAGES_PER_CHILD:
                 self._end()
         if kind == NO_MEMORY:
@@ -86,6 +93,18 @@ class ApartDecoder:
         if kind == NO_IMAGE:
             raise images.NotAnImage(answer.decode("utf-8", "replace"))
         return np.frombuffer(answer, np.uint8).reshape(shape)
+
+    def _ask(self, data: bytes, exif: bool) -> tuple[bytes, tuple[int, ...], bytes]:
+        """A child's answer. Raises Killed, NotAnImage."""
+        child = self._started()
+        self._num_decoded += 1
+        try:
+            return self._exchange(child, QUESTION.pack(exif, len(data)) + data)
+        except Unsound:
+            raise self._why(child) from None
+        except BaseException:
+            self._end()
+            raise
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._pid != os.getpid() or self._child.poll() is not None:
@@ -148,8 +167,8 @@ class ApartDecoder:
                     raise Unsound
                 heard += data
 
-    def _why(self, child: "subprocess.Popen[bytes]") -> str:
-        """Why a child has not answered, as a reason to refuse the image; ends it."""
+    def _why(self, child: "subprocess.Popen[bytes]") -> "images.NotAnImage | Killed":
+        """Why a child has not answered; ends it."""
         import signal
 
         try:
@@ -158,10 +177,24 @@ class ApartDecoder:
             status = 0
         self._end()
         if status == -signal.SIGXCPU:
-            return f"takes more than {self.seconds} seconds to decode"
+            return images.NotAnImage(f"takes more than {self.seconds} seconds to decode")
+        if status == -signal.SIGKILL:
+            return Killed("its decoder was killed, twice: is memory short?")
         if status < 0:
-            return f"crashes its decoder (signal {-status})"
-        return "its decoder gave no answer"
+            return images.NotAnImage(f"crashes its decoder (signal {-status})")
+        return images.NotAnImage("its decoder gave no answer")
+
+
+_decoders: "weakref.WeakSet[ApartDecoder]" = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for decoder in [*_decoders]:
+        decoder._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _ended(child: "subprocess.Popen[bytes]", pid: int) -> None:
@@ -193,13 +226,12 @@ def serve(seconds: int, memory_bytes: int) -> None:
     answers.flush()
     while len(head := questions.read(QUESTION.size)) == QUESTION.size:
         exif, size = QUESTION.unpack(head)
-        data = questions.read(size)
         used = resource.getrusage(resource.RUSAGE_SELF)
         until = int(used.ru_utime + used.ru_stime) + 1 + seconds
         resource.setrlimit(resource.RLIMIT_CPU, (until, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         said, shape, answer = NO_IMAGE, (0, 0), b""
         try:
-            pixels = images.decode(data, exif=exif)
+            pixels = images.decode(questions.read(size), exif=exif)
             said, shape, answer = PIXELS, (pixels.shape[0], pixels.shape[1]), pixels.tobytes()
         except images.NotAnImage as reason:
             answer = str(reason).encode()[:MAX_REASON_BYTES]

@@ -43,6 +43,9 @@ class LARS(PaperSGD):
             group.setdefault("trust", trust)
         self.whole_sums = whole_sums
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"whole_sums": self.whole_sums}  # PyTorch's copies nothing of ours
+
     def _update(self) -> None:
         given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         adapted = [(p, grad, group) for p, grad, group in given if p.dim() > 1]
@@ -61,8 +64,8 @@ class LARS(PaperSGD):
         if not adapted:
             return []
         params, grads, groups = zip(*adapted, strict=True)
-        norms = torch.stack([*torch._foreach_norm(params), *torch._foreach_norm(grads)])
-        sums = norms.double().square().view(2, -1).T.contiguous()
+        norms = torch.stack(torch._foreach_norm([*params, *grads], dtype=torch.float64))
+        sums = norms.square().view(2, -1).T.contiguous()
         if self.whole_sums is not None:
             sums = self.whole_sums(params, sums)
         of_weights, of_gradients = sums.sqrt().unbind(1)

@@ -2,8 +2,8 @@
 
 PyTorch multiplies float32 matrices by Intel's MKL, which holds back on other makers' CPUs. On two cores of an AMD EPYC
 with AVX-512 fc6 took, for a batch of 128: forward 69 ms by MKL and 48 by oneDNN, the input's gradient 78 and 51, the
-weights' gradient 62 and 53 (`benchmarks/layers.py`, 2026-11-27). On Intel's CPUs, in other types, on other devices and
-under a tracer this is `nn.Linear`.
+weights' gradient 62 and 53 (2026-11-27). On Intel's CPUs, in other types and layouts, on other devices, under a tracer
+or a transform of torch.func, and for gradients of gradients this is `nn.Linear`.
 """
 
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .lrn import is_traced
@@ -32,11 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x.dtype != torch.float32
         or weight.dtype != torch.float32
         or x.device.type != "cpu"
+        or x.layout != torch.strided
         or x.dim() != 2
         or weight.numel() < SMALLEST
         or not x.numel()
         or torch.is_autocast_enabled("cpu")
         or is_traced()
+        or _is_transformed()
         or not _pays()
     ):
         return F.linear(x, weight, bias)
@@ -52,13 +54,13 @@ class _OneDnnLinear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_x = _product(grad, weight.t()) if wants_x else None
-        grad_weight = _product(grad.t(), x.t()) if wants_weight else None
+        product = F.linear if torch.is_grad_enabled() else _product  # with create_graph it is differentiated again
+        grad_x = product(grad, weight.t()) if wants_x else None
+        grad_weight = product(grad.t(), x.t()) if wants_weight else None
         grad_bias = grad.sum(0) if wants_bias and ctx.has_bias else None
         return grad_x, grad_weight, grad_bias
 
@@ -67,6 +69,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x times weight transposed, plus bias."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which an autograd.Function has other rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache

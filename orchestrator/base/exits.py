@@ -61,6 +61,18 @@ def run_job(main: Callable[[], int], log: Callable[[], object | None] = lambda: 
         return FAILED
 
 
+def open_closed_streams() -> None:
+    """Give a process that was started without standard streams, as by `>&-`, empty ones: the next file that it opens
+    would get their numbers, and what is printed."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _is_output_closed() -> bool:
     """Whether whoever read this process's output reads no more, as in `... | head`; then nothing more is written."""
     import select

@@ -21,6 +21,7 @@ import pyarrow as pa
 from alexnet.trained import TrainedNet
 from orchestrator.base.environment import default_output
 from orchestrator.base.exits import JobError
+from orchestrator.base.shown import count_of
 from orchestrator.base.storage import StoragePath
 from orchestrator.base.terminal import LiveLine, bar, columns, duration, percent
 from orchestrator.cli.evaluate import add_engine, settings_of
@@ -140,7 +141,8 @@ def turns(trained: TrainedNet, asked: str | None) -> bool:
 
 def _rest(found: Found, bad: int, where: str) -> str:
     unread = f", {bad} could not be read{where}" if bad else ""
-    return unread + (f", {found.left_out} files left out that are no images by their names" if found.left_out else "")
+    others = f", {count_of(found.left_out, 'file')} left out: no images by their names, or links"
+    return unread + (others if found.left_out else "")
 
 
 def script() -> int:

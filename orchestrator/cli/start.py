@@ -3,7 +3,7 @@
 import importlib
 
 from alexnet.allocator import use_one_arena
-from orchestrator.base.exits import end_at_once_on_signals
+from orchestrator.base.exits import end_at_once_on_signals, open_closed_streams
 
 
 def train() -> int:
@@ -50,5 +50,6 @@ def _start(command: str) -> int:
     """Run orchestrator/cli/COMMAND.py; returns the exit status."""
     end_at_once_on_signals()  # imports take seconds
     use_one_arena()  # before there are threads
+    open_closed_streams()
     status: int = importlib.import_module(f"orchestrator.cli.{command}").script()
     return status

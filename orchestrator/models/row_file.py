@@ -25,6 +25,8 @@ def check_form(place: StoragePath) -> None:
         raise ValueError(f"--output {place}: ends in none of {', '.join(FORMS)}, which say what is written")
     if place.is_folder():
         raise ValueError(f"--output {place}: is a folder; name a file in it")
+    if (kind := place.special()) is not None:
+        raise ValueError(f"--output {place}: is {kind}; name a file, which appears when it is whole")
 
 
 class RowFile:

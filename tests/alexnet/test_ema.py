@@ -61,3 +61,9 @@ def test_frozen_weights_have_no_copy_and_a_restart_takes_the_net_s_weights():
 def test_a_decay_without_meaning_is_refused(decay):
     with pytest.raises(ValueError, match=r"decay = .*such as 0\.999"):
         WeightAverage(layer(), decay)
+
+
+def test_a_net_with_nothing_to_train_has_nothing_to_average():
+    average = WeightAverage(torch.nn.Linear(3, 4).requires_grad_(False), 0.9)
+    average.update(1)
+    assert average.weights["weight"].shape == (4, 3)

@@ -158,3 +158,39 @@ def test_a_child_ends_after_many_images(monkeypatch):
         children.append(decoder._child.pid)
     assert children[0] == children[1] != children[2]
     decoder._end()
+
+
+def test_a_child_that_somebody_kills_is_started_once_more(monkeypatch):
+    decoder, kills = ApartDecoder(), []
+    exchange = decoder._exchange
+
+    def killed(child, question):
+        if len(kills) < 1:
+            kills.append(os.kill(child.pid, signal.SIGKILL))
+        return exchange(child, question)
+
+    monkeypatch.setattr(decoder, "_exchange", killed)
+    assert decoder.decode(encoded("PNG")).shape == (30, 40, 3)
+    monkeypatch.setattr(decoder, "_exchange", lambda *a: os.kill(a[0].pid, signal.SIGKILL) or exchange(*a))
+    with pytest.raises(images.NotAnImage, match="its decoder was killed, twice"):
+        decoder.decode(encoded("PNG"))
+    decoder._end()
+
+
+def test_a_fork_while_another_thread_decodes_can_decode(decoder):
+    decoder.decode(encoded("PNG"))
+    with decoder._lock:  # as another thread holds it, of which a fork has none
+        pid = os.fork()
+        if not pid:
+            signal.alarm(20)
+            os._exit(0 if decoder.decode(encoded("PNG")).shape == (30, 40, 3) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert decoder.decode(encoded("PNG")).shape == (30, 40, 3)
+
+
+def test_a_file_that_does_not_fit_is_too_large():
+    decoder = ApartDecoder(memory_bytes=2**26)
+    with pytest.raises(images.NotAnImage, match="takes more than 64 MB to decode"):
+        decoder.decode(b"II*\0" + bytes(2**27))
+    assert decoder.decode(encoded("PNG")).shape == (30, 40, 3)
+    decoder._end()

@@ -1,5 +1,6 @@
 """LARS: against loops in numpy, and the same in every layout."""
 
+import copy
 import math
 
 import numpy as np
@@ -136,3 +137,17 @@ def test_every_layout_takes_the_norms_of_whole_layers(workers):
         for name, tensor in trained.items():
             assert test_layouts.difference(tensor, wanted[name]) < 1e-10, f"{kind} {workers}: {name}"
     assert max(test_layouts.difference(apart[name], wanted[name]) for name in wanted) > 1e-3
+
+
+@pytest.mark.parametrize(("weight", "gradient"), [(1e25, 1.0), (1.0, 1e-25)])
+def test_norms_are_of_float64_and_a_copy_keeps_what_sums_them(weight, gradient):
+    p = torch.nn.Parameter(torch.full((3, 3), weight))
+    optimizer = copy.deepcopy(LARS([p], lr=1.0, trust=0.01, weight_decay=0.0, whole_sums=four_times_the_weights))
+    q = optimizer.param_groups[0]["params"][0]
+    q.grad = torch.full((3, 3), gradient)
+    optimizer.step()
+    torch.testing.assert_close(q.detach(), torch.full((3, 3), weight * (1 - 0.02)), rtol=1e-6, atol=0)
+
+
+def four_times_the_weights(params, sums):
+    return sums * torch.tensor([4.0, 1.0], dtype=torch.float64)

@@ -56,3 +56,30 @@ def test_elsewhere_it_is_pytorchs(dtype, shape, autocast):
     x = torch.ones(shape, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(layer(x), torchs(x))
+
+
+def test_gradients_of_gradients_equal_float64():
+    layer, x = Linear(300, 260), values(3, 300, seed=0)
+    torchs = nn.Linear(300, 260).double()
+    torchs.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    found = []
+    for net, z in ((layer, x.clone().requires_grad_()), (torchs, x.double().requires_grad_())):
+        [gradient] = torch.autograd.grad((net(z) ** 2).sum(), z, create_graph=True)
+        gradient.square().sum().backward()
+        found.append((z.grad.double(), net.weight.grad.double()))
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*Sparse:UserWarning")
+def test_transforms_and_sparse_inputs_are_pytorchs():
+    layer, x = Linear(300, 260), values(3, 300, seed=0)
+    plain = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.func.vmap(lambda z: layer(z[None])[0])(x), plain)
+    gradient = torch.func.grad(lambda z: layer(z).sum())(x)
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, layer.weight.sum(1).expand(3, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x.to_sparse()), plain, rtol=1e-4, atol=1e-4)

@@ -115,3 +115,12 @@ def test_a_closed_output_ends_a_job_in_silence(tmp_path):
         assert process.stderr.read() == b""
     assert process.returncode == 141
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_without_standard_streams_has_empty_ones(tmp_path):
+    program = "import sys\nfrom orchestrator.base.exits import open_closed_streams\nopen_closed_streams()\n"
+    program += "print('gone'); file = open(sys.argv[1], 'w'); assert file.fileno() > 2; print(sys.stdin.read(), end='')"
+    shell = 'exec "$0" -c "$1" "$2" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, program, str(tmp_path / "file")], check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -301,3 +301,9 @@ def test_an_output_that_is_there_is_kept_and_few_classes_are_all_shown(tmp_path,
     with pytest.raises(SystemExit):
         command.main(flags, flags.parse_args([*given, "--overwrite", "--top", "4"]))
     assert "--top 4: the model has 3 classes" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_replaced_by_the_output(tmp_path):
+    os.mkfifo(tmp_path / "out.csv")
+    with pytest.raises(ValueError, match=r"--output .*out.csv: is a pipe; name a file"):
+        check_form(StoragePath.of(tmp_path / "out.csv"))
