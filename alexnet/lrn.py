@@ -3,6 +3,9 @@
 N images, C maps, H rows, W columns of pixels; P = N*H*W pixels, each a row of C maps in NHWC memory.
 """
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -90,12 +93,24 @@ class _LocalResponseNorm(torch.autograd.Function):
 
 
 def _implementation(a: Tensor):  # type: ignore[no-untyped-def]
-    """The (forward, backward) pair for a's device: compiled loops on the CPU, tensor operations elsewhere."""
+    """The (forward, backward) pair for a's device: compiled loops on the CPU, kernels on a GPU where Triton can make
+    them, tensor operations elsewhere."""
     if a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64, torch.bfloat16):
         from . import lrn_cpu  # numba takes a while to import, and only CPU training needs it
 
         return lrn_cpu.forward, lrn_cpu.backward
+    if a.device.type == "cuda" and _has_triton():
+        from . import lrn_gpu  # which imports Triton
+
+        if lrn_gpu.works_on(a.device, a.dtype):
+            return lrn_gpu.forward, lrn_gpu.backward
     return tensor_forward, tensor_backward
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """PyTorch brings it where it is made for GPUs of NVIDIA or AMD on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def tensor_forward(a_NCHW: Tensor, columns: int, k: float, n: int, alpha: float, beta: float, relu: bool) -> Tensor:

@@ -4,14 +4,10 @@ N images, C maps, H rows, W columns of pixels.
 """
 
 import contextlib
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,9 +18,8 @@ from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.order import batch_parts, rows_of_pass
 from orchestrator.data.reader import Batch
+from orchestrator.train.device_batches import DeviceBatch, copied_ahead, to_device
 from orchestrator.train.profile import Spans, no_span
-
-CUT = ("top", "left", "flip", "label")  # what is sent with an image's pixels
 
 Part = list[tuple[int, int]]  # of a global batch: where each worker's images begin and end in the pass
 Pending = tuple[Tensor, int, float]  # a step's loss sum, number of images and stop code, not yet summed over workers
@@ -57,7 +52,11 @@ class WorkerStep:
         noisy = config.color_noise == "code2012"
         self.divisors = {"train": augment.CODE2012_SHRINK if noisy else 1.0}  # of other passes 1
 
-    def update(self, batch: Batch, step: int, total_step: int) -> tuple[Tensor, int]:
+    def on_device(self, batches: Iterable[Batch]) -> Iterator[DeviceBatch]:
+        """A pass's batches, each on the net's device before its step."""
+        return copied_ahead(batches, self.device, self.span)
+
+    def update(self, batch: Batch | DeviceBatch, step: int, total_step: int) -> tuple[Tensor, int]:
         """One update on the global batch's mean loss; total_step: updates made before this one.
 
         With class_weights the loss of each image is multiplied by its class's weight. The sum is divided by the number
@@ -71,6 +70,7 @@ class WorkerStep:
         number; zeros from all workers of a group but its leader, so that the sums over all workers are right.
         """
         total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        batch = self._placed(batch)
         parts = self.parts("train", step)
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else self.net.accumulating():
@@ -88,9 +88,10 @@ class WorkerStep:
         return total * self.net.is_group_leader, images * self.net.is_group_leader
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, step: int, split: str = "val") -> Tensor:
+    def evaluate(self, batch: Batch | DeviceBatch, step: int, split: str = "val") -> Tensor:
         """(4 + num_classes,) on the device, of a batch of val or probe: loss sum, without class_weights, wrong at
         top 1, wrong at top 5, images, and of each class those wrong at top 1; zeros but from a group's leader."""
+        batch = self._placed(batch)
         found = [self.scores(split, step, batch, 0, part) for part in self.parts(split, step)]
         scores, labels = (torch.cat(each) for each in zip(*found, strict=True))
         if not self.net.is_group_leader:
@@ -108,26 +109,23 @@ class WorkerStep:
         )
 
     def scores(
-        self, split: str, step: int, batch: Batch, total_step: int, part: Part | None = None
+        self, split: str, step: int, batch: Batch | DeviceBatch, total_step: int, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
         """Class scores and labels of a part's images of this worker's group: the images of each of its workers, in the
         order of the global batch. Of all images if no part is given.
 
-        batch: this worker's images of the step: uint8 `image` (N, H, W, 3) and the columns of CUT.
+        batch: this worker's images of the step: uint8 `image` (N, H, W, 3) and the columns of device_batches.CUT.
         """
         config, layout, num_rows = self.config, self.net.layout, rows_of_pass(split, self.rows)
         [whole] = batch_parts(step, num_rows, config.global_batch_size, layout.workers, 1)
         part = part or whole
         slices, first = [part[rank] for rank in layout.group_of(self.net.rank)], whole[self.net.rank][0]
         lo, hi = part[self.net.rank]
-        batch = {name: column[lo - first : hi - first] for name, column in batch.items()}
+        image, cut = self._placed(batch).part(lo - first, hi - first)
         sizes = [hi - lo for lo, hi in slices]
-        info = torch.from_numpy(np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe"))
-        with self.span("copy"):
-            image, info = self.to_device(batch["image"]), info.to(self.device)
         with self.span("exchange"):
-            top, left, flip = self.net.share_images(info[:, :3], sizes).unbind(1)
-            labels = self.net.share_labels(info[:, 3:], sizes).long().flatten()
+            top, left, flip = self.net.share_images(cut[:, :3], sizes).unbind(1)
+            labels = self.net.share_labels(cut[:, 3:], sizes).long().flatten()
         begin = step * config.global_batch_size
         position = torch.cat([torch.arange(lo - begin, hi - begin, device=self.device) for lo, hi in slices])
         where = BatchPosition(config.seed, total_step, position)
@@ -154,16 +152,11 @@ class WorkerStep:
         found: list[float] = total.tolist()
         return found
 
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        """The array on the net's device."""
-        return as_tensor(array).to(self.device, non_blocking=True)
-
-
-def as_tensor(array: NDArray[Any]) -> Tensor:
-    """A tensor over the array's memory, which may be read-only: the caller does not write to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    def _placed(self, batch: Batch | DeviceBatch) -> DeviceBatch:
+        if isinstance(batch, DeviceBatch):
+            return batch
+        with self.span("copy"):
+            return to_device(batch, self.device)
 
 
 def all_reduce_sum(tensor: Tensor, world_size: int) -> None:

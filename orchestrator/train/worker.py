@@ -195,7 +195,7 @@ class Worker:
         pending: list[Pending] = []  # steps whose losses are still on the device
         start, shown = time.monotonic(), 0.0
         batches = self.profile.steps(self.feed.batches("train", epoch, first), self.state.step)
-        for step, batch in enumerate(batches, start=first):
+        for step, batch in enumerate(self.step.on_device(batches), start=first):
             loss_sum, images = self.step.update(batch, step, self.state.step)
             pending.append((loss_sum, images, self.link.poll_stop_request()))
             self.state.step += 1
@@ -250,7 +250,8 @@ class Worker:
         total = torch.zeros(4 + self.num_classes, dtype=torch.float64, device=self.device)
         stop = 0.0
         with contextlib.nullcontext() if self.average is None else self.average.applied():
-            for step, batch in enumerate(self.profile.batches(self.feed.batches(split, epoch))):
+            batches = self.profile.batches(self.feed.batches(split, epoch))
+            for step, batch in enumerate(self.step.on_device(batches)):
                 if step % LOG_EVERY_STEPS == 0:
                     stop = self.link.all_reduce_stop(self.device, self.layout.workers)
                     if stop:
