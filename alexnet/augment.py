@@ -172,6 +172,22 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def crop_flip_shift_tensors(
+    images_NHWC: "Tensor", top: "Tensor", left: "Tensor", flip: "Tensor", shift: "Tensor", size: int
+) -> "Tensor":
+    """`crop_flip_shift` on the device that the images are on, the same in every bit. top, left, flip: (N,) of integers
+    and bools; shift: (N, 3)."""
+    import torch
+
+    num_images, height, width, colors = images_NHWC.shape
+    row, image = width * colors, height * width * colors
+    shape = (num_images, height - size + 1, width - size + 1, size, size, colors)
+    windows = images_NHWC.contiguous().as_strided(shape, (image, row, colors, row, colors, 1))
+    cut = windows[torch.arange(num_images, device=images_NHWC.device), top.long(), left.long()]
+    cut = torch.where(flip[:, None, None, None], cut.flip(2), cut)
+    return cut.float().add_(shift[:, None, None]).clamp_(0, 255).add_(0.5).to(torch.uint8)
+
+
 class MeanSubtraction:
     """Makes the net's float input on the device: subtract the mean image, cut like each image (paper, 2).
 

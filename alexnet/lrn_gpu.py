@@ -1,9 +1,9 @@
 """Local response normalisation on a GPU: one pass over NHWC memory forward, one backward, as kernels of Triton.
 
-A pixel's C maps lie side by side in memory, each column's part of them a run of `size` numbers: memory is rows of `size`
-numbers, one for every pixel and column. A program takes BLOCK numbers wherever rows begin and end, so that no number of
-maps wastes threads. A window is read by loads at shifted addresses; all but the first of them come from the first-level
-cache, so that each number crosses the memory bus once.
+A pixel's C maps lie side by side in memory, each column's part of them a run of `size` numbers: memory is rows of that
+many numbers, one for every pixel and column. A program takes BLOCK numbers wherever rows begin and end, so that no
+number of maps wastes threads. A window is read by loads at shifted addresses; all but the first of them come from the
+first-level cache, so that each number crosses the memory bus once.
 
 The backward pass needs the scale of every map of the window, and so the squares of many windows: their loads are mostly
 the same, and the compiler merges them, into 2n - 1 of the activations and n of the gradients. Windows of more than

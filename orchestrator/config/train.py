@@ -178,6 +178,11 @@ class WorkerSettings(BaseModel):
         description="parts in which a worker computes its images of an update, one after the other, adding up their "
         "gradients: less memory, the same result",
     )
+    augment_on: Literal["feed", "device"] = Field(
+        "feed",
+        description="where images are cut, mirrored and coloured, with the same result; feed: on CPUs, which send what "
+        "is cut out; device: where the net is, which gets whole images",
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads per worker; automatic: an equal share of the node's CPUs"
     )

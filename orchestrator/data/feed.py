@@ -2,7 +2,8 @@
 
 An epoch is a plan: one order of all rows, a pure function of (shards, seed, epoch), cut into global batches (order.py).
 Each worker trains on an equal slice of every global batch, in order. A task reads the rows that one worker needs for a
-few steps, decodes, crops, mirrors and colours them, and sends uint8 pixels (reader.py). Ray Data runs the tasks, a
+few steps, decodes, crops, mirrors and colours them, and sends uint8 pixels (reader.py); with `augment_on` device it
+sends what it decoded. Ray Data runs the tasks, a
 chunk of them in each execution (execution.py). The passes of all epochs, training, validation and the probe, are one
 stream, so that the next epoch is decoded while this one is validated. No batch depends on the number of workers, tasks
 or CPUs.
@@ -103,7 +104,7 @@ class Feed:
 
     def _steps(self, store_bytes: float | None) -> tuple[int, float]:
         """Steps per task and per chunk: fewer where the object store is small; of a task at least one."""
-        step = 3 * self.config.crop_size**2 * self.config.global_batch_size / self.world_size
+        step = 3 * self.reader.side**2 * self.config.global_batch_size / self.world_size
         chunk = max(CHUNK_BYTES, 2 * self.num_tasks * TASK_BYTES)
         if store_bytes is not None:
             chunk = min(chunk, int(STORE_SHARE * store_bytes / (2 * self.world_size * self.num_concurrent)))

@@ -40,7 +40,7 @@ RECENT_BYTES = 2**27  # of row groups that a feed process caches; a window of 40
 FAILURES = {"damaged": DamagedData, "failure": JobError}
 
 Columns = dict[str, NDArray[Any]]
-Batch = Columns  # a worker's rows of one step: image (N, H, W, C) uint8, label, id, position, top, left, flip
+Batch = Columns  # a worker's rows of one step: image (N, H, W, C) uint8, label, id, position, top, left, flip, shift
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class TaskReader:
     ) -> None:
         self.folder, self.manifest, self.config, self.rank, self.world_size = folder, manifest, config, rank, world_size
         self.margin = manifest.image_size - config.crop_size
+        self.cuts = config.augment_on == "feed"
+        self.side = config.crop_size if self.cuts else manifest.image_size  # of the images that are sent
 
     def order(self, split: str, epoch: int) -> Order:
         """The rows of a pass, in order."""
@@ -106,7 +108,8 @@ class TaskReader:
         yield from results
 
     def read(self, task: Task, positions: NDArray[np.int64]) -> Columns:
-        """The rows at these positions of the task's pass: read and decoded by row group, each cut into its place.
+        """The rows at these positions of the task's pass: read and decoded by row group, each cut into its place; or,
+        where the device cuts, each whole, and the `shift` of its colours (N, 3) float32.
 
         Raises DamagedData, JobError where a file cannot be read.
         """
@@ -129,14 +132,18 @@ class TaskReader:
             draws, noise = augment.center(total, margin=self.margin), "none"
         values, vectors = np.array(manifest.eigenvalues), np.array(manifest.eigenvectors)
         shift = augment.color_shift(draws.normal, values, vectors, noise)
-        image = np.empty((total, config.crop_size, config.crop_size, 3), np.uint8)
+        image = np.empty((total, self.side, self.side, 3), np.uint8)
         for found, where in groups:
             for pixels, which, place in found.decoded(row[where].astype(np.int64), where, manifest.image_size):
-                augment.crop_flip_shift(
-                    pixels, draws.of(place), shift[place], config.crop_size, which=which, out=image, place=place
-                )
+                if self.cuts:
+                    augment.crop_flip_shift(
+                        pixels, draws.of(place), shift[place], self.side, which=which, out=image, place=place
+                    )
+                else:
+                    image[place] = pixels[which]
         result: Columns = {"image": image, "label": labels, "id": ids, "position": positions}
-        return result | {"top": draws.top, "left": draws.left, "flip": draws.flip}
+        result |= {"top": draws.top, "left": draws.left, "flip": draws.flip}
+        return result if self.cuts else result | {"shift": shift}
 
 
 @dataclass(frozen=True)

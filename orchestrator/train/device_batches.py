@@ -24,21 +24,23 @@ class DeviceBatch(NamedTuple):
 
     image: Tensor  # (N, H, W, 3) uint8
     cut: Tensor  # (N, 4) int32, the columns of CUT
+    shift: Tensor | None = None  # (N, 3) float32, of the colours of images that are not cut yet
 
     def part(self, lo: int, hi: int) -> "DeviceBatch":
         """Some of the images, not copied."""
-        return DeviceBatch(self.image[lo:hi], self.cut[lo:hi])
+        return DeviceBatch(*(None if tensor is None else tensor[lo:hi] for tensor in self))
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a batch: to a GPU through memory that is pinned, from which the copy runs beside the program; on the CPU the
     pixels stay where they are."""
     cut = np.stack([batch[name] for name in CUT], axis=1, dtype=np.int32, casting="unsafe")
-    host = as_tensor(batch["image"]), torch.from_numpy(cut)
+    host = [as_tensor(batch["image"]), torch.from_numpy(cut)]
+    if "shift" in batch:
+        host.append(as_tensor(batch["shift"]))
     if device.type == "cuda":
-        host = host[0].pin_memory(), host[1].pin_memory()
-    image, info = (tensor.to(device, non_blocking=True) for tensor in host)
-    return DeviceBatch(image, info)
+        host = [tensor.pin_memory() for tensor in host]
+    return DeviceBatch(*(tensor.to(device, non_blocking=True) for tensor in host))
 
 
 def copied_ahead(batches: Iterable[Batch], device: torch.device, span: Spans = no_span) -> Iterator[DeviceBatch]:
@@ -57,7 +59,7 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device, span: Spans = n
             steps = backend.current_stream(device)
             steps.wait_stream(copies)
             for tensor in copied:
-                if tensor.is_cuda:
+                if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(steps)  # its memory is not used again before the step has read it
         yield copied
         del copied, batch

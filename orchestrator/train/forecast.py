@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # The settings that a run's speed depends on: an earlier run in which they are equal gives the forecast.
 SPEED_SETTINGS = (
     "data", "preset", "width", "input_size", "global_batch_size", "freeze", "workers", "layout", "device", "precision",
-    "threads", "accumulate",
+    "threads", "accumulate", "augment_on",
 )  # fmt: skip
 
 

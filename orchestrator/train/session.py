@@ -59,6 +59,7 @@ MUTABLE_ON_RESUME = (
     "max_failures",
     "keep_every",
     "accumulate",
+    "augment_on",
 )
 
 log = logging.getLogger(__name__)

@@ -114,14 +114,15 @@ class WorkerStep:
         """Class scores and labels of a part's images of this worker's group: the images of each of its workers, in the
         order of the global batch. Of all images if no part is given.
 
-        batch: this worker's images of the step: uint8 `image` (N, H, W, 3) and the columns of device_batches.CUT.
+        batch: this worker's images of the step: uint8 `image` (N, H, W, 3) and the columns of device_batches.CUT; with
+        a `shift` the images are whole, and are cut here.
         """
         config, layout, num_rows = self.config, self.net.layout, rows_of_pass(split, self.rows)
         [whole] = batch_parts(step, num_rows, config.global_batch_size, layout.workers, 1)
         part = part or whole
         slices, first = [part[rank] for rank in layout.group_of(self.net.rank)], whole[self.net.rank][0]
         lo, hi = part[self.net.rank]
-        image, cut = self._placed(batch).part(lo - first, hi - first)
+        image, cut, shift = self._placed(batch).part(lo - first, hi - first)
         sizes = [hi - lo for lo, hi in slices]
         with self.span("exchange"):
             top, left, flip = self.net.share_images(cut[:, :3], sizes).unbind(1)
@@ -131,6 +132,9 @@ class WorkerStep:
         where = BatchPosition(config.seed, total_step, position)
         with self.span("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.net.share_images(image, sizes)
+            if shift is not None:
+                shifts = self.net.share_images(shift, sizes)
+                images = augment.crop_flip_shift_tensors(images, top, left, flip.bool(), shifts, config.crop_size)
             x = self.subtract_mean(images, top, left, flip.bool(), divisor=self.divisors.get(split, 1.0))
             scores = self.net(x.to(self.dtype), where, sizes)
         return scores.to(self.dtype), labels

@@ -58,6 +58,20 @@ def test_crop_flip_shift_equals_numpy(scale):
     assert out.dtype == np.uint8
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 200.0])
+def test_tensors_are_cut_mirrored_and_coloured_the_same_in_every_bit(scale):
+    """Of images that are a part of others in memory, too."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (22, 24, 27, 3), dtype=np.uint8)
+    draws = draws_for(range(22))
+    shift = (random.normal(size=(22, 3)) * scale).astype(np.float32)
+    wanted = augment.crop_flip_shift(images, draws, shift, 16)
+    given = [torch.from_numpy(part) for part in (images, draws.top, draws.left, draws.flip, shift)]
+    for part in (slice(None), slice(2, 20), slice(0, 0), slice(1, None, 3)):
+        found = augment.crop_flip_shift_tensors(*(tensor[part] for tensor in given), 16)
+        assert np.array_equal(found.numpy(), wanted[part])
+
+
 def test_the_colour_shift_is_along_the_principal_components_with_the_named_magnitude():
     values, vectors = np.array([9000.0, 400.0, 25.0]), np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
     normal = draws_for(range(50_000)).normal

@@ -1,12 +1,14 @@
 """The same numbers on a GPU as on the CPU."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lrn_cases import CASES, TOLERANCES, make_case, wanted
 from torch.nn import functional as F
 
 import alexnet
-from alexnet import MeanSubtraction, PaperSGD, augment, count_errors, local_response_norm
+from alexnet import MeanSubtraction, PaperSGD, augment, count_errors, local_response_norm, lrn
 from alexnet.dropout import BatchPosition, keep_mask
 from alexnet.layouts import Layout, ShardedNet
 
@@ -73,8 +75,61 @@ def test_lrn_and_its_gradient_are_those_of_the_cpu(dtype, bound, relu):
         out = local_response_norm(x, alpha=0.1, columns=2, relu=relu)
         assert out.dtype == kind
         results.append((out, *torch.autograd.grad(out, x, grad.to(device, kind))))
-    for found, wanted in zip(results[1], results[0], strict=True):
-        assert difference(found, wanted) < bound
+    for found, exact in zip(results[1], results[0], strict=True):
+        assert difference(found, exact) < bound
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_of_lrn_equal_a_naive_loop_in_float64(case, dtype):
+    """Through the layer, which must have taken them: where Triton cannot compile, the warning fails the test."""
+    a, grad, (columns, k, n, alpha, beta, relu) = make_case(*case)
+    x = a.to("cuda", dtype).requires_grad_()
+    assert "lrn_gpu" in lrn._implementation(x)[0].__module__
+    out = local_response_norm(x, k=k, n=n, alpha=alpha, beta=beta, columns=columns, relu=relu)
+    (found,) = torch.autograd.grad(out, x, grad.to("cuda", dtype))
+    assert (out.dtype, found.dtype) == (dtype, dtype)
+    for ours, exact in zip(
+        (out, found), wanted(a.to(dtype), grad.to(dtype), (columns, k, n, alpha, beta, relu)), strict=True
+    ):
+        torch.testing.assert_close(ours.detach().cpu().double(), exact, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_lrn_takes_activations_and_gradients_in_any_memory_and_an_empty_batch():
+    random = torch.Generator().manual_seed(1)
+    a, grad = (torch.randn(3, 20, 8, 8, generator=random) for _ in range(2))
+    results = []
+    for device in ("cpu", "cuda"):
+        x = a.to(device)[:, ::2, 1:, ::3].requires_grad_()
+        out = local_response_norm(x, alpha=0.1, columns=2, relu=True)
+        results.append((out, *torch.autograd.grad(out, x, grad.to(device)[:, ::2, ::3, 1:].transpose(2, 3))))
+    for found, exact in zip(results[1], results[0], strict=True):
+        assert difference(found, exact) < 1e-6
+    assert local_response_norm(torch.empty(0, 12, 3, 3, device="cuda")).shape == (0, 12, 3, 3)
+
+
+def test_lrn_of_more_than_2_to_the_31_numbers():
+    """The last image by itself, and as the last of a batch that is larger."""
+    images = 2**31 // (96 * 55 * 55) + 2
+    if torch.cuda.mem_get_info()[0] < 6 * 2 * images * 96 * 55 * 55:
+        pytest.skip("needs 26 GB of the GPU's memory")
+    a = torch.ones(images, 96, 55, 55, device="cuda", dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
+    a[-1] = torch.randn(96, 55, 55, generator=torch.Generator().manual_seed(5)).cuda()
+    x, last = a.requires_grad_(), a[-1:].detach().clone(memory_format=torch.channels_last).requires_grad_()
+    outs = [local_response_norm(each, alpha=0.1, columns=2, relu=True) for each in (x, last)]
+    assert torch.equal(outs[0][-1:], outs[1])
+    grads = [torch.autograd.grad(out, each, torch.ones_like(out))[0] for out, each in zip(outs, (x, last), strict=True)]
+    assert torch.equal(grads[0][-1:], grads[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_lrn_runs_on_the_gpu_of_its_input_whichever_is_the_current_one():
+    a = torch.randn(2, 12, 5, 7, generator=torch.Generator().manual_seed(6))
+    found = local_response_norm(a.to("cuda:1"), alpha=0.1, columns=2)
+    assert found.device == torch.device("cuda", 1)
+    assert difference(found, local_response_norm(a, alpha=0.1, columns=2)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["data", "hybrid"])
@@ -113,6 +168,18 @@ def test_the_mean_image_is_subtracted_bit_for_bit_as_on_the_cpu():
     found = MeanSubtraction(mean.cuda(), 16, 1 / 64)(images.cuda(), *(part.cuda() for part in cut))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(found.cpu(), wanted)
+
+
+def test_images_are_cut_mirrored_and_coloured_bit_for_bit_as_on_the_cpu():
+    random = np.random.default_rng(7)
+    images = random.integers(0, 256, (30, 24, 24, 3), dtype=np.uint8)
+    draws, shift = (
+        augment.draw(np.arange(30), seed=0, epoch=0, margin=8),
+        random.normal(0, 40, (30, 3)).astype(np.float32),
+    )
+    given = (torch.from_numpy(part).cuda() for part in (images, draws.top, draws.left, draws.flip, shift))
+    found = augment.crop_flip_shift_tensors(*given, 16)
+    assert np.array_equal(found.cpu().numpy(), augment.crop_flip_shift(images, draws, shift, 16))
 
 
 def test_dropout_masks_are_those_of_the_cpu():

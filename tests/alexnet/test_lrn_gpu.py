@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_lrn import naive
+from lrn_cases import CASES, TOLERANCES, channels_last, make_case, wanted
 
 from alexnet import local_response_norm, lrn
 
@@ -36,13 +36,6 @@ def interpreted():
     pool.shutdown()
 
 
-def channels_last(shape, seed, dtype=torch.float64):
-    random = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).contiguous(
-        memory_format=torch.channels_last
-    )  # fmt: skip
-
-
 def both_passes(a, grad, constants):
     assert os.environ["TRITON_INTERPRET"] == "1"
     out, found = lrn_gpu.forward(a, *constants), lrn_gpu.backward(a, grad, *constants)
@@ -52,45 +45,16 @@ def both_passes(a, grad, constants):
     return out.double().numpy(), found.double().numpy()
 
 
-def wanted(a, grad, constants):
-    columns, k, n, alpha, beta, relu = constants
-    exact = a.detach().double().requires_grad_()
-    out = naive(exact, k, n, alpha, beta, columns, relu)
-    return out.detach(), torch.autograd.grad(out, exact, grad.double())[0]
-
-
 def assert_close(found, exact, rtol, atol):
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize(
-    ("maps", "columns", "n", "beta", "relu", "size"),
-    [
-        (48, 2, 5, 0.75, True, (2, 5, 7)),  # the paper's, over many blocks and a rest
-        (48, 2, 5, 0.6, False, (1, 5, 7)),
-        (96, 1, 5, 0.75, False, (3, 2, 3)),
-        (96, 3, 3, 1.3, True, (1, 3, 1)),
-        (5, 3, 5, 0.75, True, (4, 9, 11)),
-        (5, 1, 3, 0.5, False, (2, 31, 1)),
-        (3, 2, 9, 0.75, True, (3, 1, 1)),  # windows wider than a column
-        (3, 3, 201, 0.4, False, (2, 3, 3)),
-        (1, 1, 5, 0.75, False, (2, 3, 5)),
-        (1, 3, 1, 2.5, True, (2, 3, 5)),
-        (48, 1, 1, 0.75, False, (1, 3, 3)),
-        (48, 2, 9, 1.0, True, (1, 3, 3)),  # the widest that is written out
-        (48, 1, 15, 0.75, True, (1, 3, 3)),  # in loops
-        (5, 2, 5, 0.0, True, (1, 3, 3)),
-    ],
-)
-def test_both_passes_equal_a_naive_loop_in_float64(interpreted, maps, columns, n, beta, relu, size):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_passes_equal_a_naive_loop_in_float64(interpreted, case):
     """In float64, and as near as its type allows in each of the others."""
-    images, height, width = size
-    shape, constants = (images, maps * columns, height, width), (columns, 2.1, n, 0.13, beta, relu)
-    a, grad = channels_last(shape, 1) * 3, channels_last(shape, 2)
-    for dtype, tolerance in (
-        (torch.float64, 1e-12), (torch.float32, 3e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7),
-    ):  # fmt: skip
+    a, grad, constants = make_case(*case)
+    for dtype, tolerance in TOLERANCES.items():
         given = a.to(dtype), grad.to(dtype)
         found = interpreted(both_passes, *given, constants)
         assert_close(found, wanted(*given, constants), tolerance, tolerance)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet import PaperSGD, plateau_schedule
 
@@ -123,3 +124,35 @@ def test_the_rate_is_divided_by_ten_at_each_plateau_three_times_and_no_more():
     assert rates[:4] == pytest.approx([0.01, 0.01, 0.01, 0.001])  # two validations without a new best
     assert rates[-1] == pytest.approx(1e-5)
     assert sorted(set(rates), reverse=True) == pytest.approx([0.01, 0.001, 0.0001, 0.00001])
+
+
+def test_the_update_of_other_devices_is_four_calls_however_many_parameters_and_equals_the_plain_formula():
+    """As on a GPU, where every call is a few kernels; in float64 the CPU takes the same way."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 3, 3, 3), (1,), (7, 2)]
+    params = [torch.randn(s, generator=random, dtype=torch.float64).requires_grad_() for s in shapes]
+    plain = [(p.detach().clone(), torch.zeros_like(p)) for p in params]
+    optimizer = PaperSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for rate in (0.1, 0.1, 0.01):
+        optimizer.param_groups[0]["lr"] = rate
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=random, dtype=torch.float64)
+        with Calls() as calls:
+            optimizer.step()
+        assert [name for name in calls.names if "zeros_like" not in name] == ["_foreach_mul_", *["_foreach_add_"] * 3]
+        for p, (w, v) in zip(params, plain, strict=True):
+            v.copy_(0.9 * v - 0.01 * rate * w - rate * p.grad)
+            w.add_(v)
+            torch.testing.assert_close(p.detach(), w, rtol=1e-15, atol=1e-15)
+
+
+class Calls(TorchDispatchMode):
+    """Writes down the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})

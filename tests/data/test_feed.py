@@ -5,7 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+import torch
 
+from alexnet import augment
 from orchestrator.base.exits import JobError
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.recipes import digits
@@ -13,6 +15,7 @@ from orchestrator.data.feed import Feed
 from orchestrator.data.order import plan_epoch, plan_probe, plan_validation, rank_slice, rows_of_pass
 from orchestrator.data.reader import TaskReader
 from orchestrator.data.shards import DamagedData
+from orchestrator.train.device_batches import to_device
 
 GROUPS = np.array([128, 128, 7, 128, 50, 1])
 
@@ -123,6 +126,20 @@ CONFIG = digits().changed(epochs=2, global_batch_size=60, flip=True, color_noise
 def one(digit_shards):
     """Two epochs as a single worker gets them."""
     return take(feed_for(digit_shards, CONFIG, 0, 1), 2)
+
+
+@pytest.mark.ray
+def test_images_that_are_sent_whole_and_cut_where_the_net_is_are_the_same_in_every_bit(digit_shards, one):
+    whole = take(feed_for(digit_shards, CONFIG.changed(epochs=1, augment_on="device"), 0, 1), 1)
+    for key, batches in whole.items():
+        for batch, wanted in zip(batches, one[key], strict=True):
+            placed, side = to_device(batch, torch.device("cpu")), CONFIG.crop_size
+            assert placed.image.shape[1:] == (digit_shards[1].image_size, digit_shards[1].image_size, 3)
+            top, left, flip, label = placed.cut.unbind(1)
+            cut = augment.crop_flip_shift_tensors(placed.image, top, left, flip.bool(), placed.shift, side)
+            assert np.array_equal(cut.numpy(), wanted["image"])
+            assert np.array_equal(label.numpy(), wanted["label"])
+    assert any(batch["shift"].any() for batch in whole[0, "train"])
 
 
 @pytest.mark.ray

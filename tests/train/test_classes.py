@@ -193,7 +193,8 @@ def test_validation_tells_the_errors_of_each_class_and_a_top_5_error_only_where_
     worker.manifest, worker.state = SimpleNamespace(rows={"train": 160, "val": 8}), State()
     by_class = [2, 1, *[0] * (num_classes - 2)]
     worker.step = SimpleNamespace(
-        on_device=iter, evaluate=lambda batch, step, split: torch.tensor([6.0, 3, 1, 4, *by_class], dtype=torch.float64),
+        on_device=iter,
+        evaluate=lambda batch, step, split: torch.tensor([6.0, 3, 1, 4, *by_class], dtype=torch.float64),
         all_reduce_total=lambda total: total.tolist(),
     )
     metrics = worker.validate(0)

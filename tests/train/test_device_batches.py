@@ -41,6 +41,15 @@ def test_pixels_and_how_they_were_cut_arrive_and_on_the_cpu_pixels_are_not_copie
     assert_holds(to_device(empty, CPU), empty)
 
 
+def test_colours_of_images_that_are_not_cut_yet_come_along():
+    [batch] = make_batches(1)
+    shift = np.arange(15, dtype=np.float32).reshape(5, 3)
+    placed = to_device(batch | {"shift": shift}, CPU)
+    assert np.array_equal(placed.shift.numpy(), shift)
+    assert np.array_equal(placed.part(2, 4).shift.numpy(), shift[2:4])
+    assert to_device(batch, CPU).part(2, 4).shift is None
+
+
 def test_pixels_that_may_only_be_read_are_taken_without_a_warning():
     [batch] = make_batches(1)
     batch["image"].flags.writeable = False

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import alexnet
+from alexnet import augment
 from alexnet.layouts import Layout, ShardedNet
 from orchestrator.config.recipes import digits
 from orchestrator.data.order import rank_slice
@@ -216,6 +217,24 @@ def test_evaluation_counts_losses_and_errors_and_changes_nothing():
     assert by_class == [int(wrong[labels == label].sum()) for label in range(10)]
     assert sum(by_class) == top1 > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in step.net.state_dict().items())
+
+
+def test_images_that_come_whole_are_cut_like_those_that_come_cut():
+    """In parts, too, each of which has its own of what belongs to its images."""
+    config = digits().changed(global_batch_size=8, workers=1, layout="single")
+    random, rows = np.random.default_rng(3), {"train": 14, "val": 8}
+    whole = make_batch(random, 8) | {
+        "image": random.integers(0, 256, (8, 72, 72, 3), dtype=np.uint8),
+        "shift": random.normal(0, 30, (8, 3)).astype(np.float32),
+    }
+    draws = augment.Draws(whole["top"], whole["left"], whole["flip"], whole["shift"])
+    cut = {name: column for name, column in whole.items() if name != "shift"}
+    cut["image"] = augment.crop_flip_shift(whole["image"], draws, whole["shift"], 64)
+    losses = []
+    for batch, accumulate in ((whole, 1), (cut, 1), (whole, 4), (cut, 4)):
+        losses.append(make_step(config.changed(accumulate=accumulate), rows).update(batch, 0, 0)[0].item())
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3] == pytest.approx(losses[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("rank", range(4))
