@@ -3,10 +3,9 @@
 An epoch is a plan: one order of all rows, a pure function of (shards, seed, epoch), cut into global batches (order.py).
 Each worker trains on an equal slice of every global batch, in order. A task reads the rows that one worker needs for a
 few steps, decodes, crops, mirrors and colours them, and sends uint8 pixels (reader.py); with `augment_on` device it
-sends what it decoded. Ray Data runs the tasks, a
-chunk of them in each execution (execution.py). The passes of all epochs, training, validation and the probe, are one
-stream, so that the next epoch is decoded while this one is validated. No batch depends on the number of workers, tasks
-or CPUs.
+sends what it decoded. Ray Data runs the tasks, a chunk of them in each execution (execution.py). The passes of all
+epochs, training, validation and the probe, are one stream, so that the next epoch is decoded while this one is
+validated. No batch depends on the number of workers, tasks or CPUs.
 """
 
 import collections

@@ -28,7 +28,8 @@ class DeviceBatch(NamedTuple):
 
     def part(self, lo: int, hi: int) -> "DeviceBatch":
         """Some of the images, not copied."""
-        return DeviceBatch(*(None if tensor is None else tensor[lo:hi] for tensor in self))
+        shift = None if self.shift is None else self.shift[lo:hi]
+        return DeviceBatch(self.image[lo:hi], self.cut[lo:hi], shift)
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:

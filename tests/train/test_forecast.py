@@ -19,6 +19,7 @@ from orchestrator.train.run_folder import RunFolder
 OTHER = {
     "data": "shards/x", "preset": "caffe", "width": 0.5, "input_size": 96, "global_batch_size": 32, "workers": 4,
     "layout": "data", "device": "gpu", "precision": "bf16", "threads": 3, "freeze": "conv1", "accumulate": 2,
+    "augment_on": "device",
 }  # fmt: skip
 
 
