@@ -23,7 +23,6 @@ triton = pytest.importorskip("triton")
 from alexnet import lrn_gpu  # noqa: E402
 
 PAPERS = (2, 2.0, 5, 1e-4, 0.75, True)  # columns, k, n, alpha, beta, relu
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @pytest.fixture(scope="module")
@@ -135,35 +134,66 @@ def test_an_empty_batch_starts_no_kernel():
     assert lrn_gpu.forward(a, *PAPERS).shape == lrn_gpu.backward(a, a, *PAPERS).shape == a.shape
 
 
-def compiled(kernel, dtype, capability, n=5, beta=0.75):
-    """What Triton's compiler makes of a kernel for a GPU of NVIDIA, for the paper's 48 maps of a column."""
-    fixed = lrn_gpu.constants(dtype, 96, 2, n, beta, True)
-    pointers = ["a", "grad", "out"] if kernel is lrn_gpu._backward else ["a", "out"]
-    scalars = {"total": "i64", "k": "fp64", "alpha": "fp64", "beta": "fp64"}
-    signature = dict.fromkeys(pointers, f"*{SHORT[dtype]}") | scalars | dict.fromkeys(fixed, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, fixed)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=lrn_gpu.OPTIONS)
+class Driver:
+    """A GPU of NVIDIA for which Triton may compile, and that runs nothing."""
+
+    def __init__(self, capability):
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Triton's compiler leaves nothing in the home directory."""
+def compiled(tmp_path, monkeypatch):
+    """What Triton's compiler makes of both kernels when they are called, for the paper's 48 maps of a column; it leaves
+    nothing in the home directory, where its cache is."""
+    kernels = lrn_gpu._forward, lrn_gpu._backward
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    return tmp_path
+    run, made = triton.JITFunction.run, []
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda *args, warmup, **named: made.append(run(*args, warmup=True, **named))
+    )
+
+    def compile_for(dtype, capability, n=5, beta=0.75):
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        made.clear()
+        a = torch.ones(1, 96, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        lrn_gpu.forward(a, 2, 2.0, n, 1e-4, beta, True)
+        lrn_gpu.backward(a, a, 2, 2.0, n, 1e-4, beta, True)
+        return list(made)
+
+    yield compile_for
+    for kernel in kernels:
+        kernel.device_caches.clear()
 
 
-@pytest.mark.parametrize("dtype", lrn_gpu.DTYPES, ids=SHORT.values())
-def test_the_kernels_compile_for_a_gpu_and_read_each_shift_once(dtype, cache):
-    for kernel, loads in ((lrn_gpu._forward, 5), (lrn_gpu._backward, 9 + 5)):
-        made = compiled(kernel, dtype, 90)
+@pytest.mark.parametrize("dtype", lrn_gpu.DTYPES, ids=str)
+def test_the_kernels_compile_for_a_gpu_and_read_each_shift_once(dtype, compiled, tmp_path):
+    for made, loads in zip(compiled(dtype, 90), (5, 9 + 5), strict=True):
         text = made.asm["ttgir"]
         assert text.count("tt.load") == loads
         assert text.count("tt.store") == 1
         assert set(re.findall(r"sizePerThread = \[(\d+)\]", text)) == {"1"}
         assert "convert_layout" not in text
         assert made.metadata.shared == 0
-        assert local_memory(made.asm["cubin"], cache) == 0
+        assert local_memory(made.asm["cubin"], tmp_path) == 0
+
+
+def test_constants_are_float64_and_the_number_of_numbers_int64_whatever_they_are(compiled):
+    """An argument that is 1, or that 16 divides, would be another kernel; a float of Python would be float32."""
+    for made in compiled(torch.float64, 90):
+        signature = made.src.signature
+        assert [signature[name] for name in ("total", "k", "alpha", "beta")] == ["i64", "fp64", "fp64", "fp64"]
+        assert not any(made.src.attrs.values())
 
 
 def local_memory(cubin, folder):
@@ -176,9 +206,8 @@ def local_memory(cubin, folder):
 
 
 @pytest.mark.parametrize(("capability", "n", "beta"), [(75, 5, 0.75), (80, 5, 0.6), (100, 15, 0.75)])
-def test_they_compile_for_other_generations_windows_and_powers(capability, n, beta, cache):
-    for kernel in (lrn_gpu._forward, lrn_gpu._backward):
-        assert "ptx" in compiled(kernel, torch.float32, capability, n, beta).asm
+def test_they_compile_for_other_generations_windows_and_powers(capability, n, beta, compiled):
+    assert all("cubin" in made.asm for made in compiled(torch.float32, capability, n, beta))
 
 
 def test_a_machine_that_cannot_compile_is_told_once_and_has_tensor_operations(monkeypatch):
