@@ -40,6 +40,7 @@ from orchestrator.cluster.prices import node_types
 from orchestrator.data.feed import TASK_BYTES
 from orchestrator.data.order import Order, plan_epoch, rank_slice, rows_of_pass
 from orchestrator.data.shards import ROW_GROUP_ROWS
+from orchestrator.train.watch import NODES_EVERY_S
 
 MACHINES, CLUSTER = Path(__file__).parent / "machines.json", Path(__file__).parent.parent / "cluster.yaml"
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of ILSVRC2012
@@ -52,6 +53,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REAL = (1, 2, 4, 8)  # processes that really run
 PAPER = (8, 64, 512)  # GPUs for the paper's run
 SEEDS = 20  # of runs with failures
+NOTICEABLE = 1.02  # times as fast, more than simulated steps differ by chance
 STEPS = {1: 40, 64: 24, 256: 14}  # that are simulated of so many workers or more
 DAY_S = 86_400.0
 
@@ -164,10 +166,10 @@ class Row:
     step_s: float
     images_per_s: float
     efficiency: float  # of one worker's images/s, times workers
-    bound: str  # what most of a step is spent on
+    bound: str  # what steps would be faster with more of
     remote_images_per_s: float  # with the shards in object storage
     remote_bound: str
-    use: dict[str, float]  # of what all workers share or each has, as a share of what there is, at images_per_s
+    use: dict[str, float]  # what arithmetic and exchanges need of each thing to go on, as a share of what there is
 
 
 def images_of(workers: int) -> int:
@@ -219,53 +221,53 @@ def curve(machine: Machine | None, parts: dict[str, Any], everywhere: Everywhere
             except ValueError:
                 continue
             plan = simulation.step_plan(net, layout, images, flops, memory)
-            near, far = (
+            bare, near, far = (
                 simulation.simulate_steps(
                     cluster, layout, plan, steps=num_steps(workers), delays=parts["delays"], feed=feed
                 )
-                for feed in feeds
-            )  # fmt: skip
-            rate = images * workers / near.step_s
+                for feed in (None, *feeds)
+            )
+            rate, per_node = images * workers / near.step_s, cluster.workers_per_node
             one = one or rate
-            use = use_of(feeds[1], near.step_s, workers, cluster.workers_per_node, parts)
             rows.append(
                 Row(
-                    kind, workers, images, near.step_s, rate, rate / (one * workers), bound_of(near, feeds[0], workers),
-                    images * workers / far.step_s, bound_of(far, feeds[1], workers, cluster.workers_per_node), use,
+                    kind, workers, images, near.step_s, rate, rate / (one * workers), bound_of(near, bare),
+                    images * workers / far.step_s, bound_of(far, bare, feeds[1], workers, per_node),
+                    use_of(feeds[1], bare.step_s, workers, per_node, parts),
                 )
             )  # fmt: skip
     return rows
 
 
-def bound_of(steps: Steps, feed: FeedCost, workers: int, per_node: int = 1) -> str:
-    """What most of a step is spent on; of the feed, what holds it up."""
-    spent = {"compute": steps.compute_s, "exchange": steps.exchange_s, "feed": steps.feed_s}
-    most = max(spent, key=lambda name: spent[name])
-    if most != "feed":
-        return most
+def bound_of(steps: Steps, bare: Steps, remote: FeedCost | None = None, workers: int = 1, per_node: int = 1) -> str:
+    """What steps would be faster with more of. bare: steps whose images are there. remote: what the feed reads
+    from object storage, if it does."""
+    if steps.step_s < NOTICEABLE * bare.step_s:
+        return "compute" if bare.compute_s > bare.exchange_s else "exchange"
+    if remote is None:
+        return "decoding"
     takes = {
-        "decoding": feed.decode_s,
-        "storage requests": workers * feed.requests / feed.requests_per_s,
-        "storage bytes": min(workers, per_node) * feed.storage_bytes / feed.node_bytes_per_s,
+        "decoding": remote.decode_s,
+        "storage requests": workers * remote.requests / remote.requests_per_s,
+        "storage bytes": min(workers, per_node) * remote.storage_bytes / remote.node_bytes_per_s,
     }
     return max(takes, key=lambda name: takes[name])
 
 
-def use_of(feed: FeedCost, step_s: float, workers: int, per_node: int, parts: dict[str, Any]) -> dict[str, float]:
-    """What is used of each thing that grows with the number of workers, as a share of what there is.
-
-    feed: from object storage.
-    """
-    ray, images = parts["ray"], feed.storage_bytes and images_of(workers)
-    tasks_per_s = workers * images / step_s / max(1, int(TASK_BYTES / (3 * 224**2)))
-    return {
-        "storage requests": workers * feed.requests / feed.requests_per_s / step_s,
-        "storage bytes of a node": min(workers, per_node) * feed.storage_bytes / feed.node_bytes_per_s / step_s,
-        "decoding": feed.decode_s / step_s,
-        "the head's tasks": tasks_per_s * ray["head_task_s"],
-        "the driver's polls": workers * ray["poll_s"] / POLL_EVERY_S,
-        "a worker's own plan of a step": at(parts["by_workers"]["parts"], workers) / step_s,
-        "the driver's plans of an elastic run": at(parts["by_workers"]["plan"], workers) / POLL_EVERY_S,
+def use_of(remote: FeedCost, step_s: float, workers: int, per_node: int, parts: dict[str, Any]) -> dict[str, float]:
+    """What steps of so many seconds need of each thing that grows with the number of workers, as a share of what there
+    is. remote: what the feed reads from object storage."""
+    tasks_per_s = workers * images_of(workers) / step_s / max(1, int(TASK_BYTES / (3 * 224**2)))
+    takes = {
+        "storage requests": workers * remote.requests / remote.requests_per_s,
+        "storage bytes of a node": min(workers, per_node) * remote.storage_bytes / remote.node_bytes_per_s,
+        "decoding": remote.decode_s,
+        "a worker's plan of a step": at(parts["by_workers"]["parts"], workers),
+    }
+    return {name: seconds / step_s for name, seconds in takes.items()} | {
+        "the head, for the feed's tasks": tasks_per_s * parts["ray"]["head_task_s"],
+        "the driver, for its polls": workers * parts["ray"]["poll_s"] / POLL_EVERY_S,
+        "the driver, for the plans of an elastic run": at(parts["by_workers"]["plan"], workers) / NODES_EVERY_S,
     }
 
 
@@ -308,7 +310,7 @@ def stops_paying(rows: list[Row]) -> list[tuple[str, int | None, int | None, str
         beaten, by = None, ""
         for row in mine:
             fastest = max((r for r in rows if r.workers == row.workers), key=lambda each: each.images_per_s)
-            if fastest.images_per_s > 1.02 * row.images_per_s:  # by more than steps differ
+            if fastest.images_per_s > NOTICEABLE * row.images_per_s:
                 beaten, by = row.workers, fastest.layout
                 break
         found.append((kind, below, beaten, by))
@@ -497,7 +499,8 @@ def checked(args: argparse.Namespace, names: list[str]) -> None:
 
 
 def main() -> None:
-    flags = measure.parser(__doc__, "scale")
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--json", type=Path, default=measure.RESULTS / "scale.json", metavar="FILE")
     flags.add_argument("--measure", action="store_true", help="measure the parts, and run 1, 2, 4 and 8 processes")
     flags.add_argument(
         "--machine", nargs="+", default=["p4d", "this"], help="of machines.json, or this (default: p4d this)"

@@ -43,6 +43,7 @@ from orchestrator.data.shards import ROW_GROUP_ROWS
 
 RECORDED, WARM = 12, 4  # steps
 SMALL_BYTES, LARGE_BYTES = 2**12, 2**23  # of the exchanges that are timed alone
+KINDS = ("all_reduce", "all_gather", "all_to_all")
 EXCHANGES = {"small": 200, "large": 20}  # how often each
 BLOCK, BLOCKS = 8, 3  # real steps that are timed together, and how often
 EPOCH_STEPS, VAL_STEPS = 16, 4  # of the epoch that is timed
@@ -75,7 +76,7 @@ class _Recorder:
             "all_gather": (members - 1) * whole_bytes,
             "all_to_all": (members - 1) / members * whole_bytes,
         }[kind]
-        among = "member" if group is self.member else "replica"
+        among = "member" if group.group_name == self.member.group_name else "replica"
         self.ops.append(Send(kind, sent, among, overlaps))
 
     def all_reduce(self, tensor: Tensor, *, group: Any = None, async_op: bool = False) -> Any:
@@ -229,7 +230,7 @@ def _serve_exchanges(rank: int, store: str, to: Any) -> None:
     torch.set_num_threads(1)
     _join(rank, 2, store)
     found = {}
-    for kind in ("all_reduce", "all_gather", "all_to_all"):
+    for kind in KINDS:
         for name, size in (("small", SMALL_BYTES), ("large", LARGE_BYTES)):
             run = _exchange(kind, size)
             for _ in range(3):
@@ -259,20 +260,19 @@ def _exchange(kind: str, sent_bytes: int) -> Callable[[], Any]:
 def exchanging() -> Exchanging:
     """What exchanges cost by gloo over the loopback, from those of two processes that do nothing else.
 
-    A small one is its messages, a large one bytes beside them. What they take beyond their CPU time is waiting.
+    A small one is its messages, a large one bytes beside them; by the clock, and of the cores.
     """
     with tempfile.TemporaryDirectory() as folder:
         both = _collect(_serve_exchanges, [(rank, f"{folder}/store") for rank in range(2)], 2)
-    mean = {key: tuple(statistics.mean(each[key][i] for each in both) for i in range(2)) for key in both[0]}
-    waits = rounds("all_reduce", 2)
-    wall, cpu = mean["all_reduce", "small"]
-    round_cpu_s, round_s = cpu / waits, max(0.0, wall - cpu) / waits
-    cpu_s, wait_s = {}, {}
-    for kind in ("all_reduce", "all_gather", "all_to_all"):
-        wall, cpu = mean[kind, "large"]
-        cpu_s[kind] = max(0.0, cpu - rounds(kind, 2) * round_cpu_s) / LARGE_BYTES
-        wait_s[kind] = max(0.0, wall - max(cpu, 0.0)) / LARGE_BYTES
-    return Exchanging(round_s, round_cpu_s, cpu_s, wait_s)
+    mean = {key: [statistics.mean(each[key][i] for each in both) for i in range(2)] for key in both[0]}
+    found = []
+    for clock in range(2):
+        round_s = mean["all_reduce", "small"][clock] / rounds("all_reduce", 2)
+        by_kind = {
+            kind: max(0.0, mean[kind, "large"][clock] - rounds(kind, 2) * round_s) / LARGE_BYTES for kind in KINDS
+        }
+        found += [round_s, by_kind]
+    return Exchanging(*found)
 
 
 # --- real steps ---

@@ -293,10 +293,10 @@ def bytes_sent(plan: Plan) -> float:
 class Exchanging:
     """What an exchange costs a worker beside the bytes on a link."""
 
-    round_s: float = 0.0  # each message that waits for the one before it
+    round_s: float = 0.0  # each message that waits for the one before it, with nothing else to do
+    s_per_byte: dict[str, float] = field(default_factory=dict)  # by kind of exchange, likewise
     round_cpu_s: float = 0.0  # of a core, for each such message
-    cpu_s_per_byte: dict[str, float] = field(default_factory=dict)  # by kind of exchange; of a core
-    wait_s_per_byte: dict[str, float] = field(default_factory=dict)  # by kind, beside that: nobody computes
+    cpu_s_per_byte: dict[str, float] = field(default_factory=dict)  # of a core, by kind of exchange
     tree: bool = False  # whether the library takes a tree for sums where that is faster, as NCCL does
 
 
@@ -322,7 +322,7 @@ class Cluster:
 class FeedCost:
     """What a worker's batch costs before it is there."""
 
-    decode_s: float  # with the CPUs of one worker's tasks
+    decode_s: float  # with the CPUs of one worker's tasks; of cores that the workers compute on, of one
     requests: float  # to storage
     storage_bytes: float  # read from it
     requests_per_s: float  # that storage allows, of all workers together
@@ -409,7 +409,8 @@ class _Simulation:
     def _decode(self, rank: int, feed: FeedCost) -> Process:
         for _ in range(self.steps):
             yield self.stores[rank][0].take()
-            yield self.clock.after(feed.decode_s)
+            shared = self.cores[self.node_of(rank)] if self.cores else None
+            yield shared.use(feed.decode_s) if shared else self.clock.after(feed.decode_s)
             yield self.stores[rank][1].put()
 
     def _work(self, rank: int) -> Process:
@@ -473,13 +474,15 @@ class _Simulation:
         cluster, members = self.cluster, len(group)
         waits, work = self._rounds(op, group), cluster.exchanging
         node = self.node_of(rank)
-        idle_s = waits * work.round_s + op.size_bytes * work.wait_s_per_byte.get(op.kind, 0.0)
-        if idle_s:
-            yield self.clock.after(idle_s)
-        parts = []
-        if self.cores:
+        alone = self.clock.after(waits * work.round_s + op.size_bytes * work.s_per_byte.get(op.kind, 0.0))
+        parts = [alone]
+        if (
+            self.cores
+        ):  # where others compute, too, it takes as long as its share of the cores: what waits is not in line
             cpu_s = waits * work.round_cpu_s + op.size_bytes * work.cpu_s_per_byte.get(op.kind, 0.0)
             parts.append(self.cores[node].use(cpu_s))
+        else:
+            yield alone
         local = sum(1 for _ in _on_node(group, node, cluster.workers_per_node))
         if math.isfinite(cluster.inside) and local > 1:
             parts.append(self.clock.after(op.size_bytes / cluster.inside))
@@ -488,8 +491,7 @@ class _Simulation:
                 parts.append(self.between[node].use(op.size_bytes * (members - local) / (members - 1)))
             elif rank == max(_on_node(group, node, cluster.workers_per_node)):  # a ring leaves a node once
                 parts.append(self.between[node].use(op.size_bytes))
-        if parts:
-            yield all_of(parts)
+        yield all_of(parts)
 
     def _rounds(self, op: Send, group: range) -> float:
         """Messages one after another; of a tree where the library takes one and it has fewer."""

@@ -167,10 +167,10 @@ def test_cores_that_are_all_busy_are_slower():
 
 
 def test_exchanges_take_the_cores_of_those_that_make_them():
-    work = Exchanging(round_cpu_s=0.25, cpu_s_per_byte={"all_reduce": 0.01}, wait_s_per_byte={"all_reduce": 0.001})
+    work = Exchanging(0.5, {"all_reduce": 0.02}, 0.25, {"all_reduce": 0.01})
     plan = [Send("all_reduce", 100.0, "replica")]
-    assert step_s(cores(2, 2, work), Layout("data", 2), plan) == pytest.approx(0.1 + 2 * 0.25 + 1.0)
-    assert step_s(cores(8, 2, work), Layout("data", 8), plan) == pytest.approx(0.1 + 4 * (14 * 0.25 + 1.0))
+    assert step_s(cores(2, 2, work), Layout("data", 2), plan) == pytest.approx(2 * 0.5 + 2.0)  # by the clock
+    assert step_s(cores(8, 2, work), Layout("data", 8), plan) == pytest.approx(4 * (14 * 0.25 + 1.0))  # by the cores
 
 
 def test_all_wait_for_the_slowest():
