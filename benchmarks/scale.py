@@ -52,9 +52,10 @@ POLL_EVERY_S = 2.0  # Ray Train's default between two looks at its workers
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REAL = (1, 2, 4, 8)  # processes that really run
 PAPER = (8, 64, 512)  # GPUs for the paper's run
+REST = ("paper_flops_per_s", "decoding", "requests", "row_group_s", "by_workers", "ray")  # parts that are not of steps
 SEEDS = 20  # of runs with failures
 NOTICEABLE = 1.02  # times as fast, more than simulated steps differ by chance
-STEPS = {1: 40, 64: 24, 256: 14}  # that are simulated of so many workers or more
+STEPS = {1: 30, 64: 14, 256: 10}  # that are simulated of so many workers or more
 DAY_S = 86_400.0
 
 
@@ -370,28 +371,41 @@ def kinds_of(workers: int) -> list[str]:
     return ["single"] if workers == 1 else list(KINDS[1:])
 
 
-def measured(work: scale_parts.Work, cores: int) -> dict[str, Any]:
-    """The parts, each alone."""
+def measured_steps(work: scale_parts.Work, cores: int) -> dict[str, Any]:
+    """The parts of a step, each alone, and the real steps, right after one another: machines that others use, too, are
+    faster at one time than at another. The last of it is a single worker's step again."""
     parts: dict[str, Any] = {"machine": measure.machine(), "cores": cores, "work": asdict(work)}
-    pairs = [(kind, workers) for workers in REAL for kind in kinds_of(workers)]
-    alone = scale_parts.workers_alone(work, pairs)
-    parts["alone"] = {
-        f"{kind} {workers}": {"plan": plan_to_json(plan), "forward_s": forward_s}
-        for (kind, workers), (plan, _, forward_s) in alone.items()
-    }
-    parts["delays"] = alone["single", 1][1]
     parts["crowding"] = scale_parts.crowding(work, cores)
     parts["exchanging"] = asdict(scale_parts.exchanging())
     parts["checkpoint_bytes"], parts["checkpoint_s"] = scale_parts.writing(work)
+    parts["alone"], real = {}, {}
+    for workers in REAL:
+        alone = scale_parts.workers_alone(work, [(kind, workers) for kind in kinds_of(workers)])
+        if workers == 1:
+            parts["delays"] = alone["single", 1][1]
+        for (kind, _), (plan, _, forward_s) in alone.items():
+            parts["alone"][f"{kind} {workers}"] = {"plan": plan_to_json(plan), "forward_s": forward_s}
+        for kind, (blocks, epoch_s) in scale_parts.real(work, [workers], kinds_of)[workers].items():
+            real[f"{kind} {workers}"] = {"blocks": blocks, "epoch_s": epoch_s}
+    [(plan, _, _)] = scale_parts.workers_alone(work, [("single", 1)]).values()
+    first = simulation.seconds_alone(plan_from_json(parts["alone"]["single 1"]["plan"]))
+    parts["last_over_first"] = simulation.seconds_alone(plan) / first
+    return {"parts": parts, "real": real}
+
+
+def measured_rest() -> dict[str, Any]:
+    """What the feed, the driver and the head take, and a worker's arithmetic of the paper's net."""
     paper = scale_parts.Work(batch=32, width=1.0)
     [(plan, _, _)] = scale_parts.workers_alone(paper, [("single", 1)]).values()
     flops = estimate(**Net().sizes(), global_batch_size=1).training_flops
-    parts["paper_flops_per_s"] = flops * paper.batch / simulation.seconds_alone(plan)
-    parts["decoding"], parts["requests"] = scale_parts.decoding(), scale_parts.requests()
-    parts["row_group_s"] = scale_parts.row_group_s()
-    parts["by_workers"] = scale_parts.by_number_of_workers(list(COUNTS[::2]))
-    parts["ray"] = scale_parts.calls_of_ray()
-    return parts
+    return {
+        "paper_flops_per_s": flops * paper.batch / simulation.seconds_alone(plan),
+        "decoding": scale_parts.decoding(),
+        "requests": scale_parts.requests(),
+        "row_group_s": scale_parts.row_group_s(),
+        "by_workers": scale_parts.by_number_of_workers(list(COUNTS[::2])),
+        "ray": scale_parts.calls_of_ray(),
+    }
 
 
 def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
@@ -501,7 +515,11 @@ def checked(args: argparse.Namespace, names: list[str]) -> None:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--json", type=Path, default=measure.RESULTS / "scale.json", metavar="FILE")
-    flags.add_argument("--measure", action="store_true", help="measure the parts, and run 1, 2, 4 and 8 processes")
+    flags.add_argument(
+        "--measure", nargs="?", const="all", choices=["all", "steps"],
+        help="measure the parts, and run 1, 2, 4 and 8 processes; steps: but for the parts of the feed, the driver and "
+        "the head, which stay as they are in FILE",
+    )  # fmt: skip
     flags.add_argument(
         "--machine", nargs="+", default=["p4d", "this"], help="of machines.json, or this (default: p4d this)"
     )
@@ -511,14 +529,10 @@ def main() -> None:
     checked(args, [*nodes, "this"])
     result: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     if args.measure:
-        work = scale_parts.Work()
-        result = {"parts": measured(work, os.cpu_count() or 1)}
-        real = scale_parts.real(work, list(REAL), kinds_of)
-        result["real"] = {
-            f"{kind} {workers}": {"blocks": blocks, "epoch_s": epoch_s}
-            for workers, kinds in real.items()
-            for kind, (blocks, epoch_s) in kinds.items()
-        }
+        found = measured_steps(scale_parts.Work(), os.cpu_count() or 1)
+        kept = {name: value for name, value in result.get("parts", {}).items() if name in REST}
+        found["parts"] |= measured_rest() if args.measure == "all" else kept
+        result = found | {"simulated": result.get("simulated", {})}
         measure.write(args.json, result)
         result = json.loads(args.json.read_text())
     show("predicted and measured on this machine", held_against(result["parts"], result["real"]))
@@ -534,14 +548,14 @@ def main() -> None:
         show(f"{name}: where a layout stops paying", paying_table(rows))
         show(f"{name}: what breaks", breaks_table(rows))
         show(f"{name}: what the feed reads", reading_table(rows, result["parts"]))
-        found: dict[str, Any] = {"rows": [asdict(row) for row in rows]}
+        simulated: dict[str, Any] = {"rows": [asdict(row) for row in rows]}
         if machine and counts[-1] >= PAPER[-1]:
             for remote in (False, True):
                 runs = paper_run(machine, rows, result["parts"], everywhere, remote=remote)
                 where = "in object storage" if remote else "on every node"
                 show(f"{name}: the paper's run, shards {where}", paper_table(runs))
-                found["paper_remote" if remote else "paper"] = runs
-        result["simulated"][name] = found
+                simulated["paper_remote" if remote else "paper"] = runs
+        result["simulated"][name] = simulated
     measure.write(args.json, {name: value for name, value in result.items() if name != "machine"})
 
 

@@ -41,11 +41,11 @@ from orchestrator.data.prepare import JPEG_QUALITY, ROWS_PER_SHARD
 from orchestrator.data.reader import RowGroup
 from orchestrator.data.shards import ROW_GROUP_ROWS
 
-RECORDED, WARM = 12, 4  # steps
+RECORDED, WARM = 10, 3  # steps
 SMALL_BYTES, LARGE_BYTES = 2**12, 2**23  # of the exchanges that are timed alone
 KINDS = ("all_reduce", "all_gather", "all_to_all")
 EXCHANGES = {"small": 200, "large": 20}  # how often each
-BLOCK, BLOCKS = 8, 3  # real steps that are timed together, and how often
+BLOCK, BLOCKS = 4, 5  # real steps that are timed together, and how often
 EPOCH_STEPS, VAL_STEPS = 16, 4  # of the epoch that is timed
 
 

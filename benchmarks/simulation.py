@@ -7,10 +7,11 @@ alexnet/cost.py, CPUs are shared as orchestrator/cluster/placement.py shares the
 Processes are generators that yield the events they wait for. W workers, B images of a worker in a step.
 """
 
+import functools
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -367,7 +368,7 @@ class _Simulation:
         self.storage = Server(self.clock)
         self.delays = np.random.default_rng(seed).choice(np.asarray(delays, float), (layout.workers, steps))
         self.groups = {name: self._groups(name) for name in ("member", "replica", "all")}
-        self.meetings: dict[tuple[str, int, int], tuple[list[int], list[Event]]] = {}
+        self.meetings: dict[tuple[str, int, int], list[Event]] = {}
         self.spent = {"compute": 0.0, "exchange": 0.0, "feed": 0.0}
         self.ended: list[float] = [0.0] * steps  # when the last worker ended a step
 
@@ -439,7 +440,11 @@ class _Simulation:
                     # exchanges of a worker run one after another, in the order in which they were asked for
                     before = pending[-1] if pending else None
                     done = Event()
-                    self.clock.start(self._exchange(rank, op, next(number), before, done))
+                    arrive = functools.partial(self._arrive, rank, op, next(number), done)
+                    if before is None:
+                        arrive()
+                    else:
+                        before.then(arrive)
                     pending.append(done)
                     if not op.overlaps:
                         yield done
@@ -451,47 +456,38 @@ class _Simulation:
                     spend("exchange", begun)
             self.ended[step] = max(self.ended[step], self.clock.now)
 
-    def _exchange(self, rank: int, op: Send, number: int, before: Event | None, done: Event) -> Process:
-        """A worker's side of an exchange, which begins when all are there and ends when all have ended."""
-        if before is not None:
-            yield before
+    def _arrive(self, rank: int, op: Send, number: int, done: Event) -> None:
+        """A worker is there for an exchange, which begins when all of its group are."""
         group = self.groups[op.among][rank]
         if len(group) == 1:
             done.happen()
             return
-        key = (op.among, group.start, number)
-        ranks, waiting = self.meetings.setdefault(key, ([], []))
-        ranks.append(rank)
+        waiting = self.meetings.setdefault((op.among, group.start, number), [])
         waiting.append(done)
-        if len(ranks) < len(group):
-            return
-        del self.meetings[key]
-        yield all_of([self.clock.start(self._send(each, op, group)) for each in ranks])
-        for event in waiting:
-            event.happen()
+        if len(waiting) == len(group):
+            del self.meetings[op.among, group.start, number]
+            self.clock.start(self._exchange(op, group, waiting))
 
-    def _send(self, rank: int, op: Send, group: range) -> Process:
-        cluster, members = self.cluster, len(group)
-        waits, work = self._rounds(op, group), cluster.exchanging
-        node = self.node_of(rank)
+    def _exchange(self, op: Send, group: range, waiting: list[Event]) -> Process:
+        """An exchange of a group, which ends for all at the same time."""
+        cluster, members, waits, work = self.cluster, len(group), self._rounds(op, group), self.cluster.exchanging
         alone = self.clock.after(waits * work.round_s + op.size_bytes * work.s_per_byte.get(op.kind, 0.0))
         parts = [alone]
-        if (
-            self.cores
-        ):  # where others compute, too, it takes as long as its share of the cores: what waits is not in line
+        if self.cores:  # where others compute, too: as long as its share of the cores takes, if that is longer
             cpu_s = waits * work.round_cpu_s + op.size_bytes * work.cpu_s_per_byte.get(op.kind, 0.0)
-            parts.append(self.cores[node].use(cpu_s))
+            parts += [self.cores[self.node_of(rank)].use(cpu_s) for rank in group]
         else:
             yield alone
-        local = sum(1 for _ in _on_node(group, node, cluster.workers_per_node))
-        if math.isfinite(cluster.inside) and local > 1:
+        nodes = Counter(self.node_of(rank) for rank in group)
+        if math.isfinite(cluster.inside) and max(nodes.values()) > 1:
             parts.append(self.clock.after(op.size_bytes / cluster.inside))
-        if local < members:
-            if op.kind == "all_to_all":  # to every other worker directly
-                parts.append(self.between[node].use(op.size_bytes * (members - local) / (members - 1)))
-            elif rank == max(_on_node(group, node, cluster.workers_per_node)):  # a ring leaves a node once
-                parts.append(self.between[node].use(op.size_bytes))
+        if len(nodes) > 1:
+            for node, local in nodes.items():  # a ring leaves a node once, what each sends to each from all of them
+                share = local * (members - local) / (members - 1) if op.kind == "all_to_all" else 1.0
+                parts.append(self.between[node].use(op.size_bytes * share))
         yield all_of(parts)
+        for event in waiting:
+            event.happen()
 
     def _rounds(self, op: Send, group: range) -> float:
         """Messages one after another; of a tree where the library takes one and it has fewer."""
@@ -501,12 +497,6 @@ class _Simulation:
         if self.cluster.exchanging.tree and op.kind == "all_to_all":
             return 1  # all messages are under way at the same time
         return ring
-
-
-def _on_node(group: range, node: int, per_node: int) -> Iterable[int]:
-    first, last = node * per_node, (node + 1) * per_node
-    begin = max(0, -(-(first - group.start) // group.step))
-    return itertools.takewhile(lambda rank: rank < last, group[begin:])
 
 
 def all_of(events: Iterable[Event]) -> Event:
