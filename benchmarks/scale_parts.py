@@ -220,7 +220,7 @@ def crowding(work: Work, cores: int) -> float:
     for processes in (1, cores):
         barrier = spawn.Barrier(processes)
         found.append(statistics.mean(_collect(_serve_beside, [(work, barrier)] * processes, processes)))
-    return max(1.0, found[1] / found[0])
+    return float(max(1.0, found[1] / found[0]))
 
 
 # --- exchanges alone ---
@@ -448,16 +448,12 @@ def calls_of_ray(calls: int = 2000) -> dict[str, float]:
     connect()
     import ray
 
-    @ray.remote(num_cpus=0)
     class Asked:
         def answer(self) -> int:
             return 0
 
-    @ray.remote(num_cpus=0.5)
-    def nothing() -> None:
-        pass
-
-    actors = [Asked.remote() for _ in range(4)]
+    nothing: Any = ray.remote(num_cpus=0.5)(lambda: None)
+    actors: list[Any] = [ray.remote(num_cpus=0)(Asked).remote() for _ in range(4)]
     ray.get([actor.answer.remote() for actor in actors])
     begun = time.perf_counter()
     for _ in range(calls // 500):

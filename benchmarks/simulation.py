@@ -251,7 +251,7 @@ def step_plan(net: Net, layout: Layout, worker_images: int, flops_per_s: float, 
             found.append(Send("all_gather", at[layer.name].forward_bytes, "member"))
         found.append(Compute(2 * layer.multiply_adds * worker_images / flops_per_s, f"{layer.name} forward"))
     found += [Send("all_reduce", each.forward_bytes, "member") for each in exchanges if each.name[:6] == "scores"]
-    [gradients] = [each for each in exchanges if each.overlaps] or [None]
+    gradients = next((each for each in exchanges if each.overlaps), None)
     summed, waiting, limit, held = 0.0, 0.0, float(FIRST_BUCKET_BYTES), 0.0
     for number, layer in reversed(list(enumerate(layers))):
         passes = 2 if number else 1  # nothing is upstream of the first layer that would need a gradient
@@ -362,9 +362,8 @@ class _Simulation:
         num_nodes = -(-layout.workers // cluster.workers_per_node)
         self.cores = [Shared(self.clock, cluster.core_speed) for _ in range(num_nodes if cluster.cores else 0)]
         self.between = [Shared(self.clock, lambda users: cluster.between / users) for _ in range(num_nodes)]
-        self.from_storage = [
-            Shared(self.clock, lambda users: feed.node_bytes_per_s / users) for _ in range(num_nodes if feed else 0)
-        ]
+        rate = feed.node_bytes_per_s if feed else math.inf
+        self.from_storage = [Shared(self.clock, lambda users: rate / users) for _ in range(num_nodes)]
         self.storage = Server(self.clock)
         self.delays = np.random.default_rng(seed).choice(np.asarray(delays, float), (layout.workers, steps))
         self.groups = {name: self._groups(name) for name in ("member", "replica", "all")}
