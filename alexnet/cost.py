@@ -32,6 +32,7 @@ class Exchange:
     forward_bytes: float
     backward_bytes: float
     overlaps: bool = False  # with arithmetic, so that only part of it is waited for
+    layer: str | None = None  # before whose arithmetic it is made forward, and after it backward; of fc8's scores after
 
     @property
     def size_bytes(self) -> float:
@@ -39,7 +40,9 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class LayerCost:
+    """Of one layer of the whole net."""
+
     name: str
     kind: str  # conv, fc, pool
     parameters: int
@@ -57,7 +60,7 @@ def _shapes(preset: str, num_classes: int, input_size: int, width: float) -> Ale
 
 
 @lru_cache(maxsize=64)
-def _layers(preset: str, num_classes: int, input_size: int, width: float) -> tuple[_Layer, ...]:
+def layers_of(preset: str, num_classes: int, input_size: int, width: float) -> tuple[LayerCost, ...]:
     """The layers in order, with their sizes for one image."""
     net = _shapes(preset, num_classes, input_size, width)
     with torch.device("meta"):
@@ -67,18 +70,18 @@ def _layers(preset: str, num_classes: int, input_size: int, width: float) -> tup
                 layer.register_forward_hook(lambda layer, inputs, output: seen.append((layer, inputs[0], output)))
         net(torch.empty(1, 3, input_size, input_size))
     names = {layer: name for name, layer in net.named_children()}
-    found: list[_Layer] = []
+    found: list[LayerCost] = []
     for layer, x, output in seen:
         out = output.numel()
         if isinstance(layer, nn.Conv2d):
             # the output is kept by ReLU or LRN; what LRN makes of it is as large, and kept by the pooling
             adds = out * layer.weight[0].numel()
-            found.append(_Layer(names[layer], "conv", num_parameters(layer), out, 2 * out, x.numel(), adds))
+            found.append(LayerCost(names[layer], "conv", num_parameters(layer), out, 2 * out, x.numel(), adds))
         elif isinstance(layer, nn.Linear):
             adds = layer.weight.numel()
-            found.append(_Layer(names[layer], "fc", num_parameters(layer), out, out, x.numel(), adds))
+            found.append(LayerCost(names[layer], "fc", num_parameters(layer), out, out, x.numel(), adds))
         else:
-            found.append(_Layer(names[layer], "pool", 0, out, out, x.numel(), 0))
+            found.append(LayerCost(names[layer], "pool", 0, out, out, x.numel(), 0))
     return tuple(found)
 
 
@@ -99,7 +102,7 @@ def estimate(
     layout = layout or Layout("single", 1)
     partition = Partition(preset_of(preset), layout)
     partition.check(_shapes(preset, num_classes, input_size, width))
-    layers = _layers(preset, num_classes, input_size, width)
+    layers = layers_of(preset, num_classes, input_size, width)
     own_images, group_images = global_batch_size / layout.workers, global_batch_size / layout.replicas
     part, numbers = _part_parameters(layers, partition), 0.0
     gathered = {partition.gathers_rows, *partition.gathers_maps}
@@ -135,21 +138,22 @@ def communication(
     summed in float32 even then; images travel as bytes.
     """
     partition = Partition(preset_of(preset), layout)
-    layers = {layer.name: layer for layer in _layers(preset, num_classes, input_size, width)}
+    layers = {layer.name: layer for layer in layers_of(preset, num_classes, input_size, width)}
     workers, size = layout.workers, layout.group_size
     own_images, group_images = global_batch_size / workers, global_batch_size / layout.replicas
     found = []
     if layout.kind == "columns":
         image_bytes = own_images * (size - 1) * (3 * input_size**2 + LABEL_BYTES)
-        found.append(Exchange("images", image_bytes, 0))
+        found.append(Exchange("images", image_bytes, 0, layer=next(iter(layers))))
     gathered = [(name, own_images) for name in [partition.gathers_rows] if name]
     gathered += [(name, group_images / size) for name in partition.gathers_maps]
     for name, images in gathered:
         sent = images * (size - 1) * layers[name].inputs * bytes_per_activation
-        found.append(Exchange(f"input of {name}", sent, sent))
+        found.append(Exchange(f"input of {name}", sent, sent, layer=name))
     if size > 1:
         scores = _ring(size) * group_images * num_classes * bytes_per_gradient
-        found.append(Exchange(f"scores of {partition.preset.head.name}", scores, 0))
+        head = partition.preset.head.name
+        found.append(Exchange(f"scores of {head}", scores, 0, layer=head))
     if layout.kind == "hybrid":
         summed, among = sum(layer.parameters for layer in layers.values() if layer.kind == "conv"), workers
     else:
@@ -159,7 +163,7 @@ def communication(
     return found
 
 
-def _part_parameters(layers: tuple[_Layer, ...], partition: Partition) -> int:
+def _part_parameters(layers: tuple[LayerCost, ...], partition: Partition) -> int:
     """Parameters of one worker's part; the last layer's biases are on every worker, whole."""
     total = 0
     for layer in layers:

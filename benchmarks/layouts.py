@@ -28,13 +28,15 @@ WORKERS = 2
 class Contender:
     """One process's part of a layout, ready to make steps."""
 
-    def __init__(self, layout: Layout, rank: int, batch_size: int) -> None:
+    def __init__(self, layout: Layout, rank: int, batch_size: int, side: int = 224, width: float = 1.0) -> None:
+        """side: of the images, in pixels."""
         self.layout, self.rank, self.step = layout, rank, 0
-        self.net = ShardedNet(alexnet.build("paper", 1000, init="he"), layout, rank)
+        whole = alexnet.build("paper", 1000, input_size=side, width=width, init="he")
+        self.net = ShardedNet(whole, layout, rank)
         self.optimizer = alexnet.PaperSGD(self.net.parameters(), lr=1e-5)
         images = batch_size // layout.workers
         self.sizes = [images] * layout.group_size
-        self.pixels = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8)
+        self.pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8)
         self.labels = torch.randint(0, 1000, (images,), dtype=torch.int32)
 
     def run(self, bf16: bool) -> None:

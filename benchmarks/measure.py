@@ -49,16 +49,20 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    machine = {
+def machine() -> dict[str, Any]:
+    """Where and when."""
+    return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine} | result, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -16,7 +16,7 @@ from alexnet import Warmup, WeightAverage, augment
 from alexnet.dropout import BatchPosition
 from alexnet.layouts import ShardedNet
 from orchestrator.config.train import TrainConfig
-from orchestrator.data.order import batch_parts, rows_of_pass
+from orchestrator.data.order import batch_parts, rank_slice, rows_of_pass
 from orchestrator.data.reader import Batch
 from orchestrator.train.device_batches import DeviceBatch, copied_ahead, to_device
 from orchestrator.train.profile import Spans, no_span
@@ -118,9 +118,10 @@ class WorkerStep:
         a `shift` the images are whole, and are cut here.
         """
         config, layout, num_rows = self.config, self.net.layout, rows_of_pass(split, self.rows)
-        [whole] = batch_parts(step, num_rows, config.global_batch_size, layout.workers, 1)
-        part = part or whole
-        slices, first = [part[rank] for rank in layout.group_of(self.net.rank)], whole[self.net.rank][0]
+        if part is None:
+            [part] = batch_parts(step, num_rows, config.global_batch_size, layout.workers, 1)
+        slices = [part[rank] for rank in layout.group_of(self.net.rank)]
+        first, _ = rank_slice(step, num_rows, config.global_batch_size, self.net.rank, layout.workers)
         lo, hi = part[self.net.rank]
         image, cut, shift = self._placed(batch).part(lo - first, hi - first)
         sizes = [hi - lo for lo, hi in slices]
