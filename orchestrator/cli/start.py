@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from alexnet.allocator import use_one_arena
-from orchestrator.base.exits import end_at_once_on_signals, open_closed_streams
+from orchestrator.base.exits import end_at_once_on_signals, end_without_teardown, open_closed_streams
 from orchestrator.cluster.connection import prepare_workers
 
 # What the fork server imports for workers: first what does not import Ray. PyTorch's optimizers import its compiler.
@@ -59,10 +59,12 @@ def ui() -> int:
 
 def _start(command: str, with_ray: Sequence[str] = ()) -> int:
     """Run orchestrator/cli/COMMAND.py; returns the exit status. with_ray: what its workers will have to import."""
+    end_with = end_without_teardown()
     end_at_once_on_signals()  # imports take seconds
     use_one_arena()  # before there are threads
     open_closed_streams()
     if with_ray and NO_RAY.isdisjoint(sys.argv):
         prepare_workers(WORKERS, with_ray)
     status: int = importlib.import_module(f"orchestrator.cli.{command}").script()
+    end_with(status)
     return status
