@@ -99,14 +99,13 @@ def test_a_signal_ends_a_start_at_once_in_one_line(code, signum):
 @pytest.mark.parametrize(("told", "status", "taken"), [("end(7)", 7, ""), ("", 3, "taken apart\n")])
 def test_a_process_ends_without_being_taken_apart_once_its_status_is_told(told, status, taken):
     code = f"""
-import atexit, sys
+import atexit, os, sys
 from orchestrator.base.exits import end_without_teardown
 end = end_without_teardown()
 atexit.register(print, "handler")
 class Kept:
-    def __del__(self):
-        import os
-        os.write(1, b"taken apart\\n")
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
 kept = Kept()
 print("printed")
 {told}
