@@ -1,5 +1,6 @@
 """How a job ends: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 141 output closed, 143 stopped by SIGTERM."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -188,6 +189,26 @@ def end_at_once_on_signals() -> None:
     nothing is to be saved, and an exception could be raised in the midst of a module that catches all."""
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
+
+
+def end_without_teardown() -> Callable[[int], None]:
+    """Make the process end as soon as all exit handlers registered from now on have run. Returns what to tell its
+    status; without one it ends as usual.
+
+    Python would take apart every module, and give back memory piece by piece: two seconds with PyTorch, Ray and MLflow.
+    """
+    told: list[int] = []
+
+    def leave() -> None:
+        if not told:
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(told[-1])
+
+    atexit.register(leave)  # the first to be registered is the last to run
+    return told.append
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

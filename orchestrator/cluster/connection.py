@@ -6,6 +6,8 @@ import re
 import secrets
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from orchestrator.base import logs
 from orchestrator.base.exits import (
@@ -16,7 +18,9 @@ from orchestrator.base.exits import (
     signals_deferred,
     signals_end_at_once,
 )
+from orchestrator.base.ray_internals import SUPPORTED_RAY, PrivateName, require
 from orchestrator.base.sockets import why_silent
+from orchestrator.cluster import fork_server
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,24 @@ RAY_ENV = {
 ADDRESS_TIMEOUT_S = 5.0  # for the cluster of RAY_ADDRESS to answer; Ray itself tries for ten minutes
 CLIENT_PORT = 10001  # of ray://HOST
 TOO_SLOW = "timed out during startup"  # in Ray's error, when its processes took more than 30 s
+INTERNALS = (
+    PrivateName("ray._private.ray_constants", "SETUP_WORKER_FILENAME"),  # of Ray's script that starts a worker
+    PrivateName("ray._private.node", "Node.start_monitor", ("self",)),
+    PrivateName("ray._private.node", "Node.start_log_monitor", ("self",)),
+    PrivateName("ray._private.node", "Node.start_api_server", ("self", "include_dashboard", "raise_on_failure")),
+)
 QUIET_LOGGERS = ("ray", "ray.data", "ray.train")  # the job prints its own messages; theirs go to the run's log
+
+
+def prepare_workers(modules: Sequence[str], with_ray: Sequence[str]) -> None:
+    """Begin to import what workers need, if Ray will be a private one: in a process of its own, of which they will be
+    copies (fork_server.py), while the command itself still starts. Call it before Ray is imported.
+
+    modules, with_ray: of fork_server.start.
+    """
+    if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
+        _set_environment(private=True)
+        fork_server.start(modules, with_ray)
 
 
 def connect() -> None:
@@ -49,15 +70,7 @@ def connect() -> None:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     private = not address
-    if private and "ray" not in sys.modules:  # Ray reads these once, when it is imported
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # if it were unset, Ray would write a token into the home directory
-    assert not private or os.environ.get("RAY_AUTH_MODE"), "connect before Ray is imported, or set RAY_AUTH_MODE"
-    if private:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    for name, value in RAY_ENV.items():
-        os.environ.setdefault(name, value)
+    _set_environment(private)
     environment = {name: os.environ[name] for name in RAY_ENV}
 
     with signals_deferred():
@@ -66,6 +79,8 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
+    if private:
+        _make_ray_light()
     logs.keep_off_terminal(*QUIET_LOGGERS)
     where = "a private Ray" if private else f"Ray at RAY_ADDRESS={address}"
     log.debug("connecting to %s", where)
@@ -92,6 +107,43 @@ def connect() -> None:
         raise JobError(f"{where} could not be reached: {last_line(error)}{hint}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     log.info("connected to %s: Ray %s at %s", where, ray.__version__, ray.get_runtime_context().gcs_address)
+
+
+def _make_ray_light() -> None:
+    """Without the processes of a private Ray that nobody asks, and with the fork server.
+
+    They are an autoscaler, a server of web pages and a forwarder of logs to the terminal: each is a Python that imports
+    Ray while the workers want to start.
+    """
+    import ray
+
+    node = ray._private.node.Node
+    if node.start_monitor is not _nothing:
+        require(SUPPORTED_RAY, INTERNALS)
+        node.start_monitor = node.start_log_monitor = node.start_api_server = _nothing
+    if fork_server.is_started():
+        ray._private.ray_constants.SETUP_WORKER_FILENAME = str(fork_server.CLIENT)
+
+
+def _nothing(node: Any, **settings: Any) -> None:
+    """In place of a method of Ray's that starts a process."""
+
+
+def _set_environment(private: bool) -> None:
+    """What Ray reads, here and in its processes."""
+    if private and "RAY_AUTH_TOKEN" not in _ours and "ray" not in sys.modules:  # Ray reads these once, at its import
+        _ours.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(_ours)
+    # if it were unset, Ray would write a token into the home directory
+    assert not private or os.environ.get("RAY_AUTH_MODE"), "connect before Ray is imported, or set RAY_AUTH_MODE"
+    if private:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they have no runtime_env: none is used
+    for name, value in RAY_ENV.items():
+        os.environ.setdefault(name, value)
+
+
+_ours: dict[str, str] = {}  # the token of the private Ray
 
 
 def check_address(address: str) -> None:

@@ -63,9 +63,11 @@ def test_commands_and_rays_processes_begin_so(monkeypatch) -> None:
     begun = []
     monkeypatch.setattr(start, "use_one_arena", lambda: begun.append("arena"))
     monkeypatch.setattr(start, "end_at_once_on_signals", lambda: None)
+    monkeypatch.setattr(start, "end_without_teardown", lambda: begun.append)
+    monkeypatch.setattr(start, "prepare_workers", lambda *modules: begun.append("fork server"))
     monkeypatch.setattr(
         start.importlib, "import_module", lambda name: begun.append(name) or SimpleNamespace(script=int)
     )
     assert start.train() == 0
-    assert begun == ["arena", "orchestrator.cli.train"]
+    assert begun == ["arena", "fork server", "orchestrator.cli.train", 0]
     assert RAY_ENV["MALLOC_ARENA_MAX"] == "1"

@@ -96,6 +96,26 @@ def test_a_signal_ends_a_start_at_once_in_one_line(code, signum):
     assert (process.returncode, out, err) == (128 + signum, "", f"stopped by {signum.name}\n")
 
 
+@pytest.mark.parametrize(("told", "status", "taken"), [("end(7)", 7, ""), ("", 3, "taken apart\n")])
+def test_a_process_ends_without_being_taken_apart_once_its_status_is_told(told, status, taken):
+    code = f"""
+import atexit, os, sys
+from orchestrator.base.exits import end_without_teardown
+end = end_without_teardown()
+atexit.register(print, "handler")
+class Kept:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+kept = Kept()
+print("printed")
+{told}
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert sorted(done.stdout.splitlines(True)) == sorted(["printed\n", "handler\n", *([taken] if taken else [])])
+
+
 def test_after_such_a_block_signals_interrupt_again():
     with signals_end_at_once():
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
