@@ -2,7 +2,16 @@
 
 Tiles of 5 x 5 pixels are computed from windows of 7 x 7 as the interpolation of polynomials' product (Winograd 1980;
 Lavin and Gray, arXiv:1509.09308): the windows' and the kernels' values at 49 points (alexnet/winograd_cpu.py) are
-multiplied point by point, which is one product of matrices a point, in place of 25 * 9 multiplications.
+multiplied point by point, which is one product of matrices a point, in place of 25 * 9 multiplications. The gradients
+are the transposed steps in turn.
+
+On two cores of an AMD EPYC with AVX-512 a training step of the paper's net made 50.7 images/s, 1.14 times those of
+torchvision's, and with the library's convolutions 44.7, 0.97 times (`python benchmarks/step.py --precision fp32`,
+2026-11-27). Outputs and gradients of conv3, conv4 and conv5 differed from those in float64 by 1.3e-6 to 2.5e-6 of their
+norm, the library's by 2e-7 to 1e-6. For the moment of a pass conv3 takes up to 190 MB more, for a batch of 128.
+
+In other types, on other devices and CPUs than AMD's, under a tracer or a transform of torch.func, for gradients of
+gradients, in memory that is not channels_last, and where it would not pay this is `nn.Conv2d`.
 
 N images, C maps, H rows, W columns of pixels; G groups of maps, T tiles of all images.
 """
@@ -18,7 +27,7 @@ from .lrn import is_traced
 
 TILE, SIZE = 5, 49  # pixels of a tile along an axis, and points of it in all
 FEWEST_MAPS, FEWEST_TILES, SAVING = 128, 256, 2.4  # from which it pays: maps of a group, tiles, multiplications
-LARGEST = 128  # images at a time, whose values at the points are in memory
+LARGEST = 128  # images at a time: their values at the points are in memory
 
 
 class WinogradConv2d(nn.Conv2d):
