@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from . import augment, lrn_cpu
+from . import augment, lrn_cpu, winograd_cpu
 
 
 def compile_kernels() -> None:
@@ -13,6 +13,11 @@ def compile_kernels() -> None:
         papers = (1, 2.0, 5, 1e-4, 0.75, True)  # columns, k, n, alpha, beta, ReLU; others have the same types
         lrn_cpu.forward(maps, *papers)
         lrn_cpu.backward(maps, maps, *papers)
+    image_NHWC = torch.zeros(1, 5, 5, 1)
+    values = winograd_cpu.input_transform(image_NHWC, 1)
+    winograd_cpu.output_transform(values, torch.zeros(1), image_NHWC)
+    winograd_cpu.input_adjoint(winograd_cpu.output_adjoint(image_NHWC, 1), image_NHWC)
+    winograd_cpu.kernel_adjoint(winograd_cpu.kernel_transform(torch.zeros(1, 1, 3, 3), 1), torch.zeros(1, 3, 3, 1))
     pixels = np.zeros((1, 2, 2, 3), np.uint8)
     augment.crop_flip_shift(pixels, augment.center(1, margin=1), np.zeros((1, 3), np.float32), 1)
 

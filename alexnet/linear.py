@@ -38,8 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or not x.numel()
         or torch.is_autocast_enabled("cpu")
         or is_traced()
-        or _is_transformed()
-        or not _pays()
+        or is_transformed()
+        or not pays()
     ):
         return F.linear(x, weight, bias)
     found: Tensor = _OneDnnLinear.apply(x, weight, bias)
@@ -71,13 +71,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, for which an autograd.Function has other rules."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache
-def _pays() -> bool:
+def pays() -> bool:
     """Whether the CPU is one that MKL holds back on, and this PyTorch has the operation, which is not a public one."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -11,10 +11,7 @@ quarter. (Buffers of 16 pixels, which were here before, took twice as long: they
 """
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numba
@@ -23,9 +20,9 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-ROWS_PER_THREAD = 2048  # with fewer pixels a thread costs more than it saves
+from .compiled import compiled, split
 
-_pool: ThreadPoolExecutor | None = None
+ROWS_PER_THREAD = 2048  # with fewer pixels a thread costs more than it saves
 
 
 def forward(a_NCHW: Tensor, columns: int, k: float, n: int, alpha: float, beta: float, relu: bool) -> Tensor:
@@ -60,35 +57,9 @@ def _run(
     beta: float,
     relu: bool,
 ) -> None:
-    """Split the rows over torch's number of threads; the kernels hold no lock (numba's own pool may not be shared)."""
     wide = np.float64 if arrays[0].dtype == np.float64 else np.float32
     constants = (columns, wide(k), n, wide(alpha), wide(beta), relu)
-    num_rows = arrays[0].shape[0]
-    num_threads = max(1, min(torch.get_num_threads(), num_rows // ROWS_PER_THREAD))
-    if num_threads == 1:
-        kernel(*arrays, *constants)
-        return
-    bounds = np.linspace(0, num_rows, num_threads + 1).astype(int)
-    parts = [tuple(array[lo:hi] for array in arrays) for lo, hi in pairwise(bounds)]
-    futures = [_threads().submit(kernel, *part, *constants) for part in parts[1:]]
-    kernel(*parts[0], *constants)
-    for future in futures:
-        future.result()
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lrn")
-    return _pool
-
-
-def _forget_threads() -> None:
-    global _pool
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_threads)  # a forked child has none of its parent's threads
+    split(lambda lo, hi: kernel(*(array[lo:hi] for array in arrays), *constants), len(arrays[0]), ROWS_PER_THREAD)
 
 
 def _load(row, values, bits):  # type: ignore[no-untyped-def]
@@ -198,15 +169,7 @@ def _unsigned_typed(array):  # type: ignore[no-untyped-def]
     return lambda array: array.view(np.uint32)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # "contract" and the others leave NaN and infinity alone: a diverged net must look diverged.
-    compiled: Callable[..., Any] = numba.njit(
-        nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"}
-    )(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def _window_sum(source, n, target):  # type: ignore[no-untyped-def]
     """target[c] = sum of the n source values that begin at c."""
     for c in range(target.size):
@@ -216,7 +179,7 @@ def _window_sum(source, n, target):  # type: ignore[no-untyped-def]
             target[c] += source[c + d]
 
 
-@_compiled
+@compiled
 def _square(values, relu, squares):  # type: ignore[no-untyped-def]
     """Squares of the values, after ReLU, in which a NaN stays one."""
     if relu:
@@ -229,13 +192,13 @@ def _square(values, relu, squares):  # type: ignore[no-untyped-def]
             squares[c] = values[c] * values[c]
 
 
-@_compiled
+@compiled
 def _is_papers(n, beta):  # type: ignore[no-untyped-def]
     """Whether the window has 5 maps, and the power is two square roots."""
     return n == 5 and beta == np.float32(0.75)
 
 
-@_compiled
+@compiled
 def _forward_rows(a, out, columns, k, n, alpha, beta, relu):  # type: ignore[no-untyped-def]
     num_rows, num_maps = a.shape
     size, half, one = num_maps // columns, n // 2, type(k)(1)
@@ -263,7 +226,7 @@ def _forward_rows(a, out, columns, k, n, alpha, beta, relu):  # type: ignore[no-
             _store(values, bits, out[p, lo : lo + size])
 
 
-@_compiled
+@compiled
 def _backward_rows(a, grad, out, columns, k, n, alpha, beta, relu):  # type: ignore[no-untyped-def]
     num_rows, num_maps = a.shape
     size, half, zero, one = num_maps // columns, n // 2, type(k)(0), type(k)(1)

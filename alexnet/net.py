@@ -16,6 +16,7 @@ from .linear import Linear
 from .lrn import LocalResponseNorm
 from .presets import LRN, Preset, preset_of
 from .presets.description import AdaptivePool, Conv, FullyConnected, Gaussian, Pool
+from .winograd import WinogradConv2d
 
 INITS = ("paper", "he")
 PRESETS = tuple(presets.PRESETS)
@@ -247,6 +248,8 @@ def _convolution(conv: Conv, maps_in: int, maps: int, columns: int) -> nn.Conv2d
         return BlockedConv2d(maps_in, maps, conv.kernel, stride=conv.stride, padding=conv.padding, ceil=conv.ceil)
     assert not conv.ceil, f"{conv.name}: windows beyond the edge are those of strides over all maps only"
     groups = columns if conv.reads == "own column" else 1
+    if (conv.kernel, conv.stride, conv.padding) == (3, 1, 1):
+        return WinogradConv2d(maps_in, maps, groups)
     return nn.Conv2d(maps_in, maps, conv.kernel, stride=conv.stride, padding=conv.padding, groups=groups)
 
 
