@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from orchestrator.cluster.fork_client import MORE, SERVER
@@ -81,7 +82,7 @@ def serve(listening: socket.socket, modules: Sequence[str], with_ray: Sequence[s
     Returns None then; in each copy, when it has become what was asked for, the arguments of the script to run.
     """
     _import(modules)
-    raylet = None
+    raylet, is_usable = None, False
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets ended copies
     events = selectors.DefaultSelector()
     events.register(listening, selectors.EVENT_READ)
@@ -100,8 +101,9 @@ def serve(listening: socket.socket, modules: Sequence[str], with_ray: Sequence[s
             if raylet is None and all(found.values()) and found["RAY_JOB_ID"] != NO_JOB:
                 raylet = found
                 os.environ.update(found)
-                _import(with_ray)
-            if found != raylet:  # the client goes on without this server
+                _import_ray(with_ray)
+                is_usable = _draws_differ()
+            if found != raylet or not is_usable:  # the client goes on without this server
                 _close(streams)
                 continue
             pid = os.fork()
@@ -121,6 +123,34 @@ def _import(modules: Sequence[str]) -> None:
             found = importlib.import_module(module)
             if function:
                 getattr(found, function)()
+
+
+def _import_ray(modules: Sequence[str]) -> None:
+    """Import modules that import Ray, without a draw from the random numbers of its library.
+
+    They are seeded by the first draw, and copies would then draw the same identifiers for their tasks, whose messages
+    would be lost.
+    """
+    actor: Any = importlib.import_module("ray.actor")
+    kind = actor.ActorClassID  # one is drawn for every class of actors
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: kind(os.urandom(kind.size())))
+    _import(modules)
+
+
+def _draws_differ() -> bool:
+    """Whether two copies draw different identifiers."""
+    import ray
+
+    drawn = []
+    for _ in range(2):
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.write(writing, ray.NodeID.from_random().binary())
+            os._exit(0)
+        os.close(writing)
+        drawn.append(os.read(reading, 100))
+        os.close(reading)
+    return drawn[0] != drawn[1]
 
 
 def _close(streams: list[int]) -> None:

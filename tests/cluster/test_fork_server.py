@@ -153,6 +153,20 @@ def test_what_is_no_request_does_not_end_the_server(server, script, sent):
     client.end()
 
 
+@pytest.mark.slow
+def test_no_copy_is_made_where_all_would_draw_the_same_identifiers(monkeypatch, script, tmp_path):
+    (tmp_path / "drawing.py").write_text("import ray\nray.NodeID.from_random()\n")
+    monkeypatch.setattr(fork_server, "_server", None)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    for name, value in RAYLET.items():
+        monkeypatch.setenv(name, value)
+    fork_server.start([], ["drawing"])
+    with pytest.raises(OSError, match="the server has ended"):
+        fork_client.fork(fork_client.request_of([str(script)]), os.environ[fork_client.SERVER])
+    fork_server._server.stdin.close()
+    assert fork_server._server.wait(10) == 0
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_gets_nothing(server, script):
     code = """
@@ -216,17 +230,26 @@ def test_on_a_machine_with_a_gpu_there_is_none(monkeypatch, tmp_path):
 
 
 OF_RAY = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from orchestrator.cluster import fork_server
 from orchestrator.cluster.connection import connect, prepare_workers
-prepare_workers(["colorsys"], ["ray._private.workers.default_worker"])
+from orchestrator.cli.start import WITH_RAY, WORKERS
+prepare_workers(WORKERS, [*WITH_RAY, "colorsys", "orchestrator.search.trial"])
 connect()
 import ray
 @ray.remote(num_cpus=0)
 class Actor:
     def found(self):
         return os.getpid(), os.getppid(), "colorsys" in sys.modules, os.environ["RAY_AUTH_TOKEN"]
+    def drawn(self):
+        found = [ray.NodeID.from_random().hex()]
+        thread = threading.Thread(target=lambda: found.append(ray.NodeID.from_random().hex()))
+        thread.start()
+        thread.join()
+        return [*found, ray.get_runtime_context().get_task_id()]
 actor = Actor.remote()
+drawn = ray.get([each.drawn.remote() for each in (actor, Actor.remote(), Actor.remote())])
+assert len({name for names in drawn for name in names}) == 9, "identifiers that Ray draws"
 pid, parent, imported, token = ray.get(actor.found.remote())
 assert (parent, imported, token) == (fork_server._server.pid, True, os.environ["RAY_AUTH_TOKEN"])
 os.kill(pid, signal.SIGKILL)
