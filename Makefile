@@ -18,7 +18,7 @@ setup: .venv/ready  ## create .venv with the locked packages and the project (SE
 train: setup  ## train on the bundled digits: two workers, about a minute
 	$(BIN)/python jobs/train.py
 
-tune: setup  ## tune on the bundled digits: 16 trials, about three minutes
+tune: setup  ## tune on the bundled digits: 16 trials, about two minutes
 	$(BIN)/python jobs/tune.py
 
 token: .ray-token  ## create the token for your clusters, which only you can read
