@@ -24,11 +24,21 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests that use onnxruntime themselv
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
 from orchestrator.base.storage import StoragePath  # noqa: E402
+from orchestrator.cli import start  # noqa: E402
 from orchestrator.data.prepare import prepare  # noqa: E402
 from orchestrator.data.shards import Manifest  # noqa: E402
 from orchestrator.data.sources import open_source  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _jobs_within_this_process() -> Iterator[None]:
+    """A job that is run in this process neither ends it nor starts a fork server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "end_without_teardown", lambda: lambda status: None)
+        patch.setattr(start, "prepare_workers", lambda modules, with_ray: None)
+        yield
 
 
 @pytest.fixture(scope="session")
