@@ -17,6 +17,8 @@ use_one_arena()  # before torch, whose import starts threads: as the commands do
 # isort: split
 import torch  # noqa: E402
 
+from orchestrator.base.environment import cpu_model  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,7 +55,7 @@ def machine() -> dict[str, Any]:
     """Where and when."""
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -64,11 +66,3 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine()} | result, indent=1) + "\n")
     print(f"wrote {path}")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())

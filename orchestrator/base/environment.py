@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import shlex
 import sys
+from pathlib import Path
 
 OUTPUT = "ALEXNET_OUTPUT"  # where runs are stored by default (--output); a cluster's yaml sets it
 
@@ -25,6 +27,16 @@ def command(job: str) -> str:
 def command_line(job: str) -> str:
     """What the user typed to start this process."""
     return f"{command(job)} {shlex.join(sys.argv[1:])}".strip()
+
+
+def cpu_model() -> str:
+    """The CPU's name, such as "AMD EPYC"; where the system does not tell, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def on_cluster() -> bool:

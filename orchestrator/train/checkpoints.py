@@ -28,7 +28,7 @@ VELOCITIES = "velocity.safetensors"  # of the update rule, under the same names
 STATE = "state.json"
 LONGEST_REASON = 200  # characters
 NEEDED = {"best", "num_bad_epochs", "last_epoch"}  # of PyTorch's schedule
-STATE_VERSION = 1  # of state.json; 0, without the key, is read too
+STATE_VERSION = 2  # of state.json: beside a record.json (record.py); 1, and 0 without the key, are read too
 
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 from alexnet.trained import WEIGHTS
 from orchestrator.base.storage import StoragePath
 from orchestrator.train.checkpoints import LAST_WEIGHTS, STATE, VELOCITIES
+from orchestrator.train.record import RECORD
 from orchestrator.train.run_folder import KEPT_EPOCH_PREFIX
 
-ONLY_TO_RESUME = (VELOCITIES, LAST_WEIGHTS, STATE)  # files of a checkpoint that nothing else needs
+ONLY_TO_RESUME = (VELOCITIES, LAST_WEIGHTS, STATE, RECORD)  # files of a checkpoint that nothing else needs
 
 
 def is_kept(epoch: int, keep_every: int) -> bool:

@@ -10,7 +10,7 @@ from alexnet.layouts import ShardedNet
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig
 from orchestrator.data.shards import Manifest
-from orchestrator.train import checkpoints
+from orchestrator.train import checkpoints, record
 from orchestrator.train.messages import StartFrom
 from orchestrator.train.pretrained import Pretrained
 
@@ -28,11 +28,12 @@ def load_start(
     """Load the run's last checkpoint; else another run's, under this run's settings; else return a new state, with the
     weights of the trained net that the run starts from, if there is one.
 
-    Raises ValueError for what does not fit.
+    Raises ValueError for what does not fit, and for a checkpoint that was damaged.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as path:
+            _verify(Path(path))
             return checkpoints.load(Path(path), net, optimizer, schedule, average)
     if start is None:
         if pretrained is not None:
@@ -41,6 +42,13 @@ def load_start(
                 average.restart()
         return checkpoints.State()
     with StoragePath(start.checkpoint).as_local_dir() as path:
+        _verify(path)
         state = checkpoints.load(path, net, optimizer, schedule, average)
     checkpoints.scale_rate(config.lr / start.lr, optimizer, schedule)
     return state
+
+
+def _verify(folder: Path) -> None:
+    """Compare a checkpoint with its record, once on every node."""
+    if ray.train.get_context().get_local_rank() == 0:
+        record.verify(folder)

@@ -1,6 +1,8 @@
 """The training loop on one Ray Train worker."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import os
@@ -18,13 +20,14 @@ import alexnet
 from alexnet.layouts import Layout, ShardedNet
 from alexnet.trained import write_description
 from orchestrator.base import logs
+from orchestrator.base.environment import cpu_model
 from orchestrator.base.exits import lacks_memory, no_memory
 from orchestrator.base.storage import StoragePath
 from orchestrator.config.train import TrainConfig, make_config
 from orchestrator.data.feed import Feed
 from orchestrator.data.order import rows_of_pass
 from orchestrator.data.shards import DamagedData, Manifest, read_manifest, read_mean_image
-from orchestrator.train import checkpoints
+from orchestrator.train import checkpoints, record
 from orchestrator.train.classes import has_top5, loss_weights
 from orchestrator.train.driver_link import STOP_CODES, DriverLink
 from orchestrator.train.keep import is_kept, keep_weights
@@ -276,6 +279,7 @@ class Worker:
             return
         description = describe(self.config, self.manifest, self.num_classes, self.state.epoch)
         write_description(folder, description, self.mean_image)
+        record.seal(folder, self.made_with())
         if not self.state.losses and is_kept(self.state.epoch, self.config.keep_every):
             keep_weights(folder, self.run_folder, self.state.epoch)
         name = checkpoints.checkpoint_name(self.state.epoch, len(self.state.losses))
@@ -286,6 +290,23 @@ class Worker:
             delete_local_checkpoint_after_upload=True,
         )
         log.info("saved %s", name)
+
+    def made_with(self) -> dict[str, str | int]:
+        """What a checkpoint's numbers come from, for its record."""
+        settings = json.dumps(self.config.model_dump(mode="json"), sort_keys=True)
+        return {
+            "version": alexnet.__version__,
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+            "cpu": cpu_model(),
+            "device": str(self.device),
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "layout": self.layout.kind,
+            "workers": self.layout.workers,
+            "settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+            "data": self.manifest.digest,
+        }
 
     def sync_losses(self, pending: list[Pending], *, epoch: int) -> float:
         """Sum the pending steps over all workers and append their mean losses to the state's.

@@ -194,11 +194,11 @@ def test_a_state_has_a_version_and_a_newer_one_is_refused_before_anything_is_loa
     net, optimizer, schedule = pieces()
     checkpoints.save(tmp_path, net, optimizer, schedule, checkpoints.State())
     written = json.loads((tmp_path / "state.json").read_text())
-    assert written["schema_version"] == 1
-    (tmp_path / "state.json").write_text(json.dumps(written | {"schema_version": 2}))
+    assert written["schema_version"] == 2
+    (tmp_path / "state.json").write_text(json.dumps(written | {"schema_version": 3}))
     with torch.no_grad():
         net.part.fc8.bias.fill_(7.0)
-    with pytest.raises(ValueError, match=r"state\.json: was written by a newer version .*reads up to 1") as error:
+    with pytest.raises(ValueError, match=r"state\.json: was written by a newer version .*reads up to 2") as error:
         checkpoints.load(tmp_path, net, optimizer, schedule)
     assert "\n" not in str(error.value)
     assert (net.part.fc8.bias == 7.0).all()
