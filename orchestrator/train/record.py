@@ -68,13 +68,19 @@ def verify(folder: Path) -> Record | None:
 
 def read(folder: Path) -> Record | None:
     """The record itself; None for a checkpoint from before there were records. Raises ValueError of one line."""
-    path = folder / RECORD
-    if not path.exists():
-        if _state_version(folder / STATE) < SINCE_STATE_VERSION:
+    text, state = (path.read_bytes() if path.exists() else None for path in (folder / RECORD, folder / STATE))
+    return parse(text, state, str(folder))
+
+
+def parse(text: bytes | None, state: bytes | None, folder: str) -> Record | None:
+    """The content of a record.json, or of none; state: of the state.json beside it. See `read`."""
+    path = f"{folder}/{RECORD}"
+    if text is None:
+        if _state_version(state) < SINCE_STATE_VERSION:
             return None
         raise ValueError(f"{folder}: has no {RECORD}, so it was broken off while it was written; {HINT}")
     try:
-        document = load_json(path.read_bytes())
+        document = load_json(text)
         if not isinstance(document, dict):
             raise ValueError("not an object")
     except ValueError as error:
@@ -89,11 +95,11 @@ def read(folder: Path) -> Record | None:
         raise ValueError(f"{path}: damaged: {where}: {shown(first['msg'], LONGEST_VALUE)}; {HINT}") from None
 
 
-def _state_version(path: Path) -> int:
+def _state_version(state: bytes | None) -> int:
     """0 where it cannot be read: whoever reads all of it says so."""
     try:
-        found: Any = load_json(path.read_bytes()).get(KEY, 0)
-    except (OSError, ValueError, AttributeError):
+        found: Any = load_json(state or b"").get(KEY, 0)
+    except (ValueError, AttributeError):
         return 0
     return found if isinstance(found, int) else 0
 

@@ -38,6 +38,7 @@ from orchestrator.train.messages import (
     WorkerPayload,
 )
 from orchestrator.train.run_folder import RunFolder
+from orchestrator.train.stored import restore_list
 from orchestrator.train.watch import Decision, Facts, NodeFacts, Watch
 
 POLL_S = 0.5
@@ -80,6 +81,7 @@ class Training:
         self._topic = ""  # a new one for every fit, so that no event of an earlier one arrives
         self._cancelled: str | None = None
         self._logged: NodeFacts | None = None
+        self._told: list[str] = []  # what was found of checkpoints, for the next fit's first events
         self._worker_nodes: list[str] = []  # ids of the workers' nodes, once they have started
         try:
             self._plan = self.planner.plan()
@@ -149,14 +151,20 @@ class Training:
             num_concurrent=max(1, self.planner.num_concurrent),
             profile=self._profile,
         )
+        import ray
+
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
+        restore_list(self.run, ray.__version__, self._told.append)
         log.info("starting %s: %s; %s", count_of(plan.layout.workers, "worker"), plan.reason, plan)
         pool, self.pool = self.pool, None
         self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)
 
     def _follow_fit(self, plan: Plan, on_event: Callable[[Event], None]) -> bool:
         """Returns whether the run is over; False if only the fit is, and another is to begin."""
+        for text in self._told:
+            on_event(Warned(text=text))
+        self._told.clear()
         on_event(Note(text=plan.reason))
         try:
             reports = self._watch_fit(plan, on_event)

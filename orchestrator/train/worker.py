@@ -39,12 +39,12 @@ from orchestrator.train.profile import NoProfile, Profile, profile_of
 from orchestrator.train.rendezvous import rendezvous
 from orchestrator.train.start import load_start
 from orchestrator.train.step import Pending, WorkerStep
+from orchestrator.train.stored import ERROR, NEVER_BEST
 from orchestrator.train.stuck import StuckWatch
 
 SHOW_EVERY_S = 0.5
 LOG_EVERY_STEPS = 20  # points of train/step_loss in MLflow; on a GPU also how often the loss is read back
 PASSES = ("train", "val", "probe")  # of each epoch; the last reads training images as validation does
-NEVER_BEST = 2.0  # error of a checkpoint without validation; infinity would become null on Ray's disk
 
 log = logging.getLogger(__name__)
 
@@ -327,7 +327,7 @@ class Worker:
     def stop_if(self, request: float) -> None:
         """On a stop request, which all workers have alike: save if it says so, and raise StopRequested."""
         if request == STOP_CODES[SAVE]:
-            self.save({"val/top1_error": NEVER_BEST})
+            self.save({ERROR: NEVER_BEST})
         if request:
             raise StopRequested
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import alexnet
 from orchestrator.config.recipes import digits
 from orchestrator.models.find import find_model
+from orchestrator.train import record
 from orchestrator.train.profile_trace import PARTS
 from orchestrator.train.run_folder import RunFolder
 
@@ -226,6 +227,32 @@ def test_a_killed_worker_is_survived_and_a_killed_driver_s_run_is_resumed(
     assert after["mlflow_run_id"] == before["mlflow_run_id"]
     assert [entry["epoch"] for entry in after["history"]] == list(range(1, epochs + 1))
     assert_same_history(after["history"], recorded)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_resumes_from_the_newest_whole_checkpoint_and_names_what_is_damaged(
+    finished, place, here, monkeypatch, capsys
+):
+    folder = shutil.copytree(place / "runs" / "first", place / "runs" / "broken")
+    for name in sorted(folder.glob("checkpoint-epoch-*")):
+        assert record.verify(name).made["precision"] == "fp64"
+    later = shutil.copytree(folder / "checkpoint-epoch-0003", folder / "checkpoint-epoch-0004")
+    weights = bytearray((later / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (later / "model.safetensors").write_bytes(weights)
+    (folder / "checkpoint_manager_snapshot.json").write_text("")  # as a killed driver could leave it
+    args = ["--resume", "broken", "--epochs", "4"]
+    status, out, err = started("train", args, place, monkeypatch, capsys, **here)
+    assert (status, err) == (0, "")
+    assert f"{later / 'model.safetensors'}: damaged: its SHA-256 is not that of what was written; it is not used" in out
+    assert "resumed after epoch 3" in out
+    assert (folder / "damaged-checkpoint-epoch-0004").is_dir()
+    assert record.verify(folder / "checkpoint-epoch-0004")
+    result = result_of(place, "broken")
+    assert result["status"] == "FINISHED"
+    assert result["history"][:3] == result_of(place, "first")["history"]
+    assert result["history"][3]["epoch"] == 4
 
 
 @pytest.mark.ray
