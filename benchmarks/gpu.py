@@ -583,14 +583,7 @@ def tests(machine: Machine) -> Result:
         "tests/alexnet",
         "tests/train",
     ]
-    done = subprocess.run(
-        command,
-        cwd=runs.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=max(20.0, machine.left_s),
-        env=runs.environment(),
-    )
+    done = runs.ended(command, runs.ROOT, max(20.0, machine.left_s))
     lines = done.stdout.strip().splitlines()
     result = {"command": "pytest -m gpu", "status": done.returncode, "summary": lines[-1] if lines else ""}
     if done.returncode:
@@ -610,10 +603,7 @@ def job(machine: Machine) -> Result:
             ["--resume", "resumed", "--epochs", "4"],
         ]
         for arguments in commands:
-            done = subprocess.run(
-                runs.command("train", *arguments), cwd=folder, capture_output=True, text=True, env=runs.environment(),
-                timeout=max(20.0, machine.left_s),
-            )  # fmt: skip
+            done = runs.ended(runs.command("train", *arguments), folder, max(20.0, machine.left_s))
             if done.returncode:
                 raise Wrong(f"{' '.join(arguments)}: {done.stderr[-500:]}", {"output": done.stdout[-2000:]})
         found = {run: json.loads((folder / "runs" / run / "result.json").read_text()) for run in ("whole", "resumed")}

@@ -11,6 +11,7 @@ from typing import Any
 from scipy import stats
 
 ROOT = Path(__file__).parent.parent
+STOP_TIMEOUT_S = 60.0  # for a job that was asked to stop: its step and a checkpoint
 
 
 def environment() -> dict[str, str]:
@@ -25,6 +26,26 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def job(name: str, *arguments: str, folder: Path) -> None:
     subprocess.run(command(name, *arguments), cwd=folder, check=True, env=environment())
+
+
+def ended(arguments: list[str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, or ask it to stop when the time is over, so that it can end its own processes.
+
+    Raises subprocess.TimeoutExpired then.
+    """
+    with subprocess.Popen(
+        arguments, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.communicate(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def run(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
