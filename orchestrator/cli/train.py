@@ -125,7 +125,7 @@ def resolve(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig, bool]:
         only_resume(args, "config", "name", "start_from")
         args.output, name = locate(args.output, args.resume)
         folder = RunFolder(args.output, name, "--resume")
-        return folder, with_absolute_data(session.resumed(folder.config(), changes)), True
+        return folder, with_absolute_data(session.resumed(session.settings_of(folder), changes)), True
     given = (read_yaml(args.config) if args.config else {}) | changes
     fields = adapted(RECIPES[recipe](), given).model_dump() | given
     kind = PurePosixPath(args.config.partition("?")[0]).stem if args.config and not args.recipe else recipe

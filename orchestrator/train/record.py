@@ -38,15 +38,18 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     files: dict[str, FileSum]
-    made: dict[str, str | int]  # with what: versions, CPU, precision, threads, layout, workers, settings, data
+    made: dict[str, str | int]  # with what: versions, CPU, precision, threads, layout, workers, data
+    settings: dict[str, Any]  # of the run
 
 
-def seal(folder: Path, made: dict[str, str | int]) -> None:
+def seal(folder: Path, made: dict[str, str | int], settings: dict[str, Any]) -> None:
     """Write the record of all files in the folder."""
     files = sorted(file for file in folder.iterdir() if file.name != RECORD)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sums = list(pool.map(_sum, files))
-    record = Record(files={file.name: each for file, each in zip(files, sums, strict=True)}, made=made)
+    record = Record(
+        files={file.name: each for file, each in zip(files, sums, strict=True)}, made=made, settings=settings
+    )
     text = json.dumps({KEY: RECORD_VERSION} | record.model_dump(), indent=1)
     (folder / RECORD).write_text(text + "\n")
 

@@ -12,7 +12,7 @@ from orchestrator.base import logs
 from orchestrator.base.environment import command
 from orchestrator.base.exits import Interrupted, JobError, last_line, name_and_line, signals_deferred
 from orchestrator.base.redaction import redact, redact_all
-from orchestrator.base.shown import LONGEST_VALUE, count_of, shown
+from orchestrator.base.shown import LONGEST_VALUE, count_of, quoted, shown
 from orchestrator.base.storage import StorageError, StoragePath
 from orchestrator.cluster.capacity import check_machine, cost_so_far, wait_for_nodes
 from orchestrator.cluster.connection import connect
@@ -42,8 +42,10 @@ from orchestrator.train.model_card import data_line, how_it_ended, run_note
 from orchestrator.train.model_log import log_model, register_model
 from orchestrator.train.overfitting import overfitting_warning
 from orchestrator.train.pretrained import Pretrained, said_of_start
-from orchestrator.train.run_folder import RESULT, RUN_LOG, RunFolder, check_identity
+from orchestrator.train.record import RECORD
+from orchestrator.train.run_folder import CONFIG, RESULT, RUN_LOG, RunFolder, check_identity
 from orchestrator.train.run_lock import RunLock
+from orchestrator.train.stored import recorded_settings
 from orchestrator.train.training import Training
 from orchestrator.train.view import SHOWN, TrainView, results
 
@@ -63,6 +65,26 @@ MUTABLE_ON_RESUME = (
 )
 
 log = logging.getLogger(__name__)
+
+
+def settings_of(run: RunFolder) -> TrainConfig:
+    """The settings of a run that is to be resumed: those of its config.yaml, which must be what its newest checkpoint
+    was made with, but for what may change. Raises ValueError of one line."""
+    written, config = run.settings(CONFIG, "run"), run.config()
+    if (found := recorded_settings(run)) is None:
+        return config
+    name, recorded = found
+    where, has = run.path / CONFIG, config.model_dump(mode="json")
+    hint = f"the settings that {name} was made with are in its {RECORD}"
+    for field, value in recorded.items():
+        if field not in written:
+            raise ValueError(f"{where}: damaged: has no {shown(field, LONGEST_VALUE)}; restore it: {hint}")
+        if field in has and field not in MUTABLE_ON_RESUME and has[field] != value:
+            raise ValueError(
+                f"{where}: {field} is {quoted(has[field])}, and was {quoted(value)}: it cannot change when a run is "
+                f"resumed; restore it: {hint}"
+            )
+    return config
 
 
 def resumed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:

@@ -59,6 +59,20 @@ def restore_list(run: RunFolder, ray_version: str, say: Callable[[str], None] = 
     (run.path / SNAPSHOT).write(json.dumps(ray_list(found, ray_version)).encode())
 
 
+def recorded_settings(run: RunFolder) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint whose record can be read, and the settings that it was made with."""
+    for name, is_folder in sorted(run.path.children().items(), reverse=True):
+        place = run.path / name / record.RECORD
+        if is_folder and name.startswith(CHECKPOINT_PREFIX) and place.size() is not None:
+            try:
+                found = record.parse(place.read(), None, str(run.path / name))
+            except ValueError:
+                continue
+            if found is not None:
+                return name, found.settings
+    return None
+
+
 def ray_list(found: list[Stored], ray_version: str) -> dict[str, Any]:
     """Ray Train's list, in its own form: the worst first, of equal ones the earlier, and which is the latest."""
     entries = [{"version": 0, "checkpoint_dir_name": each.name, "metrics": {ERROR: each.error}} for each in found]

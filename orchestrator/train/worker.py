@@ -1,8 +1,6 @@
 """The training loop on one Ray Train worker."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
@@ -279,7 +277,7 @@ class Worker:
             return
         description = describe(self.config, self.manifest, self.num_classes, self.state.epoch)
         write_description(folder, description, self.mean_image)
-        record.seal(folder, self.made_with())
+        record.seal(folder, self.made_with(), self.config.model_dump(mode="json"))
         if not self.state.losses and is_kept(self.state.epoch, self.config.keep_every):
             keep_weights(folder, self.run_folder, self.state.epoch)
         name = checkpoints.checkpoint_name(self.state.epoch, len(self.state.losses))
@@ -293,7 +291,6 @@ class Worker:
 
     def made_with(self) -> dict[str, str | int]:
         """What a checkpoint's numbers come from, for its record."""
-        settings = json.dumps(self.config.model_dump(mode="json"), sort_keys=True)
         return {
             "version": alexnet.__version__,
             "torch": torch.__version__,
@@ -304,7 +301,6 @@ class Worker:
             "threads": torch.get_num_threads(),
             "layout": self.layout.kind,
             "workers": self.layout.workers,
-            "settings_sha256": hashlib.sha256(settings.encode()).hexdigest(),
             "data": self.manifest.digest,
         }
 

@@ -14,7 +14,7 @@ from orchestrator.config.recipes import digits
 from orchestrator.train import checkpoints, record
 from orchestrator.train.model import build_net
 
-MADE = {"version": "1", "threads": 2}
+MADE, SETTINGS = {"version": "1", "threads": 2}, {"lr": 0.01, "data": None, "workers": [1, 2]}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
     state = checkpoints.State(epoch=1, step=7, history=[{"epoch": 1, "val/top1_error": 0.5}])
     checkpoints.save(folder, net, optimizer, alexnet.plateau_schedule(optimizer), state)
     (folder / "net.json").write_text(json.dumps({"preset": "paper", "classes": [str(number) for number in range(40)]}))
-    record.seal(folder, MADE)
+    record.seal(folder, MADE, SETTINGS)
     return folder
 
 
@@ -43,7 +43,7 @@ def test_a_whole_checkpoint_is_what_its_record_says(folder):
     assert found is not None
     assert set(found.files) == {"model.safetensors", "velocity.safetensors", "state.json", "net.json"}
     assert found.files["net.json"].bytes == (folder / "net.json").stat().st_size
-    assert found.made == MADE
+    assert (found.made, found.settings) == (MADE, SETTINGS)
     assert record.read(folder) == found
 
 

@@ -8,7 +8,8 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from orchestrator.base.exits import JobError
-from orchestrator.train import record, stored
+from orchestrator.config.recipes import digits
+from orchestrator.train import record, session, stored
 from orchestrator.train.checkpoints import checkpoint_name
 from orchestrator.train.run_folder import RunFolder
 from orchestrator.train.stored import NEVER_BEST, SNAPSHOT, Stored, ray_list, restore_list
@@ -21,7 +22,7 @@ def run(tmp_path):
     return folder
 
 
-def store(run, epoch, error, step=0, version=2):
+def store(run, epoch, error, step=0, version=2, settings=None):
     """A checkpoint as the workers write it, with few weights."""
     folder = run.path.local / checkpoint_name(epoch, step)
     folder.mkdir()
@@ -31,7 +32,7 @@ def store(run, epoch, error, step=0, version=2):
     for name in ("model.safetensors", "velocity.safetensors"):
         (folder / name).write_bytes(name.encode() * 100)
     if version > 1:
-        record.seal(folder, {"version": "0"})
+        record.seal(folder, {"version": "0"}, settings or {})
     return folder
 
 
@@ -144,3 +145,40 @@ def test_in_object_storage_sizes_are_compared(run):
     (folder / "record.json").unlink()
     with pytest.raises(ValueError, match="broken off"):
         stored._sizes(place)
+
+
+def cut(text):
+    return "".join(text.splitlines(keepends=True)[: len(text.splitlines()) // 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut, r"config\.yaml: damaged: has no \w+; restore it: the settings that checkpoint-epoch-0001 was made with"),
+        (lambda text: text.replace("lr: 0.01", "lr: 0.02"), r"lr is 0\.02, and was 0\.01: it cannot change"),
+        (lambda text: text.replace("seed: 0", "seed: 1"), r"seed is 1, and was 0"),
+        (lambda text: "", "expected lines of the form"),
+    ],
+)
+def test_settings_that_are_not_those_of_the_checkpoint_are_refused(run, change, words):
+    config = digits()
+    run.change(config)
+    assert session.settings_of(run) == config, "no checkpoint yet"
+    store(run, 1, 0.5, settings=config.model_dump(mode="json"))
+    assert session.settings_of(run) == config
+    run.change(config.changed(epochs=config.epochs + 2))  # which may change
+    assert session.settings_of(run).epochs == config.epochs + 2
+    path = run.path.local / "config.yaml"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=words) as error:
+        session.settings_of(run)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_before_a_field_was_there_are_taken(run):
+    config = digits()
+    run.change(config)
+    settings = config.model_dump(mode="json")
+    del settings["augment_on"]
+    store(run, 1, 0.5, settings=settings)
+    assert session.settings_of(run) == config
