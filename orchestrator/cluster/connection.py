@@ -131,9 +131,9 @@ def _nothing(node: Any, **settings: Any) -> None:
 
 def _set_environment(private: bool) -> None:
     """What Ray reads, here and in its processes."""
-    if private and "RAY_AUTH_TOKEN" not in _ours and "ray" not in sys.modules:  # Ray reads these once, at its import
-        _ours.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        os.environ.update(_ours)
+    # Ray reads these once, when it is imported; the fork server has them already
+    if private and "ray" not in sys.modules and not fork_server.is_started():
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     # if it were unset, Ray would write a token into the home directory
     assert not private or os.environ.get("RAY_AUTH_MODE"), "connect before Ray is imported, or set RAY_AUTH_MODE"
     if private:
@@ -141,9 +141,6 @@ def _set_environment(private: bool) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they have no runtime_env: none is used
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
-
-
-_ours: dict[str, str] = {}  # the token of the private Ray
 
 
 def check_address(address: str) -> None:

@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import threading
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +23,10 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-from pyarrow import fs
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import FinishedState, ShuttingDownState
@@ -216,27 +212,6 @@ def _clear() -> None:
     release_freed_memory()  # else memory grows with every run: fragments that one leaves do not fit the next
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _write_snapshot(self: CheckpointManager) -> None:
-    """In place of Ray Train's own, which empties the file and then writes it: killed between the two, it would leave a
-    run that nothing can resume. Object stores write whole objects anyway."""
-    context = self._storage_context
-    storage, path = context.storage_filesystem, context.checkpoint_manager_snapshot_path
-    text = self._save_state().encode()
-    if not isinstance(storage, fs.LocalFileSystem):
-        with storage.open_output_stream(path) as file:
-            file.write(text)
-        return
-    new = Path(path).with_suffix(".new")
-    with new.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-CheckpointManager._write_state_to_storage = _write_snapshot
 
 
 class _KeptWorkers(WorkerGroupState):  # type: ignore[misc]

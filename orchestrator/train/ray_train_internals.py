@@ -39,12 +39,8 @@ INTERNALS = (
     PrivateName(f"{CONTROLLER}.state", "FinishedState", ()),
     PrivateName(
         f"{V2}.execution.checkpoint.checkpoint_manager", "CheckpointManager", ("checkpoint_config", "storage_context"),
-        ("_checkpoint_results", "_storage_context"),
+        ("_checkpoint_results",),
     ),
-    PrivateName(
-        f"{V2}.execution.checkpoint.checkpoint_manager", "CheckpointManager._write_state_to_storage", ("self",)
-    ),
-    PrivateName(f"{V2}.execution.checkpoint.checkpoint_manager", "CheckpointManager._save_state", ("self",)),
     # the group of workers
     PrivateName(
         f"{GROUP}.worker_group",

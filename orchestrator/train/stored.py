@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base.exits import JobError
+from orchestrator.base.ray_internals import SUPPORTED_RAY
 from orchestrator.base.storage import StoragePath
 from orchestrator.train import record
 from orchestrator.train.checkpoints import STATE, checkpoint_name
@@ -33,11 +34,12 @@ class Stored:
     error: float  # top-1, in validation
 
 
-def restore_list(run: RunFolder, ray_version: str, say: Callable[[str], None] = lambda text: None) -> None:
+def restore_list(run: RunFolder, say: Callable[[str], None] = lambda text: None) -> None:
     """Write Ray Train's list of a run's checkpoints anew. Those that are damaged are told and, on a disk, set aside.
 
     Checkpoints in object storage are held against their records by size; the workers compare their sums. A run whose
-    checkpoints are from before there were records keeps the list that it has. Raises JobError if none is whole.
+    checkpoints are from before there were records keeps the list that it has. Raises JobError if none is whole, though
+    Ray Train had a list; without one, the first was broken off while it was written, and the run begins anew.
     """
     found, wrong, has_record = [], [], False
     names = sorted(name for name, is_folder in run.path.children().items() if is_folder)
@@ -54,9 +56,12 @@ def restore_list(run: RunFolder, ray_version: str, say: Callable[[str], None] = 
     for name, reason in wrong:
         log.info("checkpoint %s is not whole: %s", name, reason)
         say(f"{reason.removesuffix(f'; {record.HINT}')}; {_set_aside(run, name)}")
-    if wrong and not found:
-        raise JobError(f"run {run.name} has no whole checkpoint to resume from; start a new run with another --name")
-    (run.path / SNAPSHOT).write(json.dumps(ray_list(found, ray_version)).encode())
+    if not found:
+        if (run.path / SNAPSHOT).size() is not None:
+            raise JobError(f"run {run.name}: none of its checkpoints is whole; start a new run with another --name")
+        say("no checkpoint was completed before: the run begins anew")
+        return
+    (run.path / SNAPSHOT).write(json.dumps(ray_list(found)).encode())
 
 
 def recorded_settings(run: RunFolder) -> tuple[str, dict[str, Any]] | None:
@@ -73,12 +78,12 @@ def recorded_settings(run: RunFolder) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def ray_list(found: list[Stored], ray_version: str) -> dict[str, Any]:
+def ray_list(found: list[Stored]) -> dict[str, Any]:
     """Ray Train's list, in its own form: the worst first, of equal ones the earlier, and which is the latest."""
     entries = [{"version": 0, "checkpoint_dir_name": each.name, "metrics": {ERROR: each.error}} for each in found]
     order = sorted(range(len(found)), key=lambda index: (-found[index].error, index))
     return {
-        "ray_version": ray_version,
+        "ray_version": SUPPORTED_RAY,
         "checkpoint_results": [entries[index] for index in order],
         "checkpoint_report_indices": order,
         "latest_checkpoint_result": entries[-1] if entries else None,

@@ -151,11 +151,9 @@ class Training:
             num_concurrent=max(1, self.planner.num_concurrent),
             profile=self._profile,
         )
-        import ray
-
         from orchestrator.train.ray_train import RayTrainRun  # imports Ray, which may not be imported before connect()
 
-        restore_list(self.run, ray.__version__, self._told.append)
+        restore_list(self.run, self._told.append)
         log.info("starting %s: %s; %s", count_of(plan.layout.workers, "worker"), plan.reason, plan)
         pool, self.pool = self.pool, None
         self._fit = RayTrainRun({"payload": payload}, plan, self.run, self.config.max_failures, pool, self._keep_pool)

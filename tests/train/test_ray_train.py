@@ -2,10 +2,7 @@
 
 import ast
 import asyncio
-import errno
 import importlib
-import json
-import os
 import re
 import threading
 from types import SimpleNamespace
@@ -158,24 +155,6 @@ def test_the_best_of_a_history_is_the_epoch_whose_checkpoint_ray_keeps(tmp_path,
     assert best.path.endswith(f"checkpoint-epoch-{best_of(history)['epoch']:04d}")
     kept = {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")}
     assert kept == {f"checkpoint-epoch-{epoch:04d}" for epoch in (best_of(history)["epoch"], len(errors))}
-
-
-def test_a_write_that_breaks_off_leaves_the_snapshot_as_it_was(tmp_path, monkeypatch):
-    keep(tmp_path, [(1, 0.5)])
-    snapshot = tmp_path / "run" / "checkpoint_manager_snapshot.json"
-    before = snapshot.read_bytes()
-    assert json.loads(before)
-
-    def breaks_off(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", breaks_off)
-    with pytest.raises(OSError, match="No space left"):
-        keep(tmp_path, [(2, 0.4)])
-    assert snapshot.read_bytes() == before
-    monkeypatch.undo()
-    result = keep(tmp_path, [(3, 0.3)])
-    assert result.checkpoint.path.endswith("checkpoint-epoch-0003")
 
 
 # a kill at the last moment

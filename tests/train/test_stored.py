@@ -39,7 +39,7 @@ def store(run, epoch, error, step=0, version=2, settings=None):
 def restored(run):
     """Ray Train's list, and what was said."""
     said = []
-    restore_list(run, ray.__version__, said.append)
+    restore_list(run, said.append)
     path = run.path.local / SNAPSHOT
     return (json.loads(path.read_text()) if path.exists() else None), said
 
@@ -65,7 +65,7 @@ def test_ray_reads_the_list_as_its_own(run):
     assert found["checkpoint_results"][0]["metrics"] == {"val/top1_error": NEVER_BEST}
 
 
-@pytest.mark.parametrize("snapshot", [None, "", "{", json.dumps(ray_list([Stored("checkpoint-epoch-0009", 0)], "1"))])
+@pytest.mark.parametrize("snapshot", [None, "", "{", json.dumps(ray_list([Stored("checkpoint-epoch-0009", 0)]))])
 def test_a_list_that_is_missing_damaged_or_wrong_is_made_again(run, snapshot):
     store(run, 1, 0.5)
     if snapshot is not None:
@@ -111,17 +111,30 @@ def test_the_newest_whole_one_is_taken_and_the_damaged_one_told_and_kept(run, da
 
 
 def test_where_none_is_whole_the_run_does_not_begin_anew_in_silence(run):
-    flip(store(run, 3, 0.2) / "model.safetensors")
+    folder = store(run, 3, 0.2)
+    restored(run)
+    flip(folder / "model.safetensors")
     said = []
-    with pytest.raises(JobError, match=r"^run run has no whole checkpoint to resume from; start a new run"):
-        restore_list(run, ray.__version__, said.append)
+    with pytest.raises(JobError, match=r"^run run: none of its checkpoints is whole; start a new run"):
+        restore_list(run, said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("missing", ["record.json", "state.json", "model.safetensors"])
+def test_a_first_checkpoint_that_was_broken_off_is_no_loss(run, missing):
+    """The worker was killed while it was copied, in any order of its files: Ray Train has no list yet."""
+    (store(run, 1, 0.2) / missing).unlink()
+    found, said = restored(run)
+    assert found is None
+    assert len(said) == 2
+    assert said[1] == "no checkpoint was completed before: the run begins anew"
+    assert restored(run) == (None, [])
 
 
 def test_a_run_from_before_there_were_records_keeps_its_list(run):
     store(run, 1, 0.5, version=1)
     (run.path.local / SNAPSHOT).write_text("Ray's own")
-    restore_list(run, ray.__version__)
+    restore_list(run)
     assert (run.path.local / SNAPSHOT).read_text() == "Ray's own"
     store(run, 2, 0.6)  # it was resumed since
     restored(run)
